@@ -1,0 +1,12 @@
+# The paper's DeepLab with two generators, backbone 3x3 and ASPP's dilated 3x3: 27.7 M parameters stored for 60.7 M dense, 2.19x.
+_base_ = './deeplabv3_r101-d16-mg124_4xb4-33k_voc12aug-513x513.py'
+custom_imports = dict(imports=['csg_seg'])
+model = dict(
+    type='CSGModel',
+    base_type={{_base_.model.type}},
+    csg=[
+        dict(slice_shape=(16, 16, 3, 3), code_dim=128, include=['backbone']),
+        dict(slice_shape=(16, 16, 3, 3), code_dim=128, include=['decode_head.aspp_modules']),
+    ],
+)
+default_hooks = dict(csg=dict(type='CSGHook', save_compact=True), random_state=dict(type='RandomStateHook'))

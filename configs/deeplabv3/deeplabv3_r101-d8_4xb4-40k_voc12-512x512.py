@@ -1,0 +1,14 @@
+# DeepLabV3, ResNet-101, on Pascal VOC 2012: 87.1 M parameters, the dense twin.
+_base_ = [
+    'mmseg::_base_/models/deeplabv3_r50-d8.py',
+    'mmseg::_base_/datasets/pascal_voc12.py',
+    'mmseg::_base_/default_runtime.py',
+    'mmseg::_base_/schedules/schedule_40k.py',
+]
+model = dict(
+    pretrained='open-mmlab://resnet101_v1c',
+    data_preprocessor=dict(size=(512, 512)),
+    backbone=dict(depth=101),
+    decode_head=dict(num_classes=21),
+    auxiliary_head=dict(num_classes=21),
+)

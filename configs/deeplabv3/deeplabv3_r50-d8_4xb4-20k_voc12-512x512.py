@@ -1,0 +1,12 @@
+# DeepLabV3, ResNet-50, on Pascal VOC 2012: 68.1 M parameters, the dense twin.
+_base_ = [
+    'mmseg::_base_/models/deeplabv3_r50-d8.py',
+    'mmseg::_base_/datasets/pascal_voc12.py',
+    'mmseg::_base_/default_runtime.py',
+    'mmseg::_base_/schedules/schedule_20k.py',
+]
+model = dict(
+    data_preprocessor=dict(size=(512, 512)),
+    decode_head=dict(num_classes=21),
+    auxiliary_head=dict(num_classes=21),
+)

@@ -1,0 +1,18 @@
+"""Compress a CNN: one small generator and short codes make the filters of all its convs.
+
+Convolutional Slice Generator, Omidvar et al., "Associative Convolutional Layers",
+AISTATS 2021 (PMLR 130:3115-3123). Importing this package also registers its
+mmengine parts, when mmengine is installed.
+"""
+
+from importlib.util import find_spec
+
+from .checkpoint import load_compact, save_compact
+from .report import summarise
+from .retrofit import materialise, retrofit
+
+if find_spec('mmengine') is not None:
+    from . import mm as _mm  # noqa: F401
+
+__version__ = '0.1.0'
+__all__ = ['load_compact', 'materialise', 'retrofit', 'save_compact', 'summarise']

@@ -1,0 +1,209 @@
+"""Compact checkpoints: generators once, codes, and the rest, in one safetensors file.
+
+Tensors carry their state-dict names; the metadata holds ``generators`` (a JSON
+list of settings), ``layers`` (JSON, layer name to generator position) and a
+SHA-256 of everything. A binary generator is its seed in the metadata alone.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .conv import BANK, find_bank, generated_convs
+from .errors import CSGError
+from .generator import encode_meaning
+from .retrofit import swap_layers
+from .settings import Settings
+from .slices import grid
+
+FORMAT, VERSION = 'csg_seg compact checkpoint', '1'
+_EXTRA = '_extra_state'
+
+
+@dataclass(frozen=True)
+class Compact:
+    """What a compact checkpoint holds.
+
+    Attributes:
+        tensors: the root's state dict, generator settings included.
+        settings: one for each generator.
+        layers: name of each generated layer, and its generator's position.
+        metadata: whatever else the writer noted, text by name.
+    """
+
+    tensors: dict[str, Tensor]
+    settings: list[Settings]
+    layers: dict[str, int]
+    metadata: dict[str, str]
+
+
+def save_compact(model: nn.Module, path: str | os.PathLike) -> None:
+    """Write a retrofitted model to a compact checkpoint.
+
+    The file appears whole or not at all; an older one of that name is replaced.
+
+    Raises:
+        CSGError: the model is not retrofitted, or the folder does not exist.
+    """
+    write_compact(model, model.state_dict(), path)
+
+
+def load_compact(path: str | os.PathLike, model: nn.Module) -> nn.Module:
+    """Load a compact checkpoint into a model, which stays as it was if they do not fit.
+
+    Args:
+        path: a file of :func:`save_compact`.
+        model: the dense network, which is retrofitted as the file says, or a
+            retrofitted one.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CSGError: the file is damaged or is no compact checkpoint, or its
+            settings, names or shapes differ from the model's.
+    """
+    compact = read_compact(path)
+    dense = find_bank(model) is None
+    try:
+        wanted = _shapes_when_retrofitted(model, compact) if dense else _shapes(model, compact)
+        _check_same({name: tuple(tensor.shape) for name, tensor in compact.tensors.items()}, wanted)
+    except CSGError as error:
+        raise CSGError(f'{path}: {error}') from None
+    if dense:
+        convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+        left_dense = {name: 'dense in the compact checkpoint' for name in convs if name not in compact.layers}
+        swap_layers(model, compact.settings, compact.layers, left_dense)
+    model.load_state_dict(compact.tensors)
+    return model
+
+
+def write_compact(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    path: str | os.PathLike,
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a state dict of a retrofitted model; see :func:`save_compact`.
+
+    Args:
+        model: tells settings and layers.
+        state_dict: of this model, or of an average of it.
+        metadata: notes to keep in the file, text by name.
+    """
+    bank = find_bank(model)
+    if bank is None:
+        raise CSGError('nothing to compact: the model is not retrofitted; call csg_seg.retrofit on it, or use torch.save')
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise CSGError(f'{path.parent}: no such folder; create it before saving {path.name}')
+    position = {id(generator): index for index, generator in enumerate(bank)}
+    header = {
+        **(metadata or {}),
+        'format': FORMAT,
+        'version': VERSION,
+        'generators': json.dumps([generator.settings.to_dict() for generator in bank]),
+        'layers': json.dumps({name: position[id(conv.generator)] for name, conv in generated_convs(model)}),
+    }
+    # Cloned, because safetensors refuses views and tied tensors.
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in state_dict.items() if not name.endswith(_EXTRA)}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    header['sha256'] = _digest(tensors, header)
+    _write_whole(tensors, header, path)
+
+
+def read_compact(path: str | os.PathLike) -> Compact:
+    """Read and verify a compact checkpoint; nothing in it is ever unpickled.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CSGError: the file is damaged, or is no compact checkpoint.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'{path}: no such file')
+    try:
+        with safe_open(str(path), framework='pt') as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise CSGError(f'{path}: damaged, or no compact checkpoint ({error}); copy it again') from None
+    if header.get('format') != FORMAT:
+        raise CSGError(f'{path}: a safetensors file that csg_seg.save_compact did not write; load it as the dense file it is')
+    if header.get('version') != VERSION:
+        raise CSGError(f'{path}: version {header.get("version")} of the format; this csg_seg reads {VERSION}, update it')
+    if header.pop('sha256', None) != _digest(tensors, header):
+        raise CSGError(f'{path}: damaged, its checksum does not match; copy it again')
+    generators = json.loads(header.pop('generators'))
+    settings = [Settings.from_dict(each, position=position) for position, each in enumerate(generators)]
+    tensors |= {f'{BANK}.{position}.{_EXTRA}': encode_meaning(each) for position, each in enumerate(settings)}
+    return Compact(tensors, settings, json.loads(header.pop('layers')), header)
+
+
+def _write_whole(tensors: dict[str, Tensor], header: dict[str, str], path: Path) -> None:
+    partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
+    try:
+        save_file(tensors, partial, metadata=header)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    sha = hashlib.sha256(json.dumps(dict(sorted(header.items()))).encode())
+    for name in sorted(tensors):
+        sha.update(f'{name} {tensors[name].dtype} {tuple(tensors[name].shape)}'.encode())
+        sha.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def _shapes(model: nn.Module, compact: Compact) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a retrofitted model's state dict, once its settings are found to agree."""
+    bank = find_bank(model)
+    assert bank is not None
+    for key in ('generator', 'slice_shape', 'code_dim', 'layout'):
+        stored = [getattr(each, key) for each in compact.settings]
+        wanted = [getattr(generator.settings, key) for generator in bank]
+        if stored != wanted:
+            raise CSGError(f'made with {key} {stored}, the model has {wanted}; load it into the dense network instead')
+    layers = {name for name, _ in generated_convs(model)}
+    if layers != set(compact.layers):
+        odd = sorted(layers ^ set(compact.layers))
+        raise CSGError(f'{odd[0]} is generated on one side only; load it into the dense network instead')
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _shapes_when_retrofitted(model: nn.Module, compact: Compact) -> dict[str, tuple[int, ...]]:
+    """Return the state-dict shapes that a dense model will have as the file's network."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    for name, position in compact.layers.items():
+        settings = compact.settings[position]
+        if name not in convs or convs[name].kernel_size != settings.kernel:
+            kh, kw = settings.kernel
+            raise CSGError(f'{name} is a {kh}x{kw} conv in the file and not in the model; load it into the network it was made from')
+        rows, cols = grid(shapes.pop(f'{name}.weight'), settings.slice_shape)
+        shapes[f'{name}.code'] = (rows * cols, settings.code_dim)
+    for position, settings in enumerate(compact.settings):
+        if settings.generator == 'linear':
+            shapes[f'{BANK}.{position}.weight'] = (settings.code_dim, *settings.slice_shape)
+        name = f'{BANK}.{position}.{_EXTRA}'
+        shapes[name] = tuple(compact.tensors[name].shape)
+    return shapes
+
+
+def _check_same(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    for what, names in (('lacks', wanted.keys() - stored.keys()), ('has in excess', stored.keys() - wanted.keys())):
+        if names:
+            raise CSGError(f'{what} {min(names)} ({len(names)} such entries); load it into the network it was made from')
+    for name, shape in wanted.items():
+        if stored[name] != shape and not name.endswith(_EXTRA):
+            raise CSGError(f'{name} is {stored[name]} in the file and {shape} in the model; load it into the network it was made from')

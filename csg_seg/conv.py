@@ -1,0 +1,156 @@
+"""The generated convolution, and the bank of generators that feeds it."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CSGError
+from .generator import Generator, check_meaning
+from .slices import grid, join
+
+BANK = 'csg'
+
+
+class CSGConv2d(nn.Conv2d):
+    """A conv whose weight is generated from codes at each forward pass.
+
+    Never built, only swapped in for an ``nn.Conv2d`` by :func:`swap_in`, so that
+    names, hooks, stride, padding, dilation and bias stay as they are. ``weight``
+    is None: initialisers of mmengine pass it by, all others fail loudly.
+
+    Attributes:
+        code: ``(rows * cols, code_dim)``, one code for each slice of the grid.
+        generator: shared by many convs and registered on the model's root alone.
+    """
+
+    code: nn.Parameter
+    generator: Generator
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """``(out, in, kh, kw)`` of the generated weight."""
+        return torch.Size((self.out_channels, self.in_channels, *self.kernel_size))
+
+    def generate_weight(self) -> Tensor:
+        """Return the weight ``(out, in, kh, kw)`` of the current code and generator."""
+        # Half-precision generation nearly doubles the rounding error: let the conv cast instead.
+        with torch.autocast(self.code.device.type, enabled=False):
+            slices = self.generator(self.code)
+            return join(slices, self.weight_shape, layout=self.generator.settings.layout)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.generate_weight(), self.bias)
+
+
+class GeneratorBank(nn.ModuleList):
+    """The generators of a model, its root's last child.
+
+    Attributes:
+        left_dense: name of each conv that stayed dense, and why.
+    """
+
+    def __init__(self, generators: Iterable[Generator], left_dense: Mapping[str, str]):
+        super().__init__(generators)
+        self.left_dense = dict(left_dense)
+
+
+def kaiming_std(weight_shape: Iterable[int]) -> float:
+    """Return the std of He et al., ICCV 2015, for ReLU and the backward pass (fan out)."""
+    out_channels, _, kh, kw = weight_shape
+    return math.sqrt(2.0 / (out_channels * kh * kw))
+
+
+def swap_in(conv: nn.Conv2d, generator: Generator, rng: torch.Generator) -> None:
+    """Turn a dense conv into a generated one in place, at its Kaiming variance."""
+    weight = conv.weight
+    rows, cols = grid(weight.shape, generator.settings.slice_shape)
+    code = torch.empty(rows * cols, generator.settings.code_dim)
+    code.normal_(mean=0.0, std=generator.code_std(kaiming_std(weight.shape)), generator=rng)
+    conv.__class__ = CSGConv2d
+    conv.weight = None
+    conv.code = nn.Parameter(code.to(weight), requires_grad=weight.requires_grad)
+    # Past nn.Module's bookkeeping: registered here too, the generator would be
+    # counted, saved and averaged once for each conv.
+    object.__setattr__(conv, 'generator', generator)
+
+
+def swap_out(conv: CSGConv2d) -> None:
+    """Turn a generated conv into a plain dense one in place."""
+    weight = conv.generate_weight().detach().clone(memory_format=torch.contiguous_format)
+    conv.weight = nn.Parameter(weight, requires_grad=conv.code.requires_grad)
+    del conv.code
+    object.__delattr__(conv, 'generator')
+    conv.__class__ = nn.Conv2d
+
+
+def generated_convs(model: nn.Module) -> Iterator[tuple[str, CSGConv2d]]:
+    """Yield the name and the conv of each generated layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, CSGConv2d):
+            yield name, module
+
+
+def find_bank(model: nn.Module) -> GeneratorBank | None:
+    """Return the bank of a retrofitted root, None for any other module."""
+    bank = model._modules.get(BANK)
+    return bank if isinstance(bank, GeneratorBank) else None
+
+
+def attach_bank(root: nn.Module, bank: GeneratorBank) -> None:
+    """Register the bank on the root, and make loading into the root strict about it."""
+    root.add_module(BANK, bank)
+    root._register_load_state_dict_pre_hook(check_state_dict, with_module=True)
+
+
+def detach_bank(root: nn.Module) -> None:
+    """Undo :func:`attach_bank`."""
+    if find_bank(root) is None:
+        return
+    root._modules.pop(BANK)
+    hooks = root._load_state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook.hook is check_state_dict]:
+        del hooks[key]
+
+
+def check_state_dict(root: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: object) -> None:
+    """Refuse, before anything is copied, a state dict that does not fit the generated layers.
+
+    Trainers load without ``strict`` and would keep random codes in silence.
+
+    Raises:
+        CSGError: codes or generators are missing or were made with other settings.
+    """
+    bank = find_bank(root)
+    assert bank is not None
+    for position, generator in enumerate(bank):
+        state = state_dict.get(f'{prefix}{BANK}.{position}._extra_state')
+        if state is not None:
+            check_meaning(generator.settings, state)
+    wanted = {f'{name}.code': conv.code for name, conv in generated_convs(root)}
+    wanted |= {f'{BANK}.{name}': tensor for name, tensor in bank.state_dict().items()}
+    missing = [name for name in wanted if prefix + name not in state_dict]
+    if missing:
+        raise CSGError(_describe_missing(missing, state_dict, prefix))
+    for name, tensor in wanted.items():
+        stored = state_dict[prefix + name].shape
+        if stored != tensor.shape and not name.endswith('_extra_state'):
+            raise CSGError(
+                f'{name}: the checkpoint holds {tuple(stored)}, this model wants {tuple(tensor.shape)}; '
+                "set the config's csg to the checkpoint's, or take another checkpoint"
+            )
+
+
+def _describe_missing(missing: list[str], state_dict: Mapping[str, Tensor], prefix: str) -> str:
+    dense = [name for name in missing if prefix + name.removesuffix('code') + 'weight' in state_dict]
+    if dense:
+        return (
+            f'{dense[0].removesuffix(".code")} and {len(dense) - 1} more generated layers have no code in the '
+            'checkpoint but a dense weight; it is a dense checkpoint: use it with the dense config, '
+            'or train this config to make one of its own'
+        )
+    return (
+        f'the checkpoint lacks {missing[0]} and {len(missing) - 1} more entries of generated layers; '
+        'take a checkpoint of this config'
+    )

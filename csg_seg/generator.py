@@ -1,0 +1,143 @@
+"""What maps a code to a slice."""
+
+import hashlib
+import json
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CSGError
+from .settings import Settings
+
+
+class Generator(nn.Module):
+    """The linear Convolutional Slice Generator: ``slice = code @ weight``.
+
+    Omidvar et al., AISTATS 2021, section 2. Its rows start at unit length and
+    nearly orthogonal, so a gradient step on a code moves the weight by the
+    dense step's projection on the generator's span: a dense recipe keeps its
+    learning rate.
+
+    Attributes:
+        weight: ``(code_dim, s_out, s_in, kh, kw)``, no bias.
+        settings: what the user asked for.
+    """
+
+    weight: Tensor
+
+    def __init__(self, settings: Settings):
+        super().__init__()
+        self.settings = settings
+        self._draw_weight()
+
+    def _draw_weight(self) -> None:
+        weight = torch.empty(self.settings.code_dim, *self.settings.slice_shape)
+        rng = torch.Generator().manual_seed(self.settings.seed)
+        weight.normal_(mean=0.0, std=math.prod(self.settings.slice_shape) ** -0.5, generator=rng)
+        self.weight = nn.Parameter(weight, requires_grad=not self.settings.freeze_generator)
+
+    def forward(self, code: Tensor) -> Tensor:
+        """Map codes ``(n, code_dim)`` to slices ``(n, s_out, s_in, kh, kw)``."""
+        return (code @ self.weight.flatten(1)).unflatten(1, self.settings.slice_shape)
+
+    def code_std(self, weight_std: float) -> float:
+        """Return the std of zero-mean codes whose slices have the given std.
+
+        The variance of a slice's value is the code's variance times the squared
+        norm of the value's generator column; this takes the mean over columns.
+        """
+        squared_norm = self.weight.detach().double().square().sum().item()
+        return weight_std * math.sqrt(math.prod(self.settings.slice_shape) / squared_norm)
+
+    def extra_repr(self) -> str:
+        return f'code_dim={self.settings.code_dim}, slice_shape={self.settings.slice_shape}'
+
+    def get_extra_state(self) -> Tensor:
+        """Return :func:`encode_meaning` of the settings.
+
+        A tensor, because trainers move and broadcast every value of a state dict.
+        """
+        return encode_meaning(self.settings)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse another generator's state.
+
+        Raises:
+            CSGError: slice shape, code length, layout or kind differ.
+        """
+        check_meaning(self.settings, state)
+
+
+class BinaryGenerator(Generator):
+    """A frozen generator of random signs, stored as its seed.
+
+    Omidvar et al., AISTATS 2021, "random binary CSG". The authors use +-0.5;
+    here the signs are scaled to rows of unit length, which codes absorb, so
+    that it trains at the same learning rate as the linear generator.
+    """
+
+    def _draw_weight(self) -> None:
+        size = self.settings.code_dim * math.prod(self.settings.slice_shape)
+        # A hash, not a library's random numbers: the same bits for ever and on any device.
+        seed = self.settings.seed.to_bytes(8, 'little')
+        packed = torch.frombuffer(bytearray(hashlib.shake_256(seed).digest(-(-size // 8))), dtype=torch.uint8)
+        bits = (packed[:, None] >> torch.arange(8)).bitwise_and(1).flatten()[:size]
+        weight = (bits * 2.0 - 1.0) * math.prod(self.settings.slice_shape) ** -0.5
+        self.register_buffer('weight', weight.view(self.settings.code_dim, *self.settings.slice_shape), persistent=False)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over the seed of a stored generator and draw its signs again.
+
+        Raises:
+            CSGError: slice shape, code length, layout or kind differ.
+        """
+        super().set_extra_state(state)
+        stored = read_meaning(state)
+        if stored['seed'] != self.settings.seed:
+            like = self.weight
+            self.settings = Settings.from_dict({**self.settings.to_dict(), 'seed': stored['seed']})
+            self._draw_weight()
+            self.weight = self.weight.to(like)
+
+
+_MEANING = ('generator', 'slice_shape', 'code_dim', 'layout', 'seed')
+
+
+def build_generator(settings: Settings) -> Generator:
+    """Build the generator that the settings name."""
+    return {'linear': Generator, 'binary': BinaryGenerator}[settings.generator](settings)
+
+
+def encode_meaning(settings: Settings) -> Tensor:
+    """Encode, as JSON bytes ``(n,)`` in uint8, the settings that decide what a code means."""
+    text = json.dumps({key: settings.to_dict()[key] for key in _MEANING})
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def read_meaning(state: Tensor) -> dict:
+    """Decode what :func:`encode_meaning` wrote.
+
+    Raises:
+        CSGError: these bytes were not written by a generator.
+    """
+    try:
+        stored = json.loads(bytes(state.tolist()))
+        return {key: stored[key] for key in _MEANING}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CSGError(f"the checkpoint's generator settings are damaged ({error}); use another copy of it") from None
+
+
+def check_meaning(settings: Settings, state: Tensor) -> None:
+    """Compare a model's generator with the one a checkpoint was made with.
+
+    Raises:
+        CSGError: slice shape, code length, layout or kind differ.
+    """
+    wanted, stored = settings.to_dict(), read_meaning(state)
+    for key in ('generator', 'slice_shape', 'code_dim', 'layout'):
+        if wanted[key] != stored[key]:
+            raise CSGError(
+                f'the checkpoint was made with {key}={stored[key]!r}, this model has {key}={wanted[key]!r}; '
+                "set the config's csg to the checkpoint's, or take another checkpoint"
+            )

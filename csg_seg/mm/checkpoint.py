@@ -1,0 +1,90 @@
+"""Checkpoints as mmengine reads and writes them."""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader
+from mmengine.runner.checkpoint import load_state_dict
+from torch import nn
+
+from ..checkpoint import read_compact
+from ..errors import CSGError
+
+
+@CheckpointLoader.register_scheme(prefixes=r'.*\.safetensors$')
+def load_from_compact(filename: str, map_location: Any = None) -> dict:
+    """Let ``load_from``, ``init_model`` and the test tools read compact checkpoints.
+
+    Raises:
+        CSGError: the file is damaged or is no compact checkpoint.
+    """
+    compact = read_compact(filename)
+    meta = {key: json.loads(text) for key, text in compact.metadata.items() if key == 'dataset_meta' and text != '{}'}
+    return {'meta': meta, 'state_dict': compact.tensors}
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """Read a checkpoint of mmengine or a compact one, unpickling nothing but tensors and its scalars.
+
+    Returns:
+        a dict of ``state_dict`` and ``meta``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CSGError: the file is damaged, or holds other objects.
+    """
+    check_file(path)
+    if Path(path).suffix == '.safetensors':
+        return load_from_compact(str(path))
+    try:
+        with torch.serialization.safe_globals(_what_mmengine_pickles()):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except UnpicklingError as error:
+        raise CSGError(f'{path}: holds objects other than weights, or is damaged ({str(error).splitlines()[0]})') from None
+    except (RuntimeError, EOFError) as error:
+        raise CSGError(f'{path}: damaged, or no checkpoint ({str(error).splitlines()[0]}); copy it again') from None
+    state_dict = checkpoint.get('state_dict', checkpoint)
+    return {'meta': checkpoint.get('meta', {}), 'state_dict': state_dict}
+
+
+def check_file(path: str | os.PathLike) -> None:
+    """Refuse a checkpoint that is missing, empty or cut short, before anything else is done.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CSGError: the file is cut short.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'{path}: no such file; give the checkpoint of a training run')
+    with path.open('rb') as file:
+        start = file.read(2)
+    if len(start) < 2 or (start == b'PK' and not zipfile.is_zipfile(path)):
+        raise CSGError(f'{path}: damaged, it is cut short; copy it again')
+    if path.suffix == '.safetensors':
+        read_compact(path)
+
+
+def load_weights(model: nn.Module, state_dict: dict) -> None:
+    """Load a whole state dict into a bare model, strictly.
+
+    Raises:
+        CSGError: names or shapes differ.
+    """
+    try:
+        load_state_dict(model, state_dict, strict=True)
+    except RuntimeError as error:
+        raise CSGError(f'the checkpoint does not fit the config: {" ".join(str(error).split())[:300]}') from None
+
+
+def _what_mmengine_pickles() -> list:
+    multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
+    dtypes = [type(np.dtype(each)) for each in (np.float32, np.float64, np.int32, np.int64, np.uint32, np.uint8, np.bool_)]
+    return [HistoryBuffer, np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar, getattr, slice, *dtypes]

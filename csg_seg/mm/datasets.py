@@ -1,0 +1,31 @@
+"""Data sets that mmsegmentation lacks."""
+
+from typing import Any
+
+from mmseg.datasets import BaseSegDataset
+from mmseg.registry import DATASETS
+
+
+@DATASETS.register_module()
+class CamVidDataset(BaseSegDataset):
+    """CamVid with the usual 11 classes, 360 x 480 pixels.
+
+    Brostow et al., "Semantic object classes in video", Pattern Recognition
+    Letters 2009; class grouping and colours of SegNet (Badrinarayanan et al., 2017).
+    Layout: ``images/{train,val,test}/*.jpg`` and ``labels/{train,val,test}/*.png``,
+    the latter grey with class ids 0 to 10 and 255 for void.
+    """
+
+    METAINFO = {
+        'classes': (
+            'sky', 'building', 'pole', 'road', 'pavement', 'tree',
+            'sign', 'fence', 'car', 'pedestrian', 'bicyclist',
+        ),
+        'palette': [
+            [128, 128, 128], [128, 0, 0], [192, 192, 128], [128, 64, 128], [60, 40, 222], [128, 128, 0],
+            [192, 128, 128], [64, 64, 128], [64, 0, 128], [64, 64, 0], [0, 128, 192],
+        ],
+    }  # fmt: skip
+
+    def __init__(self, img_suffix: str = '.jpg', seg_map_suffix: str = '.png', **kwargs: Any):
+        super().__init__(img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, **kwargs)

@@ -1,0 +1,175 @@
+"""The hook door, compact files beside checkpoints, and resuming with the same random numbers."""
+
+import gc
+import json
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import nn
+
+from ..checkpoint import write_compact
+from ..conv import find_bank
+from ..errors import CSGError
+from ..report import summarise
+from ..retrofit import CSG, retrofit
+
+
+@HOOKS.register_module()
+class CSGHook(Hook):
+    """Retrofit a model that the config left dense, and log what that saves.
+
+    Put it into ``default_hooks``, which merges with the base config's. On a model
+    that is retrofitted already it only reports. It reaches training and testing
+    by a ``Runner``, but not ``init_model``, which runs no hooks.
+
+    Args:
+        csg: one dict of generator settings, or a list of them; None when the
+            model is a ``CSGModel``.
+        save_compact: write a compact checkpoint beside each checkpoint.
+    """
+
+    # Before hooks that copy or inspect the model, such as EMAHook.
+    priority = 'VERY_HIGH'
+
+    def __init__(self, csg: CSG | None = None, save_compact: bool = False):
+        self.csg = csg
+        self.save_compact = save_compact
+
+    def retrofit(self, model: nn.Module) -> bool:
+        """Retrofit a bare model; False when it is retrofitted already.
+
+        Raises:
+            CSGError: the model is dense and there are no settings, or they do not fit.
+        """
+        if find_bank(model) is not None:
+            return False
+        if self.csg is None:
+            raise CSGError('CSGHook found a dense model and has no csg; give it csg=dict(...), or build a CSGModel')
+        retrofit(model, self.csg)
+        return True
+
+    def before_run(self, runner: Runner) -> None:
+        """Retrofit before weights are initialised or loaded."""
+        model = _unwrap(runner.model)
+        if self.retrofit(model):
+            _rewrap(runner, model)
+        runner.logger.info(f'CSG: {summarise(model).headline()}')
+        if self.save_compact:
+            runner.register_hook(CompactCheckpointHook())
+
+
+@HOOKS.register_module()
+class CompactCheckpointHook(Hook):
+    """Write a compact checkpoint (``.safetensors``) beside each checkpoint, and delete it with it."""
+
+    # After EMAHook has put the averaged weights into the checkpoint.
+    priority = 'LOWEST'
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+        self._written: list[Path] = []
+
+    def before_train(self, runner: Runner) -> None:
+        """Note the checkpoints of a run that is resumed."""
+        self._known = _checkpoint_paths(runner)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Write the weights that are about to be saved."""
+        # CheckpointHook announces a path just before it saves to it.
+        new = _checkpoint_paths(runner) - self._known
+        self._known |= new
+        meta = checkpoint['meta'].get('dataset_meta') or {}
+        names = {key: meta[key] for key in ('classes', 'palette') if meta.get(key) is not None}
+        for path in map(Path, new):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            compact = path.with_suffix('.safetensors')
+            metadata = {'dataset_meta': json.dumps(names)}
+            write_compact(_unwrap(runner.model), checkpoint['state_dict'], compact, metadata=metadata)
+            self._delete_orphans()
+            self._written.append(path)
+
+    def _delete_orphans(self) -> None:
+        for path in [path for path in self._written if not path.exists()]:
+            path.with_suffix('.safetensors').unlink(missing_ok=True)
+            self._written.remove(path)
+
+
+@HOOKS.register_module()
+class RandomStateHook(Hook):
+    """Keep torch's random state in checkpoints, so that a resumed run draws the same dropout.
+
+    With it a run that was killed and resumed ends with the weights of an unbroken
+    one; mmengine itself restores the order of the data.
+    """
+
+    def __init__(self) -> None:
+        self._states: Sequence[torch.Tensor] | None = None
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Store the state of the CPU's and of this process's GPU's generator."""
+        cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+        checkpoint['random_state'] = [torch.get_rng_state(), *cuda]
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Take the state of a run that is resumed."""
+        if runner._resume:
+            self._states = checkpoint.get('random_state')
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Restore it once the data loader has caught up."""
+        if self._states is None:
+            return
+        cpu, *cuda = (state.cpu() for state in self._states)
+        torch.set_rng_state(cpu)
+        if cuda and torch.cuda.is_available():
+            torch.cuda.set_rng_state(cuda[0])
+        self._states = None
+
+
+class CheckpointGuardHook(Hook):
+    """Refuse a CSG checkpoint for a dense model, which mmengine would load in part."""
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Compare the checkpoint's kind with the model's."""
+        codes = [name for name in checkpoint.get('state_dict', checkpoint) if name.endswith('.code')]
+        model = _unwrap(runner.model)
+        if codes and find_bank(getattr(model, 'module', model)) is None:
+            raise CSGError(
+                f'the checkpoint holds codes ({codes[0]} and {len(codes) - 1} more) but the config is dense; '
+                'use the CSG config, or materialise the checkpoint first (tools/materialise.py)'
+            )
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    return model.module if is_model_wrapper(model) else model
+
+
+def _checkpoint_paths(runner: Runner) -> set[str]:
+    info = runner.message_hub.runtime_info
+    return {path for key, path in info.items() if path and (key == 'last_ckpt' or key.startswith('best_ckpt'))}
+
+
+def _rewrap(runner: Runner, model: nn.Module) -> None:
+    """Make the runner's wrapper and, in training, its optimizer anew for changed parameters."""
+    # The old wrapper's gradient hooks go when it is collected, not before.
+    runner.model = model
+    gc.collect()
+    runner.model = runner.wrap_model(deepcopy(runner.cfg.get('model_wrapper_cfg')), model)
+    if not isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)):
+        return
+    optim_wrapper = runner.cfg.get('optim_wrapper')
+    if optim_wrapper is None:
+        raise CSGError('CSGHook cannot rebuild an optimizer that no config describes; use CSGModel, or csg_seg.retrofit')
+    runner.optim_wrapper = runner.build_optim_wrapper(deepcopy(optim_wrapper))
+    built, runner.param_schedulers = runner.param_schedulers, None
+    runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
+    if built is not None:
+        runner.param_schedulers = runner.build_param_scheduler(deepcopy(runner.cfg.param_scheduler))

@@ -1,0 +1,121 @@
+"""From a command line to a Runner: configs, data that is really there, processes without GPUs."""
+
+import os
+import subprocess
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.logging import print_log
+from mmengine.registry import DATASETS, init_default_scope
+
+from ..errors import CSGError
+
+
+def load_config(args: Namespace) -> Config:
+    """Read a config with the options that mmseg's tools share.
+
+    Args:
+        args: ``config``, ``cfg_options``, ``work_dir`` and ``launcher``.
+    """
+    cfg = Config.fromfile(args.config)
+    cfg.launcher = args.launcher
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
+    return cfg
+
+
+def check_data(cfg: Config, split: str) -> None:
+    """Find out before training whether every file of a split is there.
+
+    Args:
+        cfg: a whole config.
+        split: 'train', 'val' or 'test'.
+
+    Raises:
+        CSGError: a folder, a list, an image or a mask is missing.
+    """
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    remedy = f"see 'Prepare the data' in README.md, or set {split}_dataloader.dataset.data_root"
+    loader = cfg.get(f'{split}_dataloader')
+    for dataset in _leaves(loader.dataset if loader else None):
+        root = Path(dataset.get('data_root') or '.')
+        parts = [root, *(root / part for part in (dataset.get('data_prefix') or {}).values() if part)]
+        if dataset.get('ann_file'):
+            parts.append(root / dataset['ann_file'])
+        for part in parts:
+            if not part.exists():
+                raise CSGError(f'{split} data: {part} does not exist; {remedy}')
+        _check_samples(split, root, dataset, remedy)
+
+
+def use_cpu_processes(cfg: Config) -> None:
+    """Prepare a multi-process launch on a machine without GPUs: gloo, BN for SyncBN.
+
+    Does nothing where there is a GPU, or for a single process.
+    """
+    if cfg.launcher == 'none' or torch.cuda.is_available():
+        return
+    if cfg.launcher == 'slurm':
+        _export_slurm_ranks()
+    torch.distributed.init_process_group('gloo')
+    cfg.env_cfg.dist_cfg = dict(backend='gloo')
+    wrapper = dict(
+        type='MMDistributedDataParallel',
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
+    cfg.model_wrapper_cfg = {**wrapper, **cfg.get('model_wrapper_cfg', {}), 'device_ids': None}
+    if _replace_sync_bn(cfg.model):
+        print_log('No GPU: SyncBN becomes BN, each process normalises its own batch.', logger='current')
+
+
+def _leaves(dataset: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    """Yield the data sets inside wrappers such as ConcatDataset and RepeatDataset."""
+    if dataset is None:
+        return
+    inner = dataset.get('datasets') or dataset.get('dataset')
+    if inner is None:
+        yield dataset
+    else:
+        for each in inner if isinstance(inner, (list, tuple)) else [inner]:
+            yield from _leaves(each)
+
+
+def _check_samples(split: str, root: Path, dataset: Mapping[str, Any], remedy: str) -> None:
+    built = DATASETS.build({**dataset, 'pipeline': [], 'lazy_init': False, 'serialize_data': False})
+    if len(built) == 0:
+        raise CSGError(f'{split} data: {root} holds no sample; {remedy}')
+    keys = ('img_path', 'seg_map_path')
+    paths = [Path(sample[key]) for sample in built.data_list for key in keys if sample.get(key)]
+    missing = [path for path in paths if not path.exists()]
+    if missing:
+        raise CSGError(f'{split} data: {len(missing)} of {len(paths)} files are missing, the first {missing[0]}; {remedy}')
+
+
+def _export_slurm_ranks() -> None:
+    names = {'RANK': 'SLURM_PROCID', 'WORLD_SIZE': 'SLURM_NTASKS', 'LOCAL_RANK': 'SLURM_LOCALID'}
+    os.environ.update({ours: os.environ[slurms] for ours, slurms in names.items()})
+    if 'MASTER_ADDR' not in os.environ:
+        command = ['scontrol', 'show', 'hostnames', os.environ['SLURM_NODELIST']]
+        os.environ['MASTER_ADDR'] = subprocess.check_output(command, text=True).split()[0]
+    os.environ.setdefault('MASTER_PORT', '29500')
+
+
+def _replace_sync_bn(node: Any) -> int:
+    """Turn every SyncBN of a config into BN, in place; return how many."""
+    if isinstance(node, (list, tuple)):
+        return sum(map(_replace_sync_bn, node))
+    if not isinstance(node, dict):
+        return 0
+    found = node.get('type') == 'SyncBN'
+    if found:
+        node['type'] = 'BN'
+    return found + sum(map(_replace_sync_bn, node.values()))

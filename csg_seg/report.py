@@ -1,0 +1,183 @@
+"""Counts of a model: what is stored, what is trained, what a dense twin would take."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .conv import CSGConv2d, find_bank
+from .generator import Generator
+from .slices import grid
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One conv: its weight's shape, and what it stores.
+
+    ``generator`` and ``grid`` are None for a dense conv, ``left_dense`` says why it is one.
+    """
+
+    name: str
+    weight_shape: tuple[int, ...]
+    grid: tuple[int, int] | None
+    generator: int | None
+    dense_params: int
+    stored_params: int
+    left_dense: str | None
+
+
+@dataclass(frozen=True)
+class GeneratorCount:
+    """One generator, and how many layers and slices it feeds."""
+
+    generator: str
+    slice_shape: tuple[int, ...]
+    code_dim: int
+    layout: str
+    stored_params: int
+    trainable_params: int
+    layers: int
+    slices: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts of a whole model; print it for a table.
+
+    Parameters are those of ``model.parameters()``; bytes are those of its state
+    dict, buffers included. A binary generator stores no parameters, only a seed.
+    """
+
+    dense_params: int
+    stored_params: int
+    trainable_params: int
+    dense_bytes: int
+    stored_bytes: int
+    generators: tuple[GeneratorCount, ...]
+    layers: tuple[Layer, ...]
+
+    @property
+    def compression_ratio(self) -> float:
+        """Dense parameters over stored parameters, above 1 when the model shrank."""
+        return self.dense_params / self.stored_params if self.stored_params else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-ready values."""
+        return {**asdict(self), 'compression_ratio': self.compression_ratio}
+
+    def headline(self) -> str:
+        """Return the totals in one line."""
+        return (
+            f'{self.stored_params:,} parameters stored ({self.trainable_params:,} trainable) '
+            f'for {self.dense_params:,} dense: {self.compression_ratio:.2f}x smaller, '
+            f'{self.stored_bytes / 1e6:.1f} MB for {self.dense_bytes / 1e6:.1f} MB'
+        )
+
+    def __str__(self) -> str:
+        generated = [layer for layer in self.layers if layer.generator is not None]
+        rows = [('generated layer', 'weight', 'grid', 'generator', 'dense', 'stored')]
+        rows += [
+            (each.name, _by(each.weight_shape), _by(each.grid or ()), str(each.generator), f'{each.dense_params:,}', f'{each.stored_params:,}')
+            for each in generated
+        ]
+        lines = _align(rows) if generated else ['no generated layers']
+        lines += ['', *(self._generator_line(position) for position in range(len(self.generators)))]
+        lines += [*self._left_dense_lines(), self.headline()]
+        return '\n'.join(lines)
+
+    def _generator_line(self, position: int) -> str:
+        each = self.generators[position]
+        return (
+            f'generator {position}: {each.generator}, {each.layout}, slices of {_by(each.slice_shape)} from codes of '
+            f'{each.code_dim}; {each.stored_params:,} parameters feed {each.slices:,} slices of {each.layers} layers'
+        )
+
+    def _left_dense_lines(self) -> list[str]:
+        by_reason = defaultdict(list)
+        for layer in self.layers:
+            if layer.left_dense:
+                by_reason[layer.left_dense].append(layer.name)
+        return [f'left dense, {reason}: {_abridge(names)}' for reason, names in by_reason.items()]
+
+
+def summarise(model: nn.Module) -> Summary:
+    """Count a model, retrofitted or dense; it is left as it is.
+
+    Returns:
+        a :class:`Summary` with totals, generators and convs.
+    """
+    bank = find_bank(model)
+    generators = list(bank) if bank is not None else []
+    layers = tuple(_layer(name, module, generators, bank.left_dense if bank is not None else {})
+                   for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    generated = [module for module in model.modules() if isinstance(module, CSGConv2d)]
+    parameters = list(model.parameters())
+    stored = sum(parameter.numel() for parameter in parameters)
+    saved = sum(layer.dense_params - layer.stored_params for layer in layers)
+    generator_params = sum(_count(generator) for generator in generators)
+    stored_bytes = sum(_bytes(tensor) for tensor in model.state_dict().values())
+    generator_bytes = sum(_bytes(tensor) for generator in generators for tensor in generator.state_dict().values())
+    saved_bytes = sum((conv.weight_shape.numel() - conv.code.numel()) * conv.code.element_size() for conv in generated)
+    return Summary(
+        dense_params=stored - generator_params + saved,
+        stored_params=stored,
+        trainable_params=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        dense_bytes=stored_bytes - generator_bytes + saved_bytes,
+        stored_bytes=stored_bytes,
+        generators=tuple(_generator(generator, generated) for generator in generators),
+        layers=layers,
+    )
+
+
+def _layer(name: str, conv: nn.Conv2d, generators: Sequence[nn.Module], left_dense: dict[str, str]) -> Layer:
+    if not isinstance(conv, CSGConv2d):
+        shape, count = tuple(conv.weight.shape), conv.weight.numel()
+        return Layer(name, shape, None, None, count, count, left_dense.get(name))
+    return Layer(
+        name=name,
+        weight_shape=tuple(conv.weight_shape),
+        grid=grid(conv.weight_shape, conv.generator.settings.slice_shape),
+        generator=next(i for i, each in enumerate(generators) if each is conv.generator) if generators else None,
+        dense_params=conv.weight_shape.numel(),
+        stored_params=conv.code.numel(),
+        left_dense=None,
+    )
+
+
+def _generator(generator: Generator, generated: Sequence[CSGConv2d]) -> GeneratorCount:
+    fed = [conv for conv in generated if conv.generator is generator]
+    settings = generator.settings
+    return GeneratorCount(
+        generator=settings.generator,
+        slice_shape=settings.slice_shape,
+        code_dim=settings.code_dim,
+        layout=settings.layout,
+        stored_params=_count(generator),
+        trainable_params=sum(p.numel() for p in generator.parameters() if p.requires_grad),
+        layers=len(fed),
+        slices=sum(len(conv.code) for conv in fed),
+    )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _by(shape: Sequence[int]) -> str:
+    return 'x'.join(map(str, shape))
+
+
+def _abridge(names: list[str], *, most: int = 4) -> str:
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return ', '.join(names[:most]) + more
+
+
+def _align(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ['  '.join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in rows]

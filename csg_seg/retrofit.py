@@ -1,0 +1,217 @@
+"""Choose layers; dense to generated, and back to plain convs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .conv import (
+    BANK,
+    GeneratorBank,
+    attach_bank,
+    detach_bank,
+    find_bank,
+    generated_convs,
+    swap_in,
+    swap_out,
+)
+from .errors import CSGError
+from .generator import build_generator
+from .settings import Settings, matches
+from .slices import grid
+
+CSG = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
+
+def retrofit(model: nn.Module, csg: CSG) -> nn.Module:
+    """Make the weights of a model's convs from shared generators, in place.
+
+    Do it before the model is wrapped for data parallelism and before the
+    optimizer is built. Trained weights of the chosen layers are not kept: they
+    start anew, at Kaiming variance, drawn from the dicts' own seeds.
+
+    Args:
+        model: any network of ``nn.Conv2d`` layers.
+        csg: a dict of settings (see :class:`csg_seg.settings.Settings`), or a
+            list of dicts for several generators; a layer goes to the first that takes it.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CSGError: a setting is wrong, a dict takes no layer, or a layer cannot be generated.
+    """
+    dicts = [csg] if isinstance(csg, Mapping) else list(csg)
+    if not dicts:
+        raise CSGError('csg is an empty list; give it at least one dict with slice_shape and code_dim')
+    settings = [Settings.from_dict(each, position=position) for position, each in enumerate(dicts)]
+    _check_root(model)
+    taken, left_dense = choose_layers(model, settings)
+    swap_layers(model, settings, taken, left_dense)
+    return model
+
+
+def materialise(model: nn.Module) -> nn.Module:
+    """Turn all generated layers back into plain ``nn.Conv2d``, in place.
+
+    Outputs and the dense network's state-dict keys stay the same.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CSGError: the model has no generated layer.
+    """
+    convs = dict(generated_convs(model))
+    if not convs:
+        raise CSGError('nothing to materialise: the model has no generated layer; retrofit it first')
+    for conv in convs.values():
+        swap_out(conv)
+    detach_bank(model)
+    return model
+
+
+def swap_layers(
+    model: nn.Module, settings: Sequence[Settings], taken: Mapping[str, int], left_dense: Mapping[str, str]
+) -> None:
+    """Swap the named convs for generated ones and attach their bank.
+
+    Args:
+        taken: name of each layer to generate, and the position of its generator.
+        left_dense: name of each other conv, and why it stays dense.
+    """
+    first = model.get_submodule(next(iter(taken))).weight
+    generators = [build_generator(each).to(first) for each in settings]
+    rngs = [torch.Generator().manual_seed(each.seed) for each in settings]
+    for name, position in taken.items():
+        swap_in(model.get_submodule(name), generators[position], rngs[position])
+    attach_bank(model, GeneratorBank(generators, left_dense))
+
+
+def choose_layers(model: nn.Module, settings: Sequence[Settings]) -> tuple[dict[str, int], dict[str, str]]:
+    """Decide which convs are generated, by which generator, and why the others are not.
+
+    Returns:
+        ``taken``, layer name to generator position, and ``left_dense``, layer name to reason.
+
+    Raises:
+        CSGError: a dict takes no layer, a pattern names none, or a chosen layer cannot be generated.
+    """
+    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    first = next(iter(convs), None)
+    taken: dict[str, int] = {}
+    left_dense: dict[str, str] = {}
+    for name, conv in convs.items():
+        for position, each in enumerate(settings):
+            reason = _reason_to_pass(name, conv, each, is_first=name == first)
+            if reason is None:
+                _check_can_generate(name, conv)
+                taken[name] = position
+                left_dense.pop(name, None)
+                break
+            if not (reason == _OTHER_KERNEL and name in left_dense):
+                left_dense[name] = reason
+    for position, each in enumerate(settings):
+        if position not in taken.values():
+            raise CSGError(_why_nothing(position, each, convs, taken, left_dense))
+        _check_patterns(position, each, convs)
+    _check_no_sharing(model, taken)
+    return taken, left_dense
+
+
+_OTHER_KERNEL = 'no generator of its kernel size'
+
+
+def _reason_to_pass(name: str, conv: nn.Conv2d, settings: Settings, *, is_first: bool) -> str | None:
+    """Say why a generator does not take a conv; None when it takes it."""
+    if conv.kernel_size != settings.kernel:
+        return _OTHER_KERNEL
+    if conv.groups != 1:
+        return 'grouped'
+    if any(matches(name, pattern) for pattern in settings.exclude):
+        return 'excluded'
+    if settings.include is not None and not any(matches(name, pattern) for pattern in settings.include):
+        return 'not included'
+    if is_first and name not in (settings.include or ()):
+        return "the network's first conv"
+    if isinstance(conv.weight, nn.Parameter) and not conv.weight.requires_grad:
+        return 'frozen'
+    rows, cols = grid((conv.out_channels, conv.in_channels, *conv.kernel_size), settings.slice_shape)
+    generated = rows * cols * settings.code_dim
+    dense = conv.out_channels * conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
+    if generated >= dense:
+        return f'costs more generated: {generated:,} against {dense:,}'
+    return None
+
+
+def _check_root(model: nn.Module) -> None:
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise CSGError(f'the model is already wrapped in {type(model).__name__}; retrofit it before it is wrapped')
+    if find_bank(model) is not None or any(generated_convs(model)):
+        raise CSGError('the model is retrofitted already; materialise it before another retrofit')
+    if hasattr(model, BANK):
+        raise CSGError(f'the model has an attribute named {BANK!r}, where its generators go; rename that attribute')
+
+
+def _check_can_generate(name: str, conv: nn.Conv2d) -> None:
+    kind = type(conv)
+    remedy = f"leave it dense with exclude=['{name}']"
+    own_forward = kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward
+    if own_forward or 'forward' in vars(conv):
+        raise CSGError(f'{name}: {kind.__name__} brings its own forward, which a generated layer would lose; {remedy}')
+    if not isinstance(conv._parameters.get('weight'), nn.Parameter):
+        raise CSGError(f'{name}: the weight of this {kind.__name__} is computed (parametrised or pruned); {remedy}')
+
+
+def _check_no_sharing(model: nn.Module, taken: Mapping[str, int]) -> None:
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get('weight')
+        if weight is None:
+            continue
+        other = owners.setdefault(id(weight), name)
+        if other != name and (name in taken or other in taken):
+            raise CSGError(f"{name} and {other} share one weight; leave both dense with exclude=['{other}', '{name}']")
+
+
+def _check_patterns(position: int, settings: Settings, convs: Mapping[str, nn.Conv2d]) -> None:
+    for key in ('include', 'exclude'):
+        for pattern in getattr(settings, key) or ():
+            if not any(matches(name, pattern) for name in convs):
+                raise CSGError(
+                    f'csg[{position}]: {key} pattern {pattern!r} names no conv of the model; '
+                    f'names look like {next(iter(reversed(convs)))!r}'
+                )
+
+
+def _why_nothing(
+    position: int,
+    settings: Settings,
+    convs: Mapping[str, nn.Conv2d],
+    taken: Mapping[str, int],
+    left_dense: Mapping[str, str],
+) -> str:
+    """Explain that one dict takes no layer, and what to do."""
+    where = f'csg[{position}] takes no layer'
+    fitting = [name for name, conv in convs.items() if conv.kernel_size == settings.kernel]
+    if not fitting:
+        kernels = sorted({conv.kernel_size for conv in convs.values()})
+        found = ', '.join(f'{kh}x{kw}' for kh, kw in kernels) or 'none at all'
+        kh, kw = settings.kernel
+        return (
+            f'{where}: slice_shape {settings.slice_shape} fits {kh}x{kw} kernels, the convs of the model have {found}; '
+            'change the last two numbers of slice_shape'
+        )
+    for key in ('include', 'exclude'):
+        for pattern in getattr(settings, key) or ():
+            if not any(matches(name, pattern) for name in convs):
+                return f'{where}: {key} pattern {pattern!r} names no conv; names look like {fitting[-1]!r}'
+    earlier = [name for name in fitting if name in taken]
+    if earlier:
+        return (
+            f'{where}: earlier dicts took {earlier[0]} and {len(earlier) - 1} more that fit it; '
+            'narrow their include, or drop this dict'
+        )
+    reasons = '; '.join(sorted({left_dense[name] for name in fitting}))
+    return f'{where}: of {len(fitting)} convs that fit its kernel, all stay dense ({reasons}); widen include or lower code_dim'

@@ -1,0 +1,84 @@
+"""Weight to slices and back; the only home of the two layouts.
+
+A conv weight ``(out, in, kh, kw)`` is covered by a grid of ``(rows, cols)``
+slices of shape ``(s_out, s_in, kh, kw)``; what hangs over the weight's edge is
+cropped. Omidvar et al., AISTATS 2021, section 2.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn import functional as F
+
+LAYOUTS = ('block', 'flat')
+
+
+def grid(weight_shape: Sequence[int], slice_shape: Sequence[int]) -> tuple[int, int]:
+    """Return ``(rows, cols)`` of the slices that cover a weight.
+
+    Raises:
+        ValueError: the kernels differ.
+    """
+    out_channels, in_channels, *kernel = weight_shape
+    s_out, s_in, *slice_kernel = slice_shape
+    if tuple(kernel) != tuple(slice_kernel):
+        raise ValueError(
+            f'a weight of shape {tuple(weight_shape)} has no grid of slices of shape {tuple(slice_shape)}: '
+            'their kernels differ'
+        )
+    return -(-out_channels // s_out), -(-in_channels // s_in)
+
+
+def join(slices: Tensor, weight_shape: Sequence[int], *, layout: str = 'block') -> Tensor:
+    """Assemble a grid of slices into a conv weight, cropping the overhang.
+
+    Omidvar et al., AISTATS 2021, section 2 ('block'); the authors' released
+    code reshapes the slices raw instead ('flat').
+
+    Args:
+        slices: ``(rows * cols, s_out, s_in, kh, kw)``, row by row.
+        weight_shape: ``(out, in, kh, kw)`` of the weight to return.
+        layout: 'block' puts slice ``(r, c)`` at rows ``r * s_out`` and columns
+            ``c * s_in`` of the weight; 'flat' reshapes all values in order.
+
+    Raises:
+        ValueError: the number of slices does not match the grid.
+    """
+    n_slices, s_out, s_in, kh, kw = slices.shape
+    rows, cols = grid(weight_shape, slices.shape[1:])
+    if n_slices != rows * cols:
+        raise ValueError(
+            f'{n_slices} slices do not make a weight of shape {tuple(weight_shape)}, '
+            f'which needs a grid of {rows} x {cols} = {rows * cols}'
+        )
+    if layout == 'block':
+        grid_of_slices = slices.reshape(rows, cols, s_out, s_in, kh, kw)
+        slices = grid_of_slices.transpose(1, 2)
+    whole = slices.reshape(rows * s_out, cols * s_in, kh, kw)
+    return whole[: weight_shape[0], : weight_shape[1]]
+
+
+def split(weight: Tensor, slice_shape: Sequence[int], *, layout: str = 'block') -> Tensor:
+    """Cut a conv weight into its grid of slices, with zeros as overhang.
+
+    The inverse of :func:`join`.
+
+    Args:
+        weight: ``(out, in, kh, kw)``.
+        slice_shape: ``(s_out, s_in, kh, kw)``.
+        layout: as in :func:`join`.
+
+    Returns:
+        ``(rows * cols, s_out, s_in, kh, kw)``, row by row.
+
+    Raises:
+        ValueError: the kernels differ.
+    """
+    rows, cols = grid(weight.shape, slice_shape)
+    s_out, s_in, kh, kw = slice_shape
+    overhang = (0, 0, 0, 0, 0, cols * s_in - weight.shape[1], 0, rows * s_out - weight.shape[0])
+    whole = F.pad(weight, overhang)
+    if layout == 'block':
+        grid_of_slices = whole.reshape(rows, s_out, cols, s_in, kh, kw)
+        whole = grid_of_slices.transpose(1, 2)
+    return whole.reshape(rows * cols, s_out, s_in, kh, kw)

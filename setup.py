@@ -1,0 +1,25 @@
+"""The package definition; versions are pinned in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# The maintained line of OpenMMLab's packages; import names mmcv, mmengine, mmseg, mmpretrain.
+MM = ['onedl-mmcv', 'onedl-mmengine', 'onedl-mmsegmentation', 'onedl-mmpretrain', 'matplotlib', 'rich']
+
+setup(
+    name='csg_seg',
+    version='0.1.0',
+    description='Model compression for segmentation networks with a Convolutional Slice Generator',
+    long_description=Path(__file__).with_name('README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=find_packages(include=['csg_seg', 'csg_seg.*']),
+    python_requires='>=3.10,<3.13',
+    install_requires=['torch>=2.1', 'torchvision', 'numpy', 'pillow', 'pycocotools', 'safetensors'],
+    extras_require={
+        'mm': MM,
+        'onnx': ['onnx'],
+        'dev': ['pytest', 'ruff', 'mypy'],
+    },
+)

@@ -1,0 +1,52 @@
+"""Turn a CSG checkpoint into a plain one, for the dense config and without csg_seg."""
+
+import argparse
+import json
+from pathlib import Path
+
+from csg_seg import materialise
+from csg_seg.cli import one_line_errors
+
+with one_line_errors():
+    import torch
+    from mmengine.config import Config, DictAction
+
+    from csg_seg.errors import CSGError
+    from csg_seg.mm.checkpoint import load_weights, read_checkpoint
+    from csg_seg.mm.model import build_model
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='CSG config file')
+    parser.add_argument('checkpoint', help='checkpoint of training (.pth) or compact checkpoint (.safetensors)')
+    parser.add_argument('--out', required=True, help='plain checkpoint to write (.pth)')
+    parser.add_argument('--overwrite', action='store_true', help='replace OUT when it exists')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings: key=value ...')
+    parser.add_argument('--json', action='store_true', help='print JSON instead of a line')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    out = Path(args.out)
+    with one_line_errors():
+        if out.exists() and not args.overwrite:
+            raise CSGError(f'{out} exists; choose another --out, or give --overwrite')
+        cfg = Config.fromfile(args.config)
+        cfg.merge_from_dict(args.cfg_options or {})
+        checkpoint = read_checkpoint(args.checkpoint)
+        model = build_model(cfg)
+        load_weights(model, checkpoint['state_dict'])
+        state_dict = materialise(model).state_dict()
+        meta = {key: checkpoint['meta'][key] for key in ('dataset_meta',) if key in checkpoint['meta']}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_name(f'.{out.name}.partial')
+        torch.save({'meta': meta, 'state_dict': state_dict}, partial)
+        partial.replace(out)
+    result = {'out': str(out), 'params': sum(each.numel() for each in model.parameters()), 'bytes': out.stat().st_size}
+    print(json.dumps(result) if args.json else '{out}: plain, {params:,} parameters, {bytes:,} bytes'.format(**result))
+
+
+if __name__ == '__main__':
+    main()

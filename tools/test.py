@@ -1,0 +1,64 @@
+"""Evaluate a checkpoint; the arguments are those of mmsegmentation's test.py."""
+
+import argparse
+import os
+
+from csg_seg.cli import one_line_errors
+
+with one_line_errors():
+    from mmengine.config import DictAction
+    from mmengine.runner import Runner
+
+    from csg_seg.mm.checkpoint import check_file
+    from csg_seg.mm.hooks import CheckpointGuardHook
+    from csg_seg.mm.launch import check_data, load_config, use_cpu_processes
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint of training (.pth) or compact checkpoint (.safetensors)')
+    parser.add_argument('--work-dir', help='folder for the metrics (default: work_dirs/CONFIG)')
+    parser.add_argument('--out', help='folder to save predictions in, for offline evaluation')
+    parser.add_argument('--show', action='store_true', help='show predictions in a window')
+    parser.add_argument('--show-dir', help='folder to save painted images in')
+    parser.add_argument('--wait-time', type=float, default=2, help='seconds to show each window (default: 2)')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings: key=value ...')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
+    parser.add_argument('--tta', action='store_true', help='test time augmentation')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+def apply_options(cfg, args: argparse.Namespace) -> None:
+    """Write the options that concern testing into the config."""
+    cfg.load_from = args.checkpoint
+    if args.show or args.show_dir:
+        cfg.default_hooks.visualization.update(draw=True, show=args.show, wait_time=args.wait_time)
+    if args.show_dir:
+        cfg.visualizer.save_dir = args.show_dir
+    if args.tta:
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        cfg.tta_model.module = cfg.model
+        cfg.model = cfg.tta_model
+    if args.out is not None:
+        cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
+
+
+def main() -> None:
+    args = parse_args()
+    with one_line_errors():
+        cfg = load_config(args)
+        check_file(args.checkpoint)
+        check_data(cfg, 'test')
+        apply_options(cfg, args)
+        use_cpu_processes(cfg)
+        runner = Runner.from_cfg(cfg)
+        runner.register_hook(CheckpointGuardHook())
+        runner.test()
+
+
+if __name__ == '__main__':
+    main()

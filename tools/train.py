@@ -1,0 +1,59 @@
+"""Train a segmentation network; the arguments are those of mmsegmentation's train.py."""
+
+import argparse
+import os
+
+from csg_seg.cli import one_line_errors
+
+with one_line_errors():
+    from mmengine.config import DictAction
+    from mmengine.registry import RUNNERS
+    from mmengine.runner import Runner
+
+    from csg_seg.errors import CSGError
+    from csg_seg.mm.launch import check_data, load_config, use_cpu_processes
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/CONFIG)')
+    parser.add_argument('--resume', action='store_true', help='go on from the latest checkpoint in the work folder')
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision (needs a GPU)')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings: key=value ...')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+def use_amp(cfg) -> None:
+    """Switch a config to mixed precision, as mmsegmentation's tool does."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise CSGError('--amp needs a GPU and there is none; leave it out')
+    kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise CSGError(f'--amp works with optim_wrapper.type OptimWrapper, the config has {kind}; leave --amp out')
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def main() -> None:
+    args = parse_args()
+    with one_line_errors():
+        cfg = load_config(args)
+        cfg.resume = args.resume
+        if args.amp:
+            use_amp(cfg)
+        check_data(cfg, 'train')
+        check_data(cfg, 'val')
+        use_cpu_processes(cfg)
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        runner.train()
+
+
+if __name__ == '__main__':
+    main()
