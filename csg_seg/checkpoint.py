@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from .conv import BANK, find_bank, generated_convs
@@ -102,7 +102,9 @@ def write_compact(
     """
     bank = find_bank(model)
     if bank is None:
-        raise CSGError('nothing to compact: the model is not retrofitted; call csg_seg.retrofit on it, or use torch.save')
+        raise CSGError(
+            'nothing to compact: the model is not retrofitted; call csg_seg.retrofit on it, or use torch.save'
+        )
     path = Path(path)
     if not path.parent.is_dir():
         raise CSGError(f'{path.parent}: no such folder; create it before saving {path.name}')
@@ -133,13 +135,17 @@ def read_compact(path: str | os.PathLike) -> Compact:
     try:
         with safe_open(str(path), framework='pt') as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
     except SafetensorError as error:
         raise CSGError(f'{path}: damaged, or no compact checkpoint ({error}); copy it again') from None
     if header.get('format') != FORMAT:
-        raise CSGError(f'{path}: a safetensors file that csg_seg.save_compact did not write; load it as the dense file it is')
+        raise CSGError(
+            f'{path}: a safetensors file that csg_seg.save_compact did not write; load it as the dense file it is'
+        )
     if header.get('version') != VERSION:
-        raise CSGError(f'{path}: version {header.get("version")} of the format; this csg_seg reads {VERSION}, update it')
+        raise CSGError(
+            f'{path}: version {header.get("version")} of the format; this csg_seg reads {VERSION}, update it'
+        )
     if header.pop('sha256', None) != _digest(tensors, header):
         raise CSGError(f'{path}: damaged, its checksum does not match; copy it again')
     generators = json.loads(header.pop('generators'))
@@ -151,7 +157,7 @@ def read_compact(path: str | os.PathLike) -> Compact:
 def _write_whole(tensors: dict[str, Tensor], header: dict[str, str], path: Path) -> None:
     partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
     try:
-        save_file(tensors, partial, metadata=header)
+        partial.write_bytes(save(tensors, metadata=header))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -161,7 +167,7 @@ def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
     sha = hashlib.sha256(json.dumps(dict(sorted(header.items()))).encode())
     for name in sorted(tensors):
         sha.update(f'{name} {tensors[name].dtype} {tuple(tensors[name].shape)}'.encode())
-        sha.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        sha.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
@@ -189,7 +195,10 @@ def _shapes_when_retrofitted(model: nn.Module, compact: Compact) -> dict[str, tu
         settings = compact.settings[position]
         if name not in convs or convs[name].kernel_size != settings.kernel:
             kh, kw = settings.kernel
-            raise CSGError(f'{name} is a {kh}x{kw} conv in the file and not in the model; load it into the network it was made from')
+            raise CSGError(
+                f'{name} is a {kh}x{kw} conv in the file and not in the model; '
+                'load it into the network it was made from'
+            )
         rows, cols = grid(shapes.pop(f'{name}.weight'), settings.slice_shape)
         shapes[f'{name}.code'] = (rows * cols, settings.code_dim)
     for position, settings in enumerate(compact.settings):
@@ -203,7 +212,12 @@ def _shapes_when_retrofitted(model: nn.Module, compact: Compact) -> dict[str, tu
 def _check_same(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
     for what, names in (('lacks', wanted.keys() - stored.keys()), ('has in excess', stored.keys() - wanted.keys())):
         if names:
-            raise CSGError(f'{what} {min(names)} ({len(names)} such entries); load it into the network it was made from')
+            raise CSGError(
+                f'{what} {min(names)} ({len(names)} such entries); load it into the network it was made from'
+            )
     for name, shape in wanted.items():
         if stored[name] != shape and not name.endswith(_EXTRA):
-            raise CSGError(f'{name} is {stored[name]} in the file and {shape} in the model; load it into the network it was made from')
+            raise CSGError(
+                f'{name} is {stored[name]} in the file and {shape} in the model; '
+                'load it into the network it was made from'
+            )

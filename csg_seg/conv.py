@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ class CSGConv2d(nn.Conv2d):
             return join(slices, self.weight_shape, layout=self.generator.settings.layout)
 
     def forward(self, input: Tensor) -> Tensor:
+        """Convolve ``(n, in, h, w)`` with the generated weight."""
         return self._conv_forward(input, self.generate_weight(), self.bias)
 
 
@@ -55,6 +57,9 @@ class GeneratorBank(nn.ModuleList):
         super().__init__(generators)
         self.left_dense = dict(left_dense)
 
+    def __iter__(self) -> Iterator[Generator]:
+        return cast(Iterator[Generator], super().__iter__())
+
 
 def kaiming_std(weight_shape: Iterable[int]) -> float:
     """Return the std of He et al., ICCV 2015, for ReLU and the backward pass (fan out)."""
@@ -68,8 +73,8 @@ def swap_in(conv: nn.Conv2d, generator: Generator, rng: torch.Generator) -> None
     rows, cols = grid(weight.shape, generator.settings.slice_shape)
     code = torch.empty(rows * cols, generator.settings.code_dim)
     code.normal_(mean=0.0, std=generator.code_std(kaiming_std(weight.shape)), generator=rng)
-    conv.__class__ = CSGConv2d
-    conv.weight = None
+    conv.__class__ = CSGConv2d  # type: ignore[assignment]
+    conv.register_parameter('weight', None)
     conv.code = nn.Parameter(code.to(weight), requires_grad=weight.requires_grad)
     # Past nn.Module's bookkeeping: registered here too, the generator would be
     # counted, saved and averaged once for each conv.
@@ -82,7 +87,7 @@ def swap_out(conv: CSGConv2d) -> None:
     conv.weight = nn.Parameter(weight, requires_grad=conv.code.requires_grad)
     del conv.code
     object.__delattr__(conv, 'generator')
-    conv.__class__ = nn.Conv2d
+    conv.__class__ = nn.Conv2d  # type: ignore[assignment]
 
 
 def generated_convs(model: nn.Module) -> Iterator[tuple[str, CSGConv2d]]:
@@ -110,7 +115,7 @@ def detach_bank(root: nn.Module) -> None:
         return
     root._modules.pop(BANK)
     hooks = root._load_state_dict_pre_hooks
-    for key in [key for key, hook in hooks.items() if hook.hook is check_state_dict]:
+    for key in [key for key, hook in hooks.items() if getattr(hook, 'hook', None) is check_state_dict]:
         del hooks[key]
 
 

@@ -51,6 +51,7 @@ class Generator(nn.Module):
         return weight_std * math.sqrt(math.prod(self.settings.slice_shape) / squared_norm)
 
     def extra_repr(self) -> str:
+        """Describe the generator in ``print(model)``."""
         return f'code_dim={self.settings.code_dim}, slice_shape={self.settings.slice_shape}'
 
     def get_extra_state(self) -> Tensor:
@@ -84,7 +85,9 @@ class BinaryGenerator(Generator):
         packed = torch.frombuffer(bytearray(hashlib.shake_256(seed).digest(-(-size // 8))), dtype=torch.uint8)
         bits = (packed[:, None] >> torch.arange(8)).bitwise_and(1).flatten()[:size]
         weight = (bits * 2.0 - 1.0) * math.prod(self.settings.slice_shape) ** -0.5
-        self.register_buffer('weight', weight.view(self.settings.code_dim, *self.settings.slice_shape), persistent=False)
+        self.register_buffer(
+            'weight', weight.view(self.settings.code_dim, *self.settings.slice_shape), persistent=False
+        )
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over the seed of a stored generator and draw its signs again.

@@ -79,7 +79,14 @@ class Summary:
         generated = [layer for layer in self.layers if layer.generator is not None]
         rows = [('generated layer', 'weight', 'grid', 'generator', 'dense', 'stored')]
         rows += [
-            (each.name, _by(each.weight_shape), _by(each.grid or ()), str(each.generator), f'{each.dense_params:,}', f'{each.stored_params:,}')
+            (
+                each.name,
+                _by(each.weight_shape),
+                _by(each.grid or ()),
+                str(each.generator),
+                f'{each.dense_params:,}',
+                f'{each.stored_params:,}',
+            )
             for each in generated
         ]
         lines = _align(rows) if generated else ['no generated layers']
@@ -110,8 +117,11 @@ def summarise(model: nn.Module) -> Summary:
     """
     bank = find_bank(model)
     generators = list(bank) if bank is not None else []
-    layers = tuple(_layer(name, module, generators, bank.left_dense if bank is not None else {})
-                   for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    layers = tuple(
+        _layer(name, module, generators, bank.left_dense if bank is not None else {})
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+    )
     generated = [module for module in model.modules() if isinstance(module, CSGConv2d)]
     parameters = list(model.parameters())
     stored = sum(parameter.numel() for parameter in parameters)
@@ -180,4 +190,9 @@ def _abridge(names: list[str], *, most: int = 4) -> str:
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ['  '.join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in rows]
+    return [
+        '  '.join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]

@@ -1,7 +1,7 @@
 """Choose layers; dense to generated, and back to plain convs."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -81,11 +81,12 @@ def swap_layers(
         taken: name of each layer to generate, and the position of its generator.
         left_dense: name of each other conv, and why it stays dense.
     """
-    first = model.get_submodule(next(iter(taken))).weight
+    convs = {name: cast(nn.Conv2d, model.get_submodule(name)) for name in taken}
+    first = next(iter(convs.values())).weight
     generators = [build_generator(each).to(first) for each in settings]
     rngs = [torch.Generator().manual_seed(each.seed) for each in settings]
     for name, position in taken.items():
-        swap_in(model.get_submodule(name), generators[position], rngs[position])
+        swap_in(convs[name], generators[position], rngs[position])
     attach_bank(model, GeneratorBank(generators, left_dense))
 
 
@@ -181,7 +182,7 @@ def _check_patterns(position: int, settings: Settings, convs: Mapping[str, nn.Co
             if not any(matches(name, pattern) for name in convs):
                 raise CSGError(
                     f'csg[{position}]: {key} pattern {pattern!r} names no conv of the model; '
-                    f'names look like {next(iter(reversed(convs)))!r}'
+                    f'names look like {list(convs)[-1]!r}'
                 )
 
 
@@ -214,4 +215,7 @@ def _why_nothing(
             'narrow their include, or drop this dict'
         )
     reasons = '; '.join(sorted({left_dense[name] for name in fitting}))
-    return f'{where}: of {len(fitting)} convs that fit its kernel, all stay dense ({reasons}); widen include or lower code_dim'
+    return (
+        f'{where}: of {len(fitting)} convs that fit its kernel, all stay dense ({reasons}); '
+        'widen include or lower code_dim'
+    )

@@ -59,7 +59,9 @@ class Settings:
                 raise CSGError(f'{where}: unknown key {key!r}; {hint}')
         for key in ('slice_shape', 'code_dim'):
             if key not in csg:
-                raise CSGError(f'{where}: {key!r} is missing; for 3x3 convs try slice_shape=(16, 16, 3, 3), code_dim=128')
+                raise CSGError(
+                    f'{where}: {key!r} is missing; for 3x3 convs try slice_shape=(16, 16, 3, 3), code_dim=128'
+                )
         values = {'seed': position, **csg}
         return cls(
             slice_shape=_slice_shape(where, values['slice_shape']),

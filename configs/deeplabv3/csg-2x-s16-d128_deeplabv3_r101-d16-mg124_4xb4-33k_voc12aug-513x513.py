@@ -9,4 +9,4 @@ model = dict(
         dict(slice_shape=(16, 16, 3, 3), code_dim=128, include=['decode_head.aspp_modules']),
     ],
 )
-default_hooks = dict(csg=dict(type='CSGHook', save_compact=True), random_state=dict(type='RandomStateHook'))
+default_hooks = dict(csg=dict(type='CSGHook', save_compact=True), exact_resume=dict(type='ExactResumeHook'))

@@ -1,6 +1,7 @@
 # The paper's DeepLab, ResNet-101 at output stride 16 with multi-grid (1, 2, 4): 60.7 M parameters, the dense twin.
 # Its recipe: SGD, lr 0.007 (heads x10), poly 0.9, weight decay 5e-4, 50 epochs at batch 16, crop 513.
-_base_ = [
+# The import makes 'mmseg::' resolve on both lines of mm packages, whatever program reads this.
+_base_ = __import__('csg_seg') and [
     'mmseg::_base_/models/deeplabv3_r50-d8.py',
     'mmseg::_base_/datasets/pascal_voc12_aug.py',
     'mmseg::_base_/default_runtime.py',
@@ -11,7 +12,12 @@ model = dict(
     pretrained='open-mmlab://resnet101_v1c',
     data_preprocessor=dict(size=crop_size),
     backbone=dict(
-        type='ResNet', depth=101, strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2), multi_grid=(1, 2, 4), contract_dilation=False
+        type='ResNet',
+        depth=101,
+        strides=(1, 2, 2, 1),
+        dilations=(1, 1, 1, 2),
+        multi_grid=(1, 2, 4),
+        contract_dilation=False,
     ),
     decode_head=dict(channels=256, dilations=(1, 6, 12, 18), num_classes=21),
     auxiliary_head=None,

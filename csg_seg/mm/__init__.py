@@ -1,10 +1,12 @@
 """All that concerns mmengine: the model door, the hook door, data sets, launching.
 
-Importing it registers ``CSGModel``, ``CSGHook``, ``RandomStateHook``, the loader
+Importing it registers ``CSGModel``, ``CSGHook``, ``ExactResumeHook``, the loader
 of compact checkpoints and, when mmsegmentation is there, ``CamVidDataset``.
 """
 
+import sys
 import warnings
+from contextlib import redirect_stdout
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 
@@ -14,7 +16,9 @@ from . import checkpoint, hooks, model  # noqa: F401
 
 if find_spec('mmseg') is not None:
     try:
-        from . import datasets  # noqa: F401
+        # It prints a note on stdout, which belongs to programs that read JSON.
+        with redirect_stdout(sys.stderr):
+            from . import datasets  # noqa: F401
     except (ImportError, AssertionError) as error:  # mmseg asserts the versions it works with
         warnings.warn(f'mmsegmentation is installed but does not import: {error}', stacklevel=2)
     try:

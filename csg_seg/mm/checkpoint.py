@@ -47,7 +47,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         with torch.serialization.safe_globals(_what_mmengine_pickles()):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except UnpicklingError as error:
-        raise CSGError(f'{path}: holds objects other than weights, or is damaged ({str(error).splitlines()[0]})') from None
+        raise CSGError(
+            f'{path}: holds objects other than weights, or is damaged ({str(error).splitlines()[0]})'
+        ) from None
     except (RuntimeError, EOFError) as error:
         raise CSGError(f'{path}: damaged, or no checkpoint ({str(error).splitlines()[0]}); copy it again') from None
     state_dict = checkpoint.get('state_dict', checkpoint)
@@ -86,5 +88,7 @@ def load_weights(model: nn.Module, state_dict: dict) -> None:
 
 def _what_mmengine_pickles() -> list:
     multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
-    dtypes = [type(np.dtype(each)) for each in (np.float32, np.float64, np.int32, np.int64, np.uint32, np.uint8, np.bool_)]
+    dtypes = [
+        type(np.dtype(each)) for each in (np.float32, np.float64, np.int32, np.int64, np.uint32, np.uint8, np.bool_)
+    ]
     return [HistoryBuffer, np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar, getattr, slice, *dtypes]

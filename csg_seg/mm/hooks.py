@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -58,9 +58,9 @@ class CSGHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Retrofit before weights are initialised or loaded."""
-        model = _unwrap(runner.model)
+        model = bare_model(runner.model)
         if self.retrofit(model):
-            _rewrap(runner, model)
+            _rewrap(runner)
         runner.logger.info(f'CSG: {summarise(model).headline()}')
         if self.save_compact:
             runner.register_hook(CompactCheckpointHook())
@@ -92,7 +92,7 @@ class CompactCheckpointHook(Hook):
             path.parent.mkdir(parents=True, exist_ok=True)
             compact = path.with_suffix('.safetensors')
             metadata = {'dataset_meta': json.dumps(names)}
-            write_compact(_unwrap(runner.model), checkpoint['state_dict'], compact, metadata=metadata)
+            write_compact(bare_model(runner.model), checkpoint['state_dict'], compact, metadata=metadata)
             self._delete_orphans()
             self._written.append(path)
 
@@ -103,11 +103,12 @@ class CompactCheckpointHook(Hook):
 
 
 @HOOKS.register_module()
-class RandomStateHook(Hook):
-    """Keep torch's random state in checkpoints, so that a resumed run draws the same dropout.
+class ExactResumeHook(Hook):
+    """Let a resumed iteration-based run end with the weights of an unbroken one of the same seed.
 
-    With it a run that was killed and resumed ends with the weights of an unbroken
-    one; mmengine itself restores the order of the data.
+    mmengine restores the order of the data. This hook adds the random numbers:
+    torch's state, for dropout, goes into checkpoints; the data loader's, for
+    augmentation, are drawn anew by loading once more what was trained on already.
     """
 
     def __init__(self) -> None:
@@ -123,8 +124,19 @@ class RandomStateHook(Hook):
         if runner._resume:
             self._states = checkpoint.get('random_state')
 
+    def before_train(self, runner: Runner) -> None:
+        """Bring the data loader's workers to where they were."""
+        loop = runner.train_loop
+        # Older mmengine has no such attribute and always loads the data again itself.
+        if runner.iter == 0 or getattr(loop, 'fast_forward_on_resume', True):
+            return
+        runner.logger.info(f'Exact resume: loading {runner.iter} batches again for their random numbers.')
+        for _ in range(runner.iter):
+            next(loop.dataloader_iterator)
+        loop.fast_forward_on_resume = True
+
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Restore it once the data loader has caught up."""
+        """Restore torch's state once the data loader has caught up."""
         if self._states is None:
             return
         cpu, *cuda = (state.cpu() for state in self._states)
@@ -140,16 +152,18 @@ class CheckpointGuardHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Compare the checkpoint's kind with the model's."""
         codes = [name for name in checkpoint.get('state_dict', checkpoint) if name.endswith('.code')]
-        model = _unwrap(runner.model)
-        if codes and find_bank(getattr(model, 'module', model)) is None:
+        if codes and find_bank(bare_model(runner.model)) is None:
             raise CSGError(
                 f'the checkpoint holds codes ({codes[0]} and {len(codes) - 1} more) but the config is dense; '
                 'use the CSG config, or materialise the checkpoint first (tools/materialise.py)'
             )
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model
+def bare_model(model: nn.Module) -> nn.Module:
+    """Return the network inside wrappers for data parallelism and test-time augmentation."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
 
 
 def _checkpoint_paths(runner: Runner) -> set[str]:
@@ -157,17 +171,20 @@ def _checkpoint_paths(runner: Runner) -> set[str]:
     return {path for key, path in info.items() if path and (key == 'last_ckpt' or key.startswith('best_ckpt'))}
 
 
-def _rewrap(runner: Runner, model: nn.Module) -> None:
+def _rewrap(runner: Runner) -> None:
     """Make the runner's wrapper and, in training, its optimizer anew for changed parameters."""
-    # The old wrapper's gradient hooks go when it is collected, not before.
-    runner.model = model
-    gc.collect()
-    runner.model = runner.wrap_model(deepcopy(runner.cfg.get('model_wrapper_cfg')), model)
+    if is_model_wrapper(runner.model):
+        runner.model = runner.model.module
+        # The old wrapper's gradient hooks go when it is collected, not before.
+        gc.collect()
+        runner.model = runner.wrap_model(deepcopy(runner.cfg.get('model_wrapper_cfg')), runner.model)
     if not isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)):
         return
     optim_wrapper = runner.cfg.get('optim_wrapper')
     if optim_wrapper is None:
-        raise CSGError('CSGHook cannot rebuild an optimizer that no config describes; use CSGModel, or csg_seg.retrofit')
+        raise CSGError(
+            'CSGHook cannot rebuild an optimizer that no config describes; use CSGModel, or csg_seg.retrofit'
+        )
     runner.optim_wrapper = runner.build_optim_wrapper(deepcopy(optim_wrapper))
     built, runner.param_schedulers = runner.param_schedulers, None
     runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)

@@ -97,7 +97,9 @@ def _check_samples(split: str, root: Path, dataset: Mapping[str, Any], remedy: s
     paths = [Path(sample[key]) for sample in built.data_list for key in keys if sample.get(key)]
     missing = [path for path in paths if not path.exists()]
     if missing:
-        raise CSGError(f'{split} data: {len(missing)} of {len(paths)} files are missing, the first {missing[0]}; {remedy}')
+        raise CSGError(
+            f'{split} data: {len(missing)} of {len(paths)} files are missing, the first {missing[0]}; {remedy}'
+        )
 
 
 def _export_slurm_ranks() -> None:

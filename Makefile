@@ -1,0 +1,42 @@
+# make demo    set up, train a CSG DeepLabV3 and its dense twin on drawn data, print the comparison
+# make test    set up and run the tests; CSG_SEG_DATA=FOLDER adds those on real images
+# make check-full   the long checks too
+# make lint    ruff and mypy
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP_INSTALL := PIP_CONSTRAINT=constraints.txt $(RUN) -m pip install --disable-pip-version-check -q
+DEMO := configs/demo
+NAME := deeplabv3_r18-d8-w32_drawn-voc-96x96.py
+
+.PHONY: demo test check-full lint clean
+
+demo: $(VENV)/mm.installed
+	$(RUN) tools/dataset_converters/draw_voc.py data/drawn
+	$(RUN) tools/compare.py $(DEMO)/$(NAME) $(DEMO)/csg-s16-d128_$(NAME) \
+		--work-dir work_dirs/demo --out work_dirs/demo/result.json
+
+test: $(VENV)/dev.installed
+	$(RUN) -m pytest
+
+check-full: $(VENV)/dev.installed
+	$(RUN) -m pytest -m 'full or not full'
+
+lint: $(VENV)/dev.installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+clean:
+	rm -rf $(VENV) work_dirs data/drawn
+
+$(VENV)/mm.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo 'Installing csg_seg, PyTorch and the mm packages into $(VENV) (about 5 GB, a few minutes)'
+	$(PIP_INSTALL) -e '.[mm]'
+	touch $@
+
+$(VENV)/dev.installed: $(VENV)/mm.installed
+	$(PIP_INSTALL) -e '.[mm,onnx,dev]'
+	touch $@

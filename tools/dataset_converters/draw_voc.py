@@ -1,0 +1,43 @@
+"""Draw a small data set in Pascal VOC 2012's layout, to try the package without a download."""
+
+import argparse
+import inspect
+import json
+from functools import partial
+from pathlib import Path
+
+from rich.progress import track
+
+from csg_seg.cli import one_line_errors
+from csg_seg.drawing import draw_dataset
+
+
+def parse_args() -> argparse.Namespace:
+    defaults = {name: parameter.default for name, parameter in inspect.signature(draw_dataset).parameters.items()}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('out', type=Path, help='folder to write VOC2012 into, such as data/drawn')
+    for option, metavar, text in (
+        ('train', 'N', 'images to train on'),
+        ('val', 'N', 'images to evaluate on'),
+        ('size', 'PX', 'side of the square images'),
+        ('seed', 'S', 'other seeds, other images'),
+    ):
+        parser.add_argument(f'--{option}', type=int, default=defaults[option], metavar=metavar, help=text)
+    parser.add_argument('--json', action='store_true', help='print the result as JSON alone')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    settings = {name: getattr(args, name) for name in ('train', 'val', 'size', 'seed')}
+    progress = None if args.json else partial(track, description='Drawing')
+    with one_line_errors():
+        home = draw_dataset(args.out, **settings, progress=progress)
+    if args.json:
+        print(json.dumps({'data_root': str(home), **settings}))
+    else:
+        print(f'{args.train} images to train on and {args.val} to evaluate on lie in {home}')
+
+
+if __name__ == '__main__':
+    main()
