@@ -1,8 +1,9 @@
 """Compact checkpoints: generators once, codes, and the rest, in one safetensors file.
 
 Tensors carry their state-dict names; the metadata holds ``generators`` (a JSON
-list of settings), ``layers`` (JSON, layer name to generator position) and a
-SHA-256 of everything. A binary generator is its seed in the metadata alone.
+list of settings), ``layers`` (JSON, layer name to generator position and weight
+shape) and a SHA-256 of everything. A binary generator is its seed in the
+metadata alone.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from .conv import BANK, find_bank, generated_convs
 from .errors import CSGError
 from .generator import encode_meaning
-from .retrofit import swap_layers
+from .retrofit import check_root, swap_layers
 from .settings import Settings
 from .slices import grid
 
@@ -35,13 +36,13 @@ class Compact:
     Attributes:
         tensors: the root's state dict, generator settings included.
         settings: one for each generator.
-        layers: name of each generated layer, and its generator's position.
+        layers: name of each generated layer, its generator's position and its weight's shape.
         metadata: whatever else the writer noted, text by name.
     """
 
     tensors: dict[str, Tensor]
     settings: list[Settings]
-    layers: dict[str, int]
+    layers: dict[str, tuple[int, tuple[int, ...]]]
     metadata: dict[str, str]
 
 
@@ -76,12 +77,10 @@ def load_compact(path: str | os.PathLike, model: nn.Module) -> nn.Module:
     try:
         wanted = _shapes_when_retrofitted(model, compact) if dense else _shapes(model, compact)
         _check_same({name: tuple(tensor.shape) for name, tensor in compact.tensors.items()}, wanted)
+        if dense:
+            _retrofit_like(model, compact)
     except CSGError as error:
         raise CSGError(f'{path}: {error}') from None
-    if dense:
-        convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-        left_dense = {name: 'dense in the compact checkpoint' for name in convs if name not in compact.layers}
-        swap_layers(model, compact.settings, compact.layers, left_dense)
     model.load_state_dict(compact.tensors)
     return model
 
@@ -108,17 +107,24 @@ def write_compact(
     path = Path(path)
     if not path.parent.is_dir():
         raise CSGError(f'{path.parent}: no such folder; create it before saving {path.name}')
-    position = {id(generator): index for index, generator in enumerate(bank)}
+    if path.is_dir():
+        raise CSGError(f'{path}: a folder, not a file; choose another path')
     header = {
         **(metadata or {}),
         'format': FORMAT,
         'version': VERSION,
         'generators': json.dumps([generator.settings.to_dict() for generator in bank]),
-        'layers': json.dumps({name: position[id(conv.generator)] for name, conv in generated_convs(model)}),
+        'layers': json.dumps(_layers(model)),
     }
-    # Cloned, because safetensors refuses views and tied tensors.
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in state_dict.items() if not name.endswith(_EXTRA)}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    tensors = {}
+    for name, tensor in state_dict.items():
+        if not isinstance(tensor, Tensor):
+            raise CSGError(
+                f'{name}: a {type(tensor).__name__} in the state dict, which only tensors can be; save it apart'
+            )
+        if not _is_setting(name):
+            # Cloned, because safetensors refuses views and tied tensors.
+            tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     header['sha256'] = _digest(tensors, header)
     _write_whole(tensors, header, path)
 
@@ -130,6 +136,8 @@ def read_compact(path: str | os.PathLike) -> Compact:
         FileNotFoundError: there is no such file.
         CSGError: the file is damaged, or is no compact checkpoint.
     """
+    if Path(path).is_dir():
+        raise CSGError(f'{path}: a folder, not a compact checkpoint; name a file in it')
     if not Path(path).is_file():
         raise FileNotFoundError(f'{path}: no such file')
     try:
@@ -151,7 +159,8 @@ def read_compact(path: str | os.PathLike) -> Compact:
     generators = json.loads(header.pop('generators'))
     settings = [Settings.from_dict(each, position=position) for position, each in enumerate(generators)]
     tensors |= {f'{BANK}.{position}.{_EXTRA}': encode_meaning(each) for position, each in enumerate(settings)}
-    return Compact(tensors, settings, json.loads(header.pop('layers')), header)
+    layers = {name: (position, tuple(shape)) for name, (position, shape) in json.loads(header.pop('layers')).items()}
+    return Compact(tensors, settings, layers, header)
 
 
 def _write_whole(tensors: dict[str, Tensor], header: dict[str, str], path: Path) -> None:
@@ -180,10 +189,10 @@ def _shapes(model: nn.Module, compact: Compact) -> dict[str, tuple[int, ...]]:
         wanted = [getattr(generator.settings, key) for generator in bank]
         if stored != wanted:
             raise CSGError(f'made with {key} {stored}, the model has {wanted}; load it into the dense network instead')
-    layers = {name for name, _ in generated_convs(model)}
-    if layers != set(compact.layers):
-        odd = sorted(layers ^ set(compact.layers))
-        raise CSGError(f'{odd[0]} is generated on one side only; load it into the dense network instead')
+    layers = _layers(model)
+    if layers != compact.layers:
+        odd = sorted(dict(layers.items() ^ compact.layers.items()))
+        raise CSGError(f'{odd[0]} is generated otherwise in the file; load it into the dense network it was made from')
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -191,15 +200,14 @@ def _shapes_when_retrofitted(model: nn.Module, compact: Compact) -> dict[str, tu
     """Return the state-dict shapes that a dense model will have as the file's network."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    for name, position in compact.layers.items():
-        settings = compact.settings[position]
-        if name not in convs or convs[name].kernel_size != settings.kernel:
-            kh, kw = settings.kernel
+    for name, (position, weight_shape) in compact.layers.items():
+        if name not in convs or shapes.pop(f'{name}.weight', None) != weight_shape:
             raise CSGError(
-                f'{name} is a {kh}x{kw} conv in the file and not in the model; '
+                f'{name} is a conv of weight {weight_shape} in the file and not in the model; '
                 'load it into the network it was made from'
             )
-        rows, cols = grid(shapes.pop(f'{name}.weight'), settings.slice_shape)
+        settings = compact.settings[position]
+        rows, cols = grid(weight_shape, settings.slice_shape)
         shapes[f'{name}.code'] = (rows * cols, settings.code_dim)
     for position, settings in enumerate(compact.settings):
         if settings.generator == 'linear':
@@ -209,6 +217,27 @@ def _shapes_when_retrofitted(model: nn.Module, compact: Compact) -> dict[str, tu
     return shapes
 
 
+def _retrofit_like(model: nn.Module, compact: Compact) -> None:
+    check_root(model)
+    convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    left_dense = {name: 'dense in the compact checkpoint' for name in convs if name not in compact.layers}
+    taken = {name: position for name, (position, _) in compact.layers.items()}
+    swap_layers(model, compact.settings, taken, left_dense)
+
+
+def _layers(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Return each generated layer's generator position and weight shape."""
+    bank = find_bank(model)
+    assert bank is not None
+    position = {id(generator): index for index, generator in enumerate(bank)}
+    return {name: (position[id(conv.generator)], tuple(conv.weight_shape)) for name, conv in generated_convs(model)}
+
+
+def _is_setting(name: str) -> bool:
+    """Whether a state-dict entry is a generator's settings, which the metadata holds."""
+    return name.startswith(f'{BANK}.') and name.endswith(_EXTRA)
+
+
 def _check_same(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
     for what, names in (('lacks', wanted.keys() - stored.keys()), ('has in excess', stored.keys() - wanted.keys())):
         if names:
@@ -216,7 +245,7 @@ def _check_same(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tupl
                 f'{what} {min(names)} ({len(names)} such entries); load it into the network it was made from'
             )
     for name, shape in wanted.items():
-        if stored[name] != shape and not name.endswith(_EXTRA):
+        if stored[name] != shape and not _is_setting(name):
             raise CSGError(
                 f'{name} is {stored[name]} in the file and {shape} in the model; '
                 'load it into the network it was made from'

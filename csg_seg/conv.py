@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,10 @@ class GeneratorBank(nn.ModuleList):
         super().__init__(generators)
         self.left_dense = dict(left_dense)
 
+    def forward(self, input: Any) -> Any:
+        """Return the input: a root that runs its children in turn, as ``nn.Sequential`` does, runs the bank too."""
+        return input
+
     def __iter__(self) -> Iterator[Generator]:
         return cast(Iterator[Generator], super().__iter__())
 
@@ -68,7 +72,13 @@ def kaiming_std(weight_shape: Iterable[int]) -> float:
 
 
 def swap_in(conv: nn.Conv2d, generator: Generator, rng: torch.Generator) -> None:
-    """Turn a dense conv into a generated one in place, at its Kaiming variance."""
+    """Turn a dense conv into a generated one in place, at its Kaiming variance.
+
+    Args:
+        conv: a plain ``nn.Conv2d``.
+        generator: still on the CPU, where start values are the same for all devices.
+        rng: draws the codes; on the CPU too.
+    """
     weight = conv.weight
     rows, cols = grid(weight.shape, generator.settings.slice_shape)
     code = torch.empty(rows * cols, generator.settings.code_dim)
@@ -109,10 +119,16 @@ def attach_bank(root: nn.Module, bank: GeneratorBank) -> None:
     root._register_load_state_dict_pre_hook(check_state_dict, with_module=True)
 
 
+def find_roots(model: nn.Module) -> Iterator[tuple[str, nn.Module, GeneratorBank]]:
+    """Yield each retrofitted root in a model, itself included: the prefix of its names, itself, its bank."""
+    for name, module in model.named_modules():
+        bank = find_bank(module)
+        if bank is not None:
+            yield f'{name}.' if name else '', module, bank
+
+
 def detach_bank(root: nn.Module) -> None:
     """Undo :func:`attach_bank`."""
-    if find_bank(root) is None:
-        return
     root._modules.pop(BANK)
     hooks = root._load_state_dict_pre_hooks
     for key in [key for key, hook in hooks.items() if getattr(hook, 'hook', None) is check_state_dict]:

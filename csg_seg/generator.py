@@ -26,14 +26,13 @@ class Generator(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, rng: torch.Generator):
         super().__init__()
         self.settings = settings
-        self._draw_weight()
+        self._draw_weight(rng)
 
-    def _draw_weight(self) -> None:
+    def _draw_weight(self, rng: torch.Generator) -> None:
         weight = torch.empty(self.settings.code_dim, *self.settings.slice_shape)
-        rng = torch.Generator().manual_seed(self.settings.seed)
         weight.normal_(mean=0.0, std=math.prod(self.settings.slice_shape) ** -0.5, generator=rng)
         self.weight = nn.Parameter(weight, requires_grad=not self.settings.freeze_generator)
 
@@ -78,7 +77,10 @@ class BinaryGenerator(Generator):
     that it trains at the same learning rate as the linear generator.
     """
 
-    def _draw_weight(self) -> None:
+    def _draw_weight(self, rng: torch.Generator) -> None:
+        self._rebuild_signs()
+
+    def _rebuild_signs(self) -> None:
         size = self.settings.code_dim * math.prod(self.settings.slice_shape)
         # A hash, not a library's random numbers: the same bits for ever and on any device.
         seed = self.settings.seed.to_bytes(8, 'little')
@@ -100,21 +102,22 @@ class BinaryGenerator(Generator):
         if stored['seed'] != self.settings.seed:
             like = self.weight
             self.settings = Settings.from_dict({**self.settings.to_dict(), 'seed': stored['seed']})
-            self._draw_weight()
+            self._rebuild_signs()
             self.weight = self.weight.to(like)
 
 
-_MEANING = ('generator', 'slice_shape', 'code_dim', 'layout', 'seed')
+_MEANING = ('generator', 'slice_shape', 'code_dim', 'layout')
 
 
-def build_generator(settings: Settings) -> Generator:
-    """Build the generator that the settings name."""
-    return {'linear': Generator, 'binary': BinaryGenerator}[settings.generator](settings)
+def build_generator(settings: Settings, rng: torch.Generator) -> Generator:
+    """Build the generator that the settings name; ``rng`` draws a linear one's start values."""
+    return {'linear': Generator, 'binary': BinaryGenerator}[settings.generator](settings, rng)
 
 
 def encode_meaning(settings: Settings) -> Tensor:
     """Encode, as JSON bytes ``(n,)`` in uint8, the settings that decide what a code means."""
-    text = json.dumps({key: settings.to_dict()[key] for key in _MEANING})
+    keys = _MEANING if settings.generator == 'linear' else (*_MEANING, 'seed')
+    text = json.dumps({key: settings.to_dict()[key] for key in keys})
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
@@ -126,7 +129,8 @@ def read_meaning(state: Tensor) -> dict:
     """
     try:
         stored = json.loads(bytes(state.tolist()))
-        return {key: stored[key] for key in _MEANING}
+        keys = _MEANING if stored['generator'] == 'linear' else (*_MEANING, 'seed')
+        return {key: stored[key] for key in keys}
     except (ValueError, KeyError, TypeError) as error:
         raise CSGError(f"the checkpoint's generator settings are damaged ({error}); use another copy of it") from None
 
@@ -138,7 +142,7 @@ def check_meaning(settings: Settings, state: Tensor) -> None:
         CSGError: slice shape, code length, layout or kind differ.
     """
     wanted, stored = settings.to_dict(), read_meaning(state)
-    for key in ('generator', 'slice_shape', 'code_dim', 'layout'):
+    for key in _MEANING:
         if wanted[key] != stored[key]:
             raise CSGError(
                 f'the checkpoint was made with {key}={stored[key]!r}, this model has {key}={wanted[key]!r}; '

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .conv import CSGConv2d, find_bank
+from .conv import CSGConv2d, find_roots
 from .generator import Generator
 from .slices import grid
 
@@ -115,10 +115,11 @@ def summarise(model: nn.Module) -> Summary:
     Returns:
         a :class:`Summary` with totals, generators and convs.
     """
-    bank = find_bank(model)
-    generators = list(bank) if bank is not None else []
+    roots = list(find_roots(model))
+    generators = [generator for _, _, bank in roots for generator in bank]
+    left_dense = {prefix + name: reason for prefix, _, bank in roots for name, reason in bank.left_dense.items()}
     layers = tuple(
-        _layer(name, module, generators, bank.left_dense if bank is not None else {})
+        _layer(name, module, generators, left_dense)
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d)
     )

@@ -1,10 +1,13 @@
 """Choose layers; dense to generated, and back to plain convs."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
 
 from .conv import (
     BANK,
@@ -12,6 +15,7 @@ from .conv import (
     attach_bank,
     detach_bank,
     find_bank,
+    find_roots,
     generated_convs,
     swap_in,
     swap_out,
@@ -35,6 +39,7 @@ def retrofit(model: nn.Module, csg: CSG) -> nn.Module:
         model: any network of ``nn.Conv2d`` layers.
         csg: a dict of settings (see :class:`csg_seg.settings.Settings`), or a
             list of dicts for several generators; a layer goes to the first that takes it.
+            For several GPUs use ``DistributedDataParallel``, not ``DataParallel``.
 
     Returns:
         The same model.
@@ -42,11 +47,11 @@ def retrofit(model: nn.Module, csg: CSG) -> nn.Module:
     Raises:
         CSGError: a setting is wrong, a dict takes no layer, or a layer cannot be generated.
     """
-    dicts = [csg] if isinstance(csg, Mapping) else list(csg)
-    if not dicts:
-        raise CSGError('csg is an empty list; give it at least one dict with slice_shape and code_dim')
+    dicts = [csg] if isinstance(csg, Mapping) else csg
+    if not isinstance(dicts, Sequence) or len(dicts) == 0:
+        raise CSGError(f'csg must be a dict with slice_shape and code_dim, or a list of such dicts; got {csg!r}')
     settings = [Settings.from_dict(each, position=position) for position, each in enumerate(dicts)]
-    _check_root(model)
+    check_root(model)
     taken, left_dense = choose_layers(model, settings)
     swap_layers(model, settings, taken, left_dense)
     return model
@@ -66,9 +71,15 @@ def materialise(model: nn.Module) -> nn.Module:
     convs = dict(generated_convs(model))
     if not convs:
         raise CSGError('nothing to materialise: the model has no generated layer; retrofit it first')
+    roots = list(find_roots(model))
+    registered = {id(generator) for _, _, bank in roots for generator in bank}
+    for name, conv in convs.items():
+        if id(conv.generator) not in registered:
+            raise CSGError(f'{name}: its generator belongs to a larger model; materialise that model as a whole')
     for conv in convs.values():
         swap_out(conv)
-    detach_bank(model)
+    for _, root, _ in roots:
+        detach_bank(root)
     return model
 
 
@@ -80,14 +91,21 @@ def swap_layers(
     Args:
         taken: name of each layer to generate, and the position of its generator.
         left_dense: name of each other conv, and why it stays dense.
+
+    Raises:
+        CSGError: a layer cannot be generated; the model is as it was.
     """
     convs = {name: cast(nn.Conv2d, model.get_submodule(name)) for name in taken}
+    for name, conv in convs.items():
+        _check_can_generate(name, conv)
+    _check_no_sharing(model, convs)
     first = next(iter(convs.values())).weight
-    generators = [build_generator(each).to(first) for each in settings]
+    # One stream for a generator and its codes: two of the same seed would repeat each other.
     rngs = [torch.Generator().manual_seed(each.seed) for each in settings]
+    generators = [build_generator(each, rng) for each, rng in zip(settings, rngs, strict=True)]
     for name, position in taken.items():
         swap_in(convs[name], generators[position], rngs[position])
-    attach_bank(model, GeneratorBank(generators, left_dense))
+    attach_bank(model, GeneratorBank(generators, left_dense).to(first))
 
 
 def choose_layers(model: nn.Module, settings: Sequence[Settings]) -> tuple[dict[str, int], dict[str, str]]:
@@ -107,7 +125,6 @@ def choose_layers(model: nn.Module, settings: Sequence[Settings]) -> tuple[dict[
         for position, each in enumerate(settings):
             reason = _reason_to_pass(name, conv, each, is_first=name == first)
             if reason is None:
-                _check_can_generate(name, conv)
                 taken[name] = position
                 left_dense.pop(name, None)
                 break
@@ -117,7 +134,6 @@ def choose_layers(model: nn.Module, settings: Sequence[Settings]) -> tuple[dict[
         if position not in taken.values():
             raise CSGError(_why_nothing(position, each, convs, taken, left_dense))
         _check_patterns(position, each, convs)
-    _check_no_sharing(model, taken)
     return taken, left_dense
 
 
@@ -137,7 +153,7 @@ def _reason_to_pass(name: str, conv: nn.Conv2d, settings: Settings, *, is_first:
     if is_first and name not in (settings.include or ()):
         return "the network's first conv"
     if isinstance(conv.weight, nn.Parameter) and not conv.weight.requires_grad:
-        return 'frozen'
+        return 'frozen (requires_grad is False)'
     rows, cols = grid((conv.out_channels, conv.in_channels, *conv.kernel_size), settings.slice_shape)
     generated = rows * cols * settings.code_dim
     dense = conv.out_channels * conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
@@ -146,7 +162,12 @@ def _reason_to_pass(name: str, conv: nn.Conv2d, settings: Settings, *, is_first:
     return None
 
 
-def _check_root(model: nn.Module) -> None:
+def check_root(model: nn.Module) -> None:
+    """Refuse a model that cannot be retrofitted, or is already.
+
+    Raises:
+        CSGError: says which.
+    """
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise CSGError(f'the model is already wrapped in {type(model).__name__}; retrofit it before it is wrapped')
     if find_bank(model) is not None or any(generated_convs(model)):
@@ -161,19 +182,25 @@ def _check_can_generate(name: str, conv: nn.Conv2d) -> None:
     own_forward = kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward
     if own_forward or 'forward' in vars(conv):
         raise CSGError(f'{name}: {kind.__name__} brings its own forward, which a generated layer would lose; {remedy}')
-    if not isinstance(conv._parameters.get('weight'), nn.Parameter):
-        raise CSGError(f'{name}: the weight of this {kind.__name__} is computed (parametrised or pruned); {remedy}')
+    computed = is_parametrized(conv) or not isinstance(conv._parameters.get('weight'), nn.Parameter)
+    if computed or isinstance(conv.weight, UninitializedParameter):
+        raise CSGError(
+            f'{name}: the weight of this {kind.__name__} is computed (parametrised, pruned or lazy); {remedy}'
+        )
+    if conv.groups != 1:
+        raise CSGError(f'{name}: a conv of {conv.groups} groups cannot be generated; {remedy}')
 
 
-def _check_no_sharing(model: nn.Module, taken: Mapping[str, int]) -> None:
-    owners: dict[int, str] = {}
+def _check_no_sharing(model: nn.Module, convs: Mapping[str, nn.Conv2d]) -> None:
+    """Refuse weights that something else in the model holds too: it would keep the dense one."""
+    holders = defaultdict(list)
     for name, module in model.named_modules():
-        weight = module._parameters.get('weight')
-        if weight is None:
-            continue
-        other = owners.setdefault(id(weight), name)
-        if other != name and (name in taken or other in taken):
-            raise CSGError(f"{name} and {other} share one weight; leave both dense with exclude=['{other}', '{name}']")
+        for key, parameter in module._parameters.items():
+            holders[id(parameter)].append(f'{name}.{key}' if name else key)
+    for name, conv in convs.items():
+        others = [other for other in holders[id(conv.weight)] if other != f'{name}.weight']
+        if others:
+            raise CSGError(f"{name}: its weight is also {others[0]}; leave it dense with exclude=['{name}']")
 
 
 def _check_patterns(position: int, settings: Settings, convs: Mapping[str, nn.Conv2d]) -> None:
@@ -197,9 +224,11 @@ def _why_nothing(
     where = f'csg[{position}] takes no layer'
     fitting = [name for name, conv in convs.items() if conv.kernel_size == settings.kernel]
     if not fitting:
-        kernels = sorted({conv.kernel_size for conv in convs.values()})
-        found = ', '.join(f'{kh}x{kw}' for kh, kw in kernels) or 'none at all'
         kh, kw = settings.kernel
+        kernels = sorted({conv.kernel_size for conv in convs.values()})
+        if not kernels:
+            return f'{where}: the model has no nn.Conv2d at all; retrofit a network that has'
+        found = ', '.join('x'.join(map(str, kernel)) for kernel in kernels)
         return (
             f'{where}: slice_shape {settings.slice_shape} fits {kh}x{kw} kernels, the convs of the model have {found}; '
             'change the last two numbers of slice_shape'
@@ -217,5 +246,5 @@ def _why_nothing(
     reasons = '; '.join(sorted({left_dense[name] for name in fitting}))
     return (
         f'{where}: of {len(fitting)} convs that fit its kernel, all stay dense ({reasons}); '
-        'widen include or lower code_dim'
+        'widen include, narrow exclude, unfreeze, or lower code_dim'
     )

@@ -10,6 +10,7 @@ from .errors import CSGError
 from .slices import LAYOUTS
 
 GENERATORS = ('linear', 'binary')
+MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Settings:
             freeze_generator=_flag(where, values),
             include=_patterns(where, 'include', values.get('include')),
             exclude=_patterns(where, 'exclude', values.get('exclude')) or (),
-            seed=_integer(where, 'seed', values['seed'], minimum=0),
+            seed=_integer(where, 'seed', values['seed'], minimum=0, maximum=MAX_SEED),
         )
 
     @property
@@ -93,15 +94,16 @@ def _slice_shape(where: str, value: Any) -> tuple[int, int, int, int]:
     wanted = 'slice_shape must be four positive integers (s_out, s_in, kh, kw), such as (16, 16, 3, 3)'
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 4:
         raise CSGError(f'{where}: {wanted}; got {value!r}')
-    if not all(isinstance(size, int) and size > 0 for size in value):
+    if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in value):
         raise CSGError(f'{where}: {wanted}; got {value!r}')
     s_out, s_in, kh, kw = value
     return s_out, s_in, kh, kw
 
 
-def _integer(where: str, key: str, value: Any, *, minimum: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise CSGError(f'{where}: {key} must be an integer of at least {minimum}; got {value!r}')
+def _integer(where: str, key: str, value: Any, *, minimum: int, maximum: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= (maximum or value):
+        most = f' and at most {maximum}' if maximum else ''
+        raise CSGError(f'{where}: {key} must be an integer of at least {minimum}{most}; got {value!r}')
     return value
 
 

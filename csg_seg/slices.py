@@ -42,8 +42,9 @@ def join(slices: Tensor, weight_shape: Sequence[int], *, layout: str = 'block') 
             ``c * s_in`` of the weight; 'flat' reshapes all values in order.
 
     Raises:
-        ValueError: the number of slices does not match the grid.
+        ValueError: the number of slices does not match the grid, or the layout is unknown.
     """
+    _check_layout(layout)
     n_slices, s_out, s_in, kh, kw = slices.shape
     rows, cols = grid(weight_shape, slices.shape[1:])
     if n_slices != rows * cols:
@@ -72,8 +73,9 @@ def split(weight: Tensor, slice_shape: Sequence[int], *, layout: str = 'block') 
         ``(rows * cols, s_out, s_in, kh, kw)``, row by row.
 
     Raises:
-        ValueError: the kernels differ.
+        ValueError: the kernels differ, or the layout is unknown.
     """
+    _check_layout(layout)
     rows, cols = grid(weight.shape, slice_shape)
     s_out, s_in, kh, kw = slice_shape
     overhang = (0, 0, 0, 0, 0, cols * s_in - weight.shape[1], 0, rows * s_out - weight.shape[0])
@@ -82,3 +84,8 @@ def split(weight: Tensor, slice_shape: Sequence[int], *, layout: str = 'block') 
         grid_of_slices = whole.reshape(rows, s_out, cols, s_in, kh, kw)
         whole = grid_of_slices.transpose(1, 2)
     return whole.reshape(rows * cols, s_out, s_in, kh, kw)
+
+
+def _check_layout(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f'layout {layout!r} is unknown; use one of {LAYOUTS}')

@@ -23,7 +23,8 @@ SIGNS_OF_SEED_5 = '34b4e80a0ad0b7e2a40656f5c2da3bbac247c8981bcd0d05a02ae05da6a61
 
 
 def build(**changes):
-    return build_generator(Settings.from_dict(CSG | changes))
+    settings = Settings.from_dict(CSG | changes)
+    return build_generator(settings, torch.Generator().manual_seed(settings.seed))
 
 
 def digest(signs):
@@ -100,9 +101,11 @@ def test_binary_signs_are_rebuilt_bit_for_bit_by_a_fresh_process():
 import sys
 sys.modules['mmengine'] = None  # spares the slow import
 import hashlib
+import torch
 from csg_seg.generator import build_generator
 from csg_seg.settings import Settings
-weight = build_generator(Settings.from_dict({CSG | {'generator': 'binary', 'seed': 5}!r})).weight
+settings = Settings.from_dict({CSG | {'generator': 'binary', 'seed': 5}!r})
+weight = build_generator(settings, torch.Generator()).weight
 print(hashlib.sha256(weight.numpy().tobytes()).hexdigest())
 """
     fresh = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True).stdout.strip()

@@ -144,13 +144,10 @@ assert torch.equal(twin(x), out)
 assert csg_seg.summarise(model).compression_ratio > 1
 assert torch.equal(csg_seg.materialise(model)(x), out)
 assert not any(name.split('.')[0] in MM for name in __import__('sys').modules)
-print('works')
+try:
+    import csg_seg.mm
+except ModuleNotFoundError as error:
+    print('works without', error.name)
 """
     done = run_without_mm(script)
-    assert (done.returncode, done.stdout, done.stderr) == (0, 'works\n', '')
-
-
-def test_the_mm_parts_say_what_is_missing():
-    done = run_without_mm('import csg_seg.mm')
-    assert done.returncode != 0
-    assert "ModuleNotFoundError: No module named 'mmengine'" in done.stderr
+    assert (done.returncode, done.stdout, done.stderr) == (0, 'works without mmengine\n', '')

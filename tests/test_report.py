@@ -90,7 +90,8 @@ def test_frozen_and_binary_generators_differ_in_what_they_store():
     assert frozen.trainable_params == binary.stored_params == binary.trainable_params == linear.stored_params - size
     kept = [(s.generators[0].stored_params, s.generators[0].trainable_params) for s in (linear, frozen, binary)]
     assert kept == [(size, size), (size, 0), (0, 0)]
-    assert frozen.stored_bytes - binary.stored_bytes == size * 4
+    # A binary generator keeps its seed, a few bytes, in place of its signs.
+    assert 0 < size * 4 - (frozen.stored_bytes - binary.stored_bytes) < 16
 
 
 def test_layers_tell_their_grid_and_generator():
@@ -168,7 +169,9 @@ def test_the_table_names_each_layer_and_why_some_stay_dense():
     assert "left dense, the network's first conv: stem" in lines
     assert 'left dense, no generator of its kernel size: point' in lines
     assert any(line.startswith('generator 0: linear') for line in lines)
-    assert any(line.startswith('generator 1: binary') and '0 parameters feed 4 slices of 1 layers' in line for line in lines)
+    assert any(
+        line.startswith('generator 1: binary') and '0 parameters feed 4 slices of 1 layers' in line for line in lines
+    )
     assert f'{summary.compression_ratio:.2f}x smaller' in lines[-1]
     assert f'{summary.stored_params:,}' in lines[-1]
     assert f'{summary.dense_params:,}' in lines[-1]

@@ -1,0 +1,147 @@
+"""Two processes on the CPU: the launcher scripts, gloo, DDP, and activation checkpointing under it."""
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL_MODEL, cfg_options, run_program
+
+from csg_seg.mm.checkpoint import read_checkpoint
+
+CONFIGS = ROOT / 'configs' / 'deeplabv3'
+DENSE = CONFIGS / 'deeplabv3_r18-d8_4xb4-20k_voc12-512x512.py'
+CSG = DENSE.with_name(f'csg-s16-d128_{DENSE.name}')
+ITERS = 4
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+def write_config(path: Path, base: Path, *, extra: str = '') -> Path:
+    """Write a config without randomness: no augmentation, no dropout, BN in eval mode."""
+    path.write_text(
+        f"""_base_ = {str(base)!r}
+custom_imports = dict(imports=['csg_seg', 'ddp_hooks'])
+model = dict(decode_head=dict(dropout_ratio=0), auxiliary_head=dict(dropout_ratio=0))
+default_hooks = dict(observe=dict(type='ObserveHook'))
+pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')]
+train_dataloader = dict(dataset=dict(pipeline=pipeline))
+{extra}"""
+    )
+    return path
+
+
+def options(drawn: Path, batch_size: int) -> list[str]:
+    small = {**SMALL_MODEL, 'randomness.seed': 0, 'train_dataloader.batch_size': batch_size}
+    small |= {'train_cfg.max_iters': ITERS, 'train_cfg.val_interval': 100, 'param_scheduler.0.end': ITERS}
+    small |= {'default_hooks.checkpoint.interval': ITERS}
+    for split in ('train', 'val', 'test'):
+        loader = f'{split}_dataloader'
+        small |= {f'{loader}.num_workers': 0, f'{loader}.persistent_workers': False}
+        small |= {f'{loader}.dataset.data_root': drawn}
+    return cfg_options(small)
+
+
+HOOKS = '''
+"""Watch a run: BN stays in eval mode, the loss is averaged over ranks, parameters are compared."""
+import json
+from pathlib import Path
+
+import torch
+from mmengine.dist import all_gather, get_rank
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from torch import nn
+
+
+@HOOKS.register_module()
+class ObserveHook(Hook):
+    priority = 'LOWEST'
+
+    def __init__(self):
+        self.losses = []
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        for module in runner.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.losses.append(torch.stack(all_gather(outputs['loss'].detach())).mean().item())
+
+    def after_train(self, runner):
+        whole = torch.cat([parameter.detach().flatten() for parameter in runner.model.parameters()])
+        identical = all(torch.equal(whole, other) for other in all_gather(whole))
+        kind = type(runner.model).__name__
+        if get_rank() == 0:
+            seen = dict(losses=self.losses, identical=identical, kind=kind)
+            Path(runner.work_dir, 'seen.json').write_text(json.dumps(seen))
+'''
+
+
+@pytest.fixture(scope='module')
+def launch(drawn, tmp_path_factory):
+    """Train in one process or in two; return what was seen and the final weights."""
+    folder = tmp_path_factory.mktemp('ddp')
+    (folder / 'ddp_hooks.py').write_text(HOOKS)
+
+    def train(name: str, base: Path, *, processes: int, batch_size: int, extra: str = ''):
+        config = write_config(folder / f'{name}.py', base, extra=extra)
+        work_dir = folder / name
+        arguments = ['--work-dir', work_dir, *options(drawn, batch_size)]
+        threads = {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(folder), 'PYTHON': sys.executable}
+        env = {**os.environ, **threads, 'PORT': str(free_port())}
+        if processes == 1:
+            run_program(sys.executable, ROOT / 'tools' / 'train.py', config, *arguments, env=env)
+        else:
+            run_program('bash', ROOT / 'tools' / 'dist_train.sh', config, processes, *arguments, env=env)
+        weights = read_checkpoint(work_dir / f'iter_{ITERS}.pth')['state_dict']
+        return json.loads((work_dir / 'seen.json').read_text()), weights
+
+    return train
+
+
+@pytest.fixture(scope='module')
+def two(launch):
+    return launch('two', CSG, processes=2, batch_size=2)
+
+
+def assert_close(weights, others):
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, others[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f'{name}: {m}')
+
+
+def test_two_processes_equal_one_at_twice_the_batch(launch, two):
+    seen, weights = two
+    alone, expected = launch('one', CSG, processes=1, batch_size=4)
+    assert seen['kind'] == 'MMDistributedDataParallel' and alone['kind'] == 'EncoderDecoder'
+    assert seen['identical']
+    assert len(seen['losses']) == ITERS
+    assert seen['losses'] == pytest.approx(alone['losses'], rel=1e-4)
+    assert alone['losses'][-1] != alone['losses'][0]
+    assert_close(weights, expected)
+
+
+def test_hook_door_equals_model_door_under_ddp(launch, two):
+    seen, weights = two
+    csg = "default_hooks['csg'] = dict(type='CSGHook', csg=dict(slice_shape=(16, 16, 3, 3), code_dim=128))\n"
+    by_hook, others = launch('hook', DENSE, processes=2, batch_size=2, extra=csg)
+    assert by_hook['kind'] == 'MMDistributedDataParallel' and by_hook['identical']
+    assert by_hook['losses'] == seen['losses']
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_activation_checkpointing_under_ddp_changes_nothing(launch, two):
+    extra = "model['backbone'] = dict(with_cp=True)\nmodel_wrapper_cfg = dict(static_graph=True)\n"
+    seen, weights = launch('with_cp', CSG, processes=2, batch_size=2, extra=extra)
+    assert seen['identical']
+    assert seen['losses'] == pytest.approx(two[0]['losses'], rel=1e-5)
+    assert_close(weights, two[1])
