@@ -64,13 +64,14 @@ def train_twin(name: str, cfg: Config, work_dir: Path, progress: Progress) -> Tw
         progress: takes a bar for the training.
     """
     cfg = deepcopy(cfg)
-    cfg.update(work_dir=str(work_dir / name), experiment_name=f'{name}-{time.time_ns()}', log_level='WARNING')
+    cfg.update(work_dir=str(work_dir / name), experiment_name=f'{name}-{time.time_ns()}', log_level='ERROR')
     runner = Runner.from_cfg(cfg)
     runner.register_hook(ProgressHook(progress, name))
     runner.train()
     metrics = runner.test()
     checkpoint = Path(cfg.work_dir, f'iter_{runner.max_iters}.pth')
-    return Twin(name, runner, checkpoint, metrics, summarise(runner.model))
+    scores = {key: float(value) for key, value in metrics.items()}
+    return Twin(name, runner, checkpoint, scores, summarise(runner.model))
 
 
 def step_times(twins: Sequence[Twin], *, steps: int = 15, warmup: int = 3) -> list[list[float]]:
@@ -98,9 +99,10 @@ def draw_predictions(twins: Sequence[Twin], path: Path, *, samples: int = 6) -> 
     dataset = twins[0].runner.test_dataloader.dataset
     palette = np.array(dataset.metainfo['palette'], dtype=np.uint8)
     palette = np.concatenate([palette, np.full((256 - len(palette), 3), 255, dtype=np.uint8)])
-    indices = np.linspace(0, len(dataset) - 1, samples).astype(int)
+    indices = sorted(np.random.default_rng(0).permutation(len(dataset))[:samples])
     titles = ['image', 'truth', *(f'{twin.name}: {twin.metrics["mIoU"]:.1f} mIoU' for twin in twins)]
-    figure, axes = plt.subplots(samples, len(titles), figsize=(2.2 * len(titles), 2.25 * samples), squeeze=False)
+    size = (2.2 * len(titles), 2.25 * len(indices))
+    figure, axes = plt.subplots(len(indices), len(titles), figsize=size, squeeze=False)
     for row, index in zip(axes, indices, strict=True):
         sample = dataset[int(index)]
         truth = sample['data_samples'].gt_sem_seg.data[0].numpy()
