@@ -3,10 +3,11 @@
 import re
 
 import pytest
+import torch
 from conftest import ROOT
 from mmengine.config import Config
 
-from csg_seg import summarise
+from csg_seg import materialise, summarise
 from csg_seg.mm.model import build_model
 
 CONFIGS = sorted(path for path in (ROOT / 'configs').glob('*/*.py') if path.parent.name != '_base_')
@@ -62,6 +63,25 @@ def test_golden_counts(name, millions, ratio):
     summary = summarise(build_model(Config.fromfile(ROOT / 'configs' / f'{name}.py')))
     assert summary.dense_params / 1e6 == pytest.approx(millions, abs=0.005)
     assert summary.compression_ratio == pytest.approx(ratio, abs=0.005)
+
+
+def test_materialised_deeplab_r50_has_the_dense_configs_keys_and_the_same_outputs():
+    name = 'deeplabv3_r50-d8_4xb4-20k_voc12-512x512.py'
+    dense = build_model(Config.fromfile(ROOT / 'configs' / 'deeplabv3' / name))
+    model = build_model(Config.fromfile(ROOT / 'configs' / 'deeplabv3' / f'csg-s16-d128_{name}')).eval()
+    image = torch.randn(1, 3, 97, 97, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        generated = model(image)
+        plain = materialise(model)(image)
+    assert (generated - plain).abs().max() < 1e-5 < generated.std()
+    assert {name: each.shape for name, each in plain_state(model)} == {
+        name: each.shape for name, each in plain_state(dense)
+    }
+    assert not any('CSG' in type(module).__name__ for module in model.modules())
+
+
+def shapes(model) -> list:
+    return [(name, tensor.shape) for name, tensor in model.state_dict().items()]
 
 
 def test_the_papers_deeplab_saves_what_the_authors_code_saves():

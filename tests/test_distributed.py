@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -145,3 +146,44 @@ def test_activation_checkpointing_under_ddp_changes_nothing(launch, two):
     assert seen['identical']
     assert seen['losses'] == pytest.approx(two[0]['losses'], rel=1e-5)
     assert_close(weights, two[1])
+
+
+def test_slurm_script_trains_two_cpu_processes(drawn, tmp_path):
+    srun = tmp_path / 'srun'
+    srun.write_text(
+        f"""#!{sys.executable}
+# Stands in for slurm's launcher: starts the command's tasks on this machine.
+import os, subprocess, sys
+arguments = sys.argv[1:]
+ntasks = next(int(each.split('=')[1]) for each in arguments if each.startswith('--ntasks='))
+assert not any(each.startswith('--gres') for each in arguments)
+command = arguments[next(i for i, each in enumerate(arguments) if each.endswith('python') or 'python3' in each):]
+tasks = []
+for rank in range(ntasks):
+    names = dict(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_NTASKS=str(ntasks))
+    tasks.append(subprocess.Popen(command, env=dict(os.environ, **names)))
+sys.exit(max(task.wait() for task in tasks))
+"""
+    )
+    srun.chmod(0o755)
+    slurm = {'GRES': '', 'GPUS': '2', 'GPUS_PER_NODE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
+    path = f'{tmp_path}:{os.environ["PATH"]}'
+    env = {**os.environ, **slurm, 'PATH': path, 'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1'}
+    arguments = ['cpu', 'job', CSG, '--work-dir', tmp_path / 'work', *options(drawn, 2)]
+    run_program('bash', ROOT / 'tools' / 'slurm_train.sh', *arguments, env=env)
+    arguments = ['cpu', 'job', CSG, tmp_path / 'work' / f'iter_{ITERS}.pth', '--work-dir', tmp_path / 'work']
+    env['MASTER_PORT'] = str(free_port())
+    tested = run_program('bash', ROOT / 'tools' / 'slurm_test.sh', *arguments, *options(drawn, 2), env=env)
+    assert 'mIoU' in tested.stdout
+
+
+def test_dist_test_scores_as_one_process_does(drawn, tmp_path):
+    work_dir = ['--work-dir', tmp_path / 'work']
+    run_program(sys.executable, ROOT / 'tools' / 'train.py', CSG, *work_dir, *options(drawn, 2))
+    checkpoint = tmp_path / 'work' / f'iter_{ITERS}.pth'
+    env = {**os.environ, 'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1', 'PORT': str(free_port())}
+    arguments = [CSG, checkpoint, 2, *work_dir, *options(drawn, 2)]
+    two = run_program('bash', ROOT / 'tools' / 'dist_test.sh', *arguments, env=env)
+    one = run_program(sys.executable, ROOT / 'tools' / 'test.py', CSG, checkpoint, *work_dir, *options(drawn, 2))
+    scores = [re.findall(r'mIoU: ([\d.]+)', done.stdout)[-1] for done in (one, two)]
+    assert scores[0] == scores[1]

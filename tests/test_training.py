@@ -121,6 +121,11 @@ def test_loss_falls(run):
     assert max(curve[-quarter:]) < min(curve[:quarter])
 
 
+def test_log_says_what_is_saved(run):
+    (log,) = run.work_dir.glob('*/*.log')
+    assert re.search(r'CSG: [\d,]+ parameters stored .* for [\d,]+ dense: [\d.]+x smaller', log.read_text())
+
+
 def test_killed_and_resumed_run_ends_with_the_weights_of_an_unbroken_one(run):
     work_dir = run.folder / 'killed'
     command = [sys.executable, ROOT / 'tools' / 'train.py', run.config, '--work-dir', work_dir, *run.options]
