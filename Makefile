@@ -8,7 +8,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP_INSTALL := PIP_CONSTRAINT=constraints.txt $(RUN) -m pip install --disable-pip-version-check -q
 DEMO := configs/demo
-NAME := deeplabv3_r18-d8-w32_drawn-voc-96x96.py
+NAME := deeplabv3_r18-d8-w32_drawn-voc-80x80.py
 
 .PHONY: demo test check-full lint clean
 

@@ -16,7 +16,7 @@ setup(
     license='Apache-2.0',
     packages=find_packages(include=['csg_seg', 'csg_seg.*']),
     python_requires='>=3.10,<3.13',
-    install_requires=['torch>=2.1', 'torchvision', 'numpy', 'pillow', 'pycocotools', 'safetensors'],
+    install_requires=['torch>=2.6', 'torchvision', 'numpy', 'pillow', 'pycocotools', 'safetensors'],
     extras_require={
         'mm': MM,
         'onnx': ['onnx'],

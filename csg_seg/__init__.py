@@ -5,6 +5,7 @@ AISTATS 2021 (PMLR 130:3115-3123). Importing this package also registers its
 mmengine parts, when mmengine is installed.
 """
 
+import warnings
 from importlib.util import find_spec
 
 from .checkpoint import load_compact, save_compact
@@ -12,7 +13,10 @@ from .report import summarise
 from .retrofit import materialise, retrofit
 
 if find_spec('mmengine') is not None:
-    from . import mm as _mm  # noqa: F401
+    try:
+        from . import mm as _mm  # noqa: F401
+    except ImportError as error:
+        warnings.warn(f'mmengine is installed but does not import: {error}', stacklevel=2)
 
 __version__ = '0.1.0'
 __all__ = ['load_compact', 'materialise', 'retrofit', 'save_compact', 'summarise']

@@ -8,8 +8,9 @@ metadata alone.
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .conv import BANK, find_bank, generated_convs
+from .conv import BANK, find_bank, find_roots, generated_convs
 from .errors import CSGError
 from .generator import encode_meaning
 from .retrofit import check_root, swap_layers
@@ -70,11 +71,14 @@ def load_compact(path: str | os.PathLike, model: nn.Module) -> nn.Module:
 
     Raises:
         CSGError: the file is damaged or is no compact checkpoint, or its
-            settings, names or shapes differ from the model's.
+            settings, names or shapes differ from the model's; a binary
+            generator's seed is the file's.
     """
     compact = read_compact(path)
     dense = find_bank(model) is None
     try:
+        if dense:
+            check_root(model)
         wanted = _shapes_when_retrofitted(model, compact) if dense else _shapes(model, compact)
         _check_same({name: tuple(tensor.shape) for name, tensor in compact.tensors.items()}, wanted)
         if dense:
@@ -101,6 +105,9 @@ def write_compact(
     """
     bank = find_bank(model)
     if bank is None:
+        inside = next((prefix for prefix, _, _ in find_roots(model)), None)
+        if inside is not None:
+            raise CSGError(f'the retrofitted network is inside this {type(model).__name__}; save model.{inside[:-1]}')
         raise CSGError(
             'nothing to compact: the model is not retrofitted; call csg_seg.retrofit on it, or use torch.save'
         )
@@ -126,7 +133,7 @@ def write_compact(
             # Cloned, because safetensors refuses views and tied tensors.
             tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     header['sha256'] = _digest(tensors, header)
-    _write_whole(tensors, header, path)
+    write_whole(path, lambda partial: partial.write_bytes(save(tensors, metadata=header)))
 
 
 def read_compact(path: str | os.PathLike) -> Compact:
@@ -163,10 +170,11 @@ def read_compact(path: str | os.PathLike) -> Compact:
     return Compact(tensors, settings, layers, header)
 
 
-def _write_whole(tensors: dict[str, Tensor], header: dict[str, str], path: Path) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Have ``write`` fill a file that takes its name only once it is complete."""
     partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
     try:
-        partial.write_bytes(save(tensors, metadata=header))
+        write(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -199,7 +207,8 @@ def _shapes(model: nn.Module, compact: Compact) -> dict[str, tuple[int, ...]]:
 def _shapes_when_retrofitted(model: nn.Module, compact: Compact) -> dict[str, tuple[int, ...]]:
     """Return the state-dict shapes that a dense model will have as the file's network."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    everywhere = list(model.named_modules(remove_duplicate=False))
+    convs = {name: module for name, module in everywhere if isinstance(module, nn.Conv2d)}
     for name, (position, weight_shape) in compact.layers.items():
         if name not in convs or shapes.pop(f'{name}.weight', None) != weight_shape:
             raise CSGError(
@@ -208,17 +217,19 @@ def _shapes_when_retrofitted(model: nn.Module, compact: Compact) -> dict[str, tu
             )
         settings = compact.settings[position]
         rows, cols = grid(weight_shape, settings.slice_shape)
-        shapes[f'{name}.code'] = (rows * cols, settings.code_dim)
+        # A module that stands in two places has two names in a state dict.
+        for alias in [alias for alias, module in everywhere if module is convs[name]]:
+            shapes.pop(f'{alias}.weight', None)
+            shapes[f'{alias}.code'] = (rows * cols, settings.code_dim)
     for position, settings in enumerate(compact.settings):
         if settings.generator == 'linear':
-            shapes[f'{BANK}.{position}.weight'] = (settings.code_dim, *settings.slice_shape)
+            shapes[f'{BANK}.{position}.weight'] = (settings.code_dim, math.prod(settings.slice_shape))
         name = f'{BANK}.{position}.{_EXTRA}'
         shapes[name] = tuple(compact.tensors[name].shape)
     return shapes
 
 
 def _retrofit_like(model: nn.Module, compact: Compact) -> None:
-    check_root(model)
     convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     left_dense = {name: 'dense in the compact checkpoint' for name in convs if name not in compact.layers}
     taken = {name: position for name, (position, _) in compact.layers.items()}

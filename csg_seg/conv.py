@@ -45,6 +45,16 @@ class CSGConv2d(nn.Conv2d):
         """Convolve ``(n, in, h, w)`` with the generated weight."""
         return self._conv_forward(input, self.generate_weight(), self.bias)
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+        # Set by check_state_dict when the load began at the root, generators included.
+        whole = self.__dict__.pop('_loading_whole', False)
+        if f'{prefix}code' in state_dict and not whole:
+            raise CSGError(
+                f'{prefix}code: codes mean nothing without their generator, which lies at the root of the network; '
+                'load the whole checkpoint into the whole network'
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 class GeneratorBank(nn.ModuleList):
     """The generators of a model, its root's last child.
@@ -81,7 +91,7 @@ def swap_in(conv: nn.Conv2d, generator: Generator, rng: torch.Generator) -> None
     """
     weight = conv.weight
     rows, cols = grid(weight.shape, generator.settings.slice_shape)
-    code = torch.empty(rows * cols, generator.settings.code_dim)
+    code = torch.empty(rows * cols, generator.settings.code_dim, device='cpu')
     code.normal_(mean=0.0, std=generator.code_std(kaiming_std(weight.shape)), generator=rng)
     conv.__class__ = CSGConv2d  # type: ignore[assignment]
     conv.register_parameter('weight', None)
@@ -161,17 +171,19 @@ def check_state_dict(root: nn.Module, state_dict: Mapping[str, Tensor], prefix: 
                 f'{name}: the checkpoint holds {tuple(stored)}, this model wants {tuple(tensor.shape)}; '
                 "set the config's csg to the checkpoint's, or take another checkpoint"
             )
+    for conv in dict(generated_convs(root)).values():
+        conv.__dict__['_loading_whole'] = True
 
 
 def _describe_missing(missing: list[str], state_dict: Mapping[str, Tensor], prefix: str) -> str:
     dense = [name for name in missing if prefix + name.removesuffix('code') + 'weight' in state_dict]
     if dense:
         return (
-            f'{dense[0].removesuffix(".code")} and {len(dense) - 1} more generated layers have no code in the '
-            'checkpoint but a dense weight; it is a dense checkpoint: use it with the dense config, '
+            f'{dense[0].removesuffix(".code")} has no code in the checkpoint but a dense weight '
+            f'({len(dense)} such layers); it is a dense checkpoint: use it with the dense config, '
             'or train this config to make one of its own'
         )
     return (
-        f'the checkpoint lacks {missing[0]} and {len(missing) - 1} more entries of generated layers; '
+        f'the checkpoint lacks {missing[0]} ({len(missing)} such entries of generated layers); '
         'take a checkpoint of this config'
     )

@@ -135,7 +135,7 @@ def draw_dataset(
     *,
     train: int = 400,
     val: int = 100,
-    size: int = 96,
+    size: int = 80,
     seed: int = 0,
     progress: Callable[[Iterable], Iterable] | None = None,
 ) -> Path:

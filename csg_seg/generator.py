@@ -20,7 +20,7 @@ class Generator(nn.Module):
     learning rate.
 
     Attributes:
-        weight: ``(code_dim, s_out, s_in, kh, kw)``, no bias.
+        weight: ``(code_dim, s_out * s_in * kh * kw)``, no bias.
         settings: what the user asked for.
     """
 
@@ -32,13 +32,14 @@ class Generator(nn.Module):
         self._draw_weight(rng)
 
     def _draw_weight(self, rng: torch.Generator) -> None:
-        weight = torch.empty(self.settings.code_dim, *self.settings.slice_shape)
-        weight.normal_(mean=0.0, std=math.prod(self.settings.slice_shape) ** -0.5, generator=rng)
+        size = math.prod(self.settings.slice_shape)
+        weight = torch.empty(self.settings.code_dim, size, device='cpu')
+        weight.normal_(mean=0.0, std=size**-0.5, generator=rng)
         self.weight = nn.Parameter(weight, requires_grad=not self.settings.freeze_generator)
 
     def forward(self, code: Tensor) -> Tensor:
         """Map codes ``(n, code_dim)`` to slices ``(n, s_out, s_in, kh, kw)``."""
-        return (code @ self.weight.flatten(1)).unflatten(1, self.settings.slice_shape)
+        return (code @ self.weight).unflatten(1, self.settings.slice_shape)
 
     def code_std(self, weight_std: float) -> float:
         """Return the std of zero-mean codes whose slices have the given std.
@@ -81,15 +82,14 @@ class BinaryGenerator(Generator):
         self._rebuild_signs()
 
     def _rebuild_signs(self) -> None:
-        size = self.settings.code_dim * math.prod(self.settings.slice_shape)
+        size = math.prod(self.settings.slice_shape)
+        n_bits = self.settings.code_dim * size
         # A hash, not a library's random numbers: the same bits for ever and on any device.
-        seed = self.settings.seed.to_bytes(8, 'little')
-        packed = torch.frombuffer(bytearray(hashlib.shake_256(seed).digest(-(-size // 8))), dtype=torch.uint8)
-        bits = (packed[:, None] >> torch.arange(8)).bitwise_and(1).flatten()[:size]
-        weight = (bits * 2.0 - 1.0) * math.prod(self.settings.slice_shape) ** -0.5
-        self.register_buffer(
-            'weight', weight.view(self.settings.code_dim, *self.settings.slice_shape), persistent=False
-        )
+        digest = hashlib.shake_256(self.settings.seed.to_bytes(8, 'little')).digest(-(-n_bits // 8))
+        packed = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+        bits = (packed[:, None] >> torch.arange(8, device='cpu')).bitwise_and(1).flatten()[:n_bits]
+        weight = (bits * 2.0 - 1.0) * size**-0.5
+        self.register_buffer('weight', weight.view(self.settings.code_dim, size), persistent=False)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over the seed of a stored generator and draw its signs again.

@@ -31,15 +31,15 @@ CSG = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 def retrofit(model: nn.Module, csg: CSG) -> nn.Module:
     """Make the weights of a model's convs from shared generators, in place.
 
-    Do it before the model is wrapped for data parallelism and before the
-    optimizer is built. Trained weights of the chosen layers are not kept: they
-    start anew, at Kaiming variance, drawn from the dicts' own seeds.
+    Do it before the model is wrapped for data parallelism (use
+    ``DistributedDataParallel``, not ``DataParallel``) and before the optimizer is
+    built. Trained weights of the chosen layers are not kept: they start anew, at
+    Kaiming variance, drawn from the dicts' own seeds.
 
     Args:
         model: any network of ``nn.Conv2d`` layers.
         csg: a dict of settings (see :class:`csg_seg.settings.Settings`), or a
             list of dicts for several generators; a layer goes to the first that takes it.
-            For several GPUs use ``DistributedDataParallel``, not ``DataParallel``.
 
     Returns:
         The same model.
@@ -96,8 +96,7 @@ def swap_layers(
         CSGError: a layer cannot be generated; the model is as it was.
     """
     convs = {name: cast(nn.Conv2d, model.get_submodule(name)) for name in taken}
-    for name, conv in convs.items():
-        _check_can_generate(name, conv)
+    _check_can_generate(convs)
     _check_no_sharing(model, convs)
     first = next(iter(convs.values())).weight
     # One stream for a generator and its codes: two of the same seed would repeat each other.
@@ -119,6 +118,8 @@ def choose_layers(model: nn.Module, settings: Sequence[Settings]) -> tuple[dict[
     """
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     first = next(iter(convs), None)
+    for position, each in enumerate(settings):
+        _check_patterns(position, each, convs)
     taken: dict[str, int] = {}
     left_dense: dict[str, str] = {}
     for name, conv in convs.items():
@@ -132,8 +133,7 @@ def choose_layers(model: nn.Module, settings: Sequence[Settings]) -> tuple[dict[
                 left_dense[name] = reason
     for position, each in enumerate(settings):
         if position not in taken.values():
-            raise CSGError(_why_nothing(position, each, convs, taken, left_dense))
-        _check_patterns(position, each, convs)
+            raise CSGError(f'csg[{position}] takes no layer: {_why_nothing(each, convs, taken, left_dense)}')
     return taken, left_dense
 
 
@@ -169,26 +169,35 @@ def check_root(model: nn.Module) -> None:
         CSGError: says which.
     """
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise CSGError(f'the model is already wrapped in {type(model).__name__}; retrofit it before it is wrapped')
+        raise CSGError(f'the model is already wrapped in {type(model).__name__}; take the network inside, model.module')
+    if hasattr(model, '_orig_mod'):
+        raise CSGError('the model is already compiled; take the network inside, model._orig_mod, and compile it again')
     if find_bank(model) is not None or any(generated_convs(model)):
         raise CSGError('the model is retrofitted already; materialise it before another retrofit')
     if hasattr(model, BANK):
         raise CSGError(f'the model has an attribute named {BANK!r}, where its generators go; rename that attribute')
 
 
-def _check_can_generate(name: str, conv: nn.Conv2d) -> None:
+def _check_can_generate(convs: Mapping[str, nn.Conv2d]) -> None:
+    """Refuse all convs at once that would lose something by the swap."""
+    obstacles = {name: obstacle for name, conv in convs.items() if (obstacle := _obstacle(conv))}
+    if obstacles:
+        first, obstacle = next(iter(obstacles.items()))
+        count = f' ({len(obstacles)} such layers)' if len(obstacles) > 1 else ''
+        raise CSGError(f'{first}: {obstacle}{count}; leave dense with exclude={list(obstacles)}')
+
+
+def _obstacle(conv: nn.Conv2d) -> str | None:
     kind = type(conv)
-    remedy = f"leave it dense with exclude=['{name}']"
     own_forward = kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward
     if own_forward or 'forward' in vars(conv):
-        raise CSGError(f'{name}: {kind.__name__} brings its own forward, which a generated layer would lose; {remedy}')
+        return f'{kind.__name__} brings its own forward, which a generated layer would lose'
     computed = is_parametrized(conv) or not isinstance(conv._parameters.get('weight'), nn.Parameter)
     if computed or isinstance(conv.weight, UninitializedParameter):
-        raise CSGError(
-            f'{name}: the weight of this {kind.__name__} is computed (parametrised, pruned or lazy); {remedy}'
-        )
+        return f'the weight of this {kind.__name__} is computed (parametrised, pruned or lazy)'
     if conv.groups != 1:
-        raise CSGError(f'{name}: a conv of {conv.groups} groups cannot be generated; {remedy}')
+        return f'a conv of {conv.groups} groups cannot be generated'
+    return None
 
 
 def _check_no_sharing(model: nn.Module, convs: Mapping[str, nn.Conv2d]) -> None:
@@ -206,7 +215,7 @@ def _check_no_sharing(model: nn.Module, convs: Mapping[str, nn.Conv2d]) -> None:
 def _check_patterns(position: int, settings: Settings, convs: Mapping[str, nn.Conv2d]) -> None:
     for key in ('include', 'exclude'):
         for pattern in getattr(settings, key) or ():
-            if not any(matches(name, pattern) for name in convs):
+            if convs and not any(matches(name, pattern) for name in convs):
                 raise CSGError(
                     f'csg[{position}]: {key} pattern {pattern!r} names no conv of the model; '
                     f'names look like {list(convs)[-1]!r}'
@@ -214,37 +223,31 @@ def _check_patterns(position: int, settings: Settings, convs: Mapping[str, nn.Co
 
 
 def _why_nothing(
-    position: int,
     settings: Settings,
     convs: Mapping[str, nn.Conv2d],
     taken: Mapping[str, int],
     left_dense: Mapping[str, str],
 ) -> str:
     """Explain that one dict takes no layer, and what to do."""
-    where = f'csg[{position}] takes no layer'
     fitting = [name for name, conv in convs.items() if conv.kernel_size == settings.kernel]
     if not fitting:
         kh, kw = settings.kernel
         kernels = sorted({conv.kernel_size for conv in convs.values()})
         if not kernels:
-            return f'{where}: the model has no nn.Conv2d at all; retrofit a network that has'
+            return 'the model has no nn.Conv2d at all; retrofit a network that has'
         found = ', '.join('x'.join(map(str, kernel)) for kernel in kernels)
         return (
-            f'{where}: slice_shape {settings.slice_shape} fits {kh}x{kw} kernels, the convs of the model have {found}; '
+            f'slice_shape {settings.slice_shape} fits {kh}x{kw} kernels, the convs of the model have {found}; '
             'change the last two numbers of slice_shape'
         )
-    for key in ('include', 'exclude'):
-        for pattern in getattr(settings, key) or ():
-            if not any(matches(name, pattern) for name in convs):
-                return f'{where}: {key} pattern {pattern!r} names no conv; names look like {fitting[-1]!r}'
     earlier = [name for name in fitting if name in taken]
     if earlier:
         return (
-            f'{where}: earlier dicts took {earlier[0]} and {len(earlier) - 1} more that fit it; '
+            f'earlier dicts took {earlier[0]} ({len(earlier)} layers that fit it); '
             'narrow their include, or drop this dict'
         )
     reasons = '; '.join(sorted({left_dense[name] for name in fitting}))
     return (
-        f'{where}: of {len(fitting)} convs that fit its kernel, all stay dense ({reasons}); '
-        'widen include, narrow exclude, unfreeze, or lower code_dim'
+        f'of {len(fitting)} convs that fit its kernel, all stay dense ({reasons}); '
+        'widen include (the first conv wants its full name), narrow exclude, unfreeze, or lower code_dim'
     )

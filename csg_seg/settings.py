@@ -24,7 +24,7 @@ class Settings:
         generator: 'linear', or 'binary': frozen random signs, kept as a seed.
         freeze_generator: train the codes only. A binary generator is always frozen.
         include: patterns of the layers to generate; without it every conv that
-            fits, except the network's first.
+            fits. The network's first conv only if it is named here in full.
         exclude: patterns of layers to leave dense.
         seed: of the start values; by default the generator's position.
     """

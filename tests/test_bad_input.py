@@ -28,7 +28,9 @@ def refused(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, 'argv', [tool, *map(str, [*args, *work_dir])])
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
-        assert not list(tmp_path.rglob('*.pth')) and not list(tmp_path.rglob('*.partial'))
+        if tool == 'train.py' and 'load_from' not in str(args):
+            assert not (tmp_path / 'work').exists()
+        assert not list(tmp_path.rglob('*.partial'))
         message = str(end.value.code)
         assert message.startswith('error: ') and '\n' not in message
         capsys.readouterr()
@@ -161,6 +163,33 @@ def test_voc12aug_without_its_list(refused, drawn):
 
 def test_missing_config(refused):
     assert 'absent.py' in refused('train.py', CONFIGS / 'absent.py')
+    assert 'README.md: no config' in refused('report.py', ROOT / 'README.md')
+
+
+def test_dense_config_does_not_start_from_codes(drawn, files, tmp_path, refused):
+    message = refused('train.py', DENSE, *small(drawn, load_from=files / 'csg.pt'))
+    assert 'but the config is dense' in message
+
+
+@pytest.mark.parametrize(('launcher', 'says'), [('slurm', 'SLURM_PROCID'), ('pytorch', 'RANK'), ('mpi', 'RANK')])
+def test_launcher_without_its_environment(refused, drawn, launcher, says):
+    message = refused('train.py', CSG, '--launcher', launcher, *small(drawn))
+    assert says in message and 'is not set; start it by' in message
+
+
+class Hostile:
+    def __reduce__(self):
+        return getattr, ('', 'join')
+
+
+@pytest.mark.parametrize('content', ['a text', [1, 2], Hostile()])
+def test_foreign_pickles_are_refused(refused, tmp_path, content):
+    if isinstance(content, str):
+        (tmp_path / 'foreign.pt').write_text(content)
+    else:
+        torch.save(content, tmp_path / 'foreign.pt')
+    message = refused('report.py', CSG, '--checkpoint', tmp_path / 'foreign.pt')
+    assert 'foreign.pt' in message and 'give a' in message or 'copy it again' in message
 
 
 def test_amp_without_gpu(refused, drawn):

@@ -481,3 +481,26 @@ def test_every_conv_shares_one_generator():
     assert model.widen.generator is model.csg[1]
     shared = build()
     assert all(a.generator is b.generator for (_, a), (_, b) in itertools.combinations(generated_convs(shared), 2))
+
+
+def test_channels_last_and_default_devices_are_no_obstacle():
+    model = retrofit(Net(), CSG).eval()
+    x = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    expected = model(x)
+    model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), expected)
+    with torch.device('meta'):
+        again = retrofit(Net().to_empty(device='cpu'), CSG)
+    assert torch.equal(dict(again.named_parameters())['csg.0.weight'], dict(model.named_parameters())['csg.0.weight'])
+
+
+@pytest.mark.parametrize('strict', [True, False])
+def test_codes_without_their_generator_are_refused(strict):
+    model = nn.Sequential(Net())
+    stored = retrofit(nn.Sequential(Net()), CSG)[0].state_dict()
+    retrofit(model, CSG)
+    with pytest.raises(CSGError, match='codes mean nothing without their generator'):
+        model[0].load_state_dict(stored, strict=strict)
+    model.load_state_dict(model.state_dict())
+    with pytest.raises(CSGError, match='load the whole checkpoint'):
+        model[0].load_state_dict(stored, strict=strict)

@@ -151,6 +151,29 @@ def test_compact_files_go_with_their_checkpoints(small, tmp_path):
     assert {path.stem for path in tmp_path.glob('*.pth')} == {'iter_3', 'iter_4'}
 
 
+def test_compact_files_go_with_their_checkpoints_after_a_resume_too(small, tmp_path):
+    options = {'default_hooks.checkpoint.interval': 1, 'default_hooks.checkpoint.max_keep_ckpts': 2}
+    train(small(CSG, iters=2, **options))
+    cfg = small(CSG, iters=4, **options)
+    cfg.resume = True
+    train(cfg)
+    assert {path.stem for path in tmp_path.glob('*.safetensors')} == {'iter_3', 'iter_4'}
+
+
+def test_compact_file_of_a_checkpoint_that_is_replaced(small, tmp_path):
+    options = {'default_hooks.checkpoint.interval': 1, 'default_hooks.checkpoint.filename_tmpl': 'latest.pth'}
+    train(small(CSG, iters=3, **options))
+    ours = read_checkpoint(tmp_path / 'latest.pth')['state_dict']
+    compact = read_checkpoint(tmp_path / 'latest.safetensors')['state_dict']
+    assert all(torch.equal(ours[name], compact[name]) for name in ours)
+
+
+def test_hook_of_other_settings_is_refused(small):
+    other = dict(type='CSGHook', csg={**SETTINGS, 'code_dim': 64})
+    with pytest.raises(CSGError, match='drop one of the two'):
+        train(small(CSG, **{'default_hooks.csg': other}))
+
+
 def test_best_checkpoint_has_a_compact_file(small, tmp_path):
     options = {'train_cfg.val_interval': 2, 'default_hooks.checkpoint.save_best': 'mIoU'}
     train(small(CSG, iters=2, **options))

@@ -15,7 +15,7 @@ def test_demo_keeps_its_promises(tmp_path):
     assert time.monotonic() - start < 6 * 60
     result = json.loads((ROOT / 'work_dirs' / 'demo' / 'result.json').read_text())
     assert result['dense']['mIoU'] > 45
-    assert result['csg']['mIoU'] > 10  # a constant guess stays under 10
+    assert result['csg']['mIoU'] > 35
     assert result['compression_ratio'] > 6
     for file in result['files'].values():
         assert (ROOT / file['path']).stat().st_size == file['bytes']

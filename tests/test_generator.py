@@ -42,7 +42,7 @@ def test_a_slice_is_its_code_times_the_generator(kind):
     slices = generator(code)
     assert slices.shape == (5, 12, 20, 3, 3)
     for each, slice in zip(code, slices, strict=True):
-        slowly = sum(each[i] * generator.weight[i] for i in range(CSG['code_dim']))
+        slowly = sum(each[i] * generator.weight[i] for i in range(CSG['code_dim'])).view(12, 20, 3, 3)
         torch.testing.assert_close(slice, slowly, rtol=1e-5, atol=1e-6)
 
 

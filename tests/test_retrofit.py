@@ -326,7 +326,7 @@ def test_settings_of_another_type_are_refused(csg):
 
 
 def test_a_second_dict_that_takes_nothing_is_refused():
-    message = r'csg\[1\] takes no layer: earlier dicts took body\.0 and 3 more that fit it; narrow their include'
+    message = r'csg\[1\] takes no layer: earlier dicts took body\.0 \(4 layers that fit it\); narrow their include'
     assert_refused(Net(), [CSG, CSG], message)
 
 
@@ -346,7 +346,7 @@ def test_a_second_dict_that_takes_nothing_is_refused():
         ({'include': []}, r'csg\[0\] takes no layer: .*not included.*widen include'),
         ({'include': ['grouped']}, r'csg\[0\] takes no layer: .*grouped'),
         ({'include': ['st*']}, r"csg\[0\] takes no layer: .*the network's first conv"),
-        ({'include': ['heed']}, r"include pattern 'heed' names no conv; names look like 'head'"),
+        ({'include': ['heed']}, r"include pattern 'heed' names no conv of the model; names look like 'head'"),
         ({'include': ['body', 'heed']}, r"include pattern 'heed' names no conv of the model; names look like 'head'"),
         ({'exclude': ['heed']}, r"exclude pattern 'heed' names no conv of the model; names look like 'head'"),
         ({'include': ['body.1']}, r"include pattern 'body.1' names no conv"),
@@ -372,7 +372,7 @@ def test_a_retrofitted_model_is_refused(wrap):
 
 
 def test_a_wrapped_model_is_refused():
-    assert_refused(nn.DataParallel(Net()), CSG, 'wrapped in DataParallel; retrofit it before it is wrapped')
+    assert_refused(nn.DataParallel(Net()), CSG, 'wrapped in DataParallel; take the network inside, model.module')
 
 
 @pytest.mark.parametrize('value', [3, None, nn.Identity()])

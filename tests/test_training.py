@@ -38,7 +38,7 @@ def options(data: str, root: Path) -> dict:
     }
     for split in ('train', 'val', 'test'):
         small |= loader_options(split, root)
-    if data == 'voc12':
+    if data != 'camvid':
         small[f'train_{pipeline}.2.scale'] = (256, 96)
         small |= {f'{split}_{pipeline}.1.scale': (256, 96) for split in ('val', 'test')}
     else:
@@ -47,21 +47,22 @@ def options(data: str, root: Path) -> dict:
     return small
 
 
-CASES = {
-    'voc12': ('deeplabv3_r18-d8_4xb4-20k_voc12-512x512.py', 'VOCdevkit/VOC2012'),
-    'camvid': ('deeplabv3_r18-d8_2xb4-20k_camvid-360x480.py', 'camvid'),
+CONFIGS = {
+    'drawn': 'deeplabv3_r18-d8_4xb4-20k_voc12-512x512.py',
+    'voc12': 'deeplabv3_r18-d8_4xb4-20k_voc12-512x512.py',
+    'camvid': 'deeplabv3_r18-d8_2xb4-20k_camvid-360x480.py',
 }
 
 
 class Run:
     """One data set's unbroken training, and how to repeat it."""
 
-    def __init__(self, data: str, real_data: Path, folder: Path):
-        name, root = CASES[data]
-        self.data, self.folder = data, folder
+    def __init__(self, data: str, root: Path, folder: Path):
+        name = CONFIGS[data]
+        self.folder = folder
         self.dense = ROOT / 'configs' / 'deeplabv3' / name
         self.config = self.dense.with_name(f'csg-s16-d128_{name}')
-        self.options = cfg_options(options(data, real_data / root))
+        self.options = cfg_options(options(data, root))
         self.work_dir = folder / 'unbroken'
         run_tool('train.py', self.config, '--work-dir', self.work_dir, *self.options)
 
@@ -81,12 +82,30 @@ class Run:
 
 
 @pytest.fixture(scope='module')
-def trained(real_data, tmp_path_factory):
-    """Train on a data set the first time it is asked for."""
-    return lru_cache(lambda data: Run(data, real_data, tmp_path_factory.mktemp(data)))
+def trained(request, drawn, tmp_path_factory):
+    """Train on a data set the first time it is asked for: real images, or drawn ones where there are none."""
+
+    def train(data: str) -> Run:
+        if data == 'drawn':
+            root = drawn
+        else:
+            part = {'voc12': 'VOCdevkit/VOC2012', 'camvid': 'camvid'}[data]
+            root = request.getfixturevalue('real_data') / part
+        return Run(data, root, tmp_path_factory.mktemp(data))
+
+    return lru_cache(train)
 
 
-@pytest.fixture(params=CASES)
+def data_sets(config) -> list[str]:
+    return ['voc12', 'camvid'] if config.getoption('--data-root') else ['drawn', 'voc12', 'camvid']
+
+
+def pytest_generate_tests(metafunc):
+    if 'run' in metafunc.fixturenames:
+        metafunc.parametrize('run', data_sets(metafunc.config), indirect=True)
+
+
+@pytest.fixture
 def run(request, trained) -> Run:
     return trained(request.param)
 
@@ -159,8 +178,8 @@ def test_materialised_checkpoint_scores_the_same_by_mmsegs_tool_on_the_dense_con
     assert miou(dense.stdout) == pytest.approx(run.score, abs=0.01)
 
 
-def test_mmsegs_own_train_and_test_do_the_same(trained):
-    voc = trained('voc12')
+def test_mmsegs_own_train_and_test_do_the_same(trained, pytestconfig):
+    voc = trained(data_sets(pytestconfig)[0])
     work_dir = voc.folder / 'mmseg'
     run_program(sys.executable, MMSEG_TOOLS / 'train.py', voc.config, '--work-dir', work_dir, *voc.options)
     theirs = work_dir / f'iter_{ITERS}.pth'

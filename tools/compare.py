@@ -8,12 +8,12 @@ from pathlib import Path
 from csg_seg.cli import one_line_errors
 
 with one_line_errors():
-    from mmengine.config import Config, DictAction
+    from mmengine.config import DictAction
     from rich.console import Console
     from rich.table import Table
 
     from csg_seg.mm.compare import compare
-    from csg_seg.mm.launch import check_data
+    from csg_seg.mm.launch import check_data, read_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -31,12 +31,17 @@ def parse_args() -> argparse.Namespace:
 def print_table(result: dict) -> None:
     """Print the figures of both networks, and where the files lie."""
     table = Table()
-    columns = ('network', 'parameters stored', 'compression', 'checkpoint bytes', 'mIoU', 'step time')
+    columns = ('network', 'parameters stored', 'compression', 'training checkpoint', 'mIoU', 'step time')
     for column in columns:
         table.add_column(column, justify='left' if column == 'network' else 'right')
     for name, ratio, relative in (('dense', 1.0, 1.0), ('csg', result['compression_ratio'], result['step_time_ratio'])):
         each = result[name]
-        numbers = f'{each["stored_params"]:,}', f'{ratio:.2f}x', f'{each["checkpoint_bytes"]:,}', f'{each["mIoU"]:.2f}'
+        numbers = (
+            f'{each["stored_params"]:,}',
+            f'{ratio:.2f}x',
+            f'{each["checkpoint_bytes"]:,} bytes',
+            f'{each["mIoU"]:.2f}',
+        )
         table.add_row(name, *numbers, f'{1000 * each["step_seconds"]:.0f} ms ({relative:.2f}x)')
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(table)
@@ -47,16 +52,20 @@ def print_table(result: dict) -> None:
 def main() -> None:
     args = parse_args()
     with one_line_errors():
-        configs = [Config.fromfile(args.dense), Config.fromfile(args.csg)]
+        if args.out:
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        configs = [read_config(args.dense), read_config(args.csg)]
         for cfg in configs:
             cfg.merge_from_dict({'randomness.seed': args.seed, **(args.cfg_options or {})})
             for split in ('train', 'val', 'test'):
                 check_data(cfg, split)
         result = {**compare(*configs, args.work_dir), 'command': ' '.join(['python', *sys.argv])}
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(json.dumps(result, indent=2) + '\n')
-    print(json.dumps(result)) if args.json else print_table(result)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print_table(result)
 
 
 if __name__ == '__main__':

@@ -2,17 +2,20 @@
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 from csg_seg import materialise
+from csg_seg.checkpoint import write_whole
 from csg_seg.cli import one_line_errors
 
 with one_line_errors():
     import torch
-    from mmengine.config import Config, DictAction
+    from mmengine.config import DictAction
 
     from csg_seg.errors import CSGError
     from csg_seg.mm.checkpoint import load_weights, read_checkpoint
+    from csg_seg.mm.launch import read_config
     from csg_seg.mm.model import build_model
 
 
@@ -31,9 +34,11 @@ def main() -> None:
     args = parse_args()
     out = Path(args.out)
     with one_line_errors():
+        if out.is_dir():
+            raise CSGError(f'{out} is a folder; give --out a file name')
         if out.exists() and not args.overwrite:
             raise CSGError(f'{out} exists; choose another --out, or give --overwrite')
-        cfg = Config.fromfile(args.config)
+        cfg = read_config(args.config)
         cfg.merge_from_dict(args.cfg_options or {})
         checkpoint = read_checkpoint(args.checkpoint)
         model = build_model(cfg)
@@ -41,9 +46,7 @@ def main() -> None:
         state_dict = materialise(model).state_dict()
         meta = {key: checkpoint['meta'][key] for key in ('dataset_meta',) if key in checkpoint['meta']}
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(f'.{out.name}.partial')
-        torch.save({'meta': meta, 'state_dict': state_dict}, partial)
-        partial.replace(out)
+        write_whole(out, partial(torch.save, {'meta': meta, 'state_dict': state_dict}))
     result = {'out': str(out), 'params': sum(each.numel() for each in model.parameters()), 'bytes': out.stat().st_size}
     print(json.dumps(result) if args.json else '{out}: plain, {params:,} parameters, {bytes:,} bytes'.format(**result))
 

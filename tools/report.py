@@ -7,9 +7,10 @@ from csg_seg import summarise
 from csg_seg.cli import one_line_errors
 
 with one_line_errors():
-    from mmengine.config import Config, DictAction
+    from mmengine.config import DictAction
 
     from csg_seg.mm.checkpoint import load_weights, read_checkpoint
+    from csg_seg.mm.launch import read_config
     from csg_seg.mm.model import build_model
 
 
@@ -25,7 +26,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     with one_line_errors():
-        cfg = Config.fromfile(args.config)
+        cfg = read_config(args.config)
         cfg.merge_from_dict(args.cfg_options or {})
         model = build_model(cfg)
         if args.checkpoint:

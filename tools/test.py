@@ -9,9 +9,11 @@ with one_line_errors():
     from mmengine.config import DictAction
     from mmengine.runner import Runner
 
+    from csg_seg.errors import CSGError
     from csg_seg.mm.checkpoint import check_file
     from csg_seg.mm.hooks import CheckpointGuardHook
     from csg_seg.mm.launch import check_data, load_config, use_cpu_processes
+    from csg_seg.mm.model import build_model
 
 
 def parse_args() -> argparse.Namespace:
@@ -35,6 +37,10 @@ def parse_args() -> argparse.Namespace:
 def apply_options(cfg, args: argparse.Namespace) -> None:
     """Write the options that concern testing into the config."""
     cfg.load_from = args.checkpoint
+    if (args.show or args.show_dir) and 'visualization' not in cfg.default_hooks:
+        raise CSGError(
+            "--show needs default_hooks = dict(visualization=dict(type='SegVisualizationHook')) in the config"
+        )
     if args.show or args.show_dir:
         cfg.default_hooks.visualization.update(draw=True, show=args.show, wait_time=args.wait_time)
     if args.show_dir:
@@ -52,6 +58,7 @@ def main() -> None:
     with one_line_errors():
         cfg = load_config(args)
         check_file(args.checkpoint)
+        build_model(cfg)  # a mistake shows here, before anything is written
         check_data(cfg, 'test')
         apply_options(cfg, args)
         use_cpu_processes(cfg)

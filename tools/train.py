@@ -6,12 +6,15 @@ import os
 from csg_seg.cli import one_line_errors
 
 with one_line_errors():
+    import torch
     from mmengine.config import DictAction
     from mmengine.registry import RUNNERS
     from mmengine.runner import Runner
 
     from csg_seg.errors import CSGError
+    from csg_seg.mm.hooks import CheckpointGuardHook
     from csg_seg.mm.launch import check_data, load_config, use_cpu_processes
+    from csg_seg.mm.model import build_model
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,8 +33,6 @@ def parse_args() -> argparse.Namespace:
 
 def use_amp(cfg) -> None:
     """Switch a config to mixed precision, as mmsegmentation's tool does."""
-    import torch
-
     if not torch.cuda.is_available():
         raise CSGError('--amp needs a GPU and there is none; leave it out')
     kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
@@ -48,10 +49,14 @@ def main() -> None:
         cfg.resume = args.resume
         if args.amp:
             use_amp(cfg)
+        if args.resume and str(cfg.get('load_from')).endswith('.safetensors'):
+            raise CSGError('a compact checkpoint has no training state to resume; give the .pth beside it')
+        build_model(cfg)  # a mistake shows here, before anything is written
         check_data(cfg, 'train')
         check_data(cfg, 'val')
         use_cpu_processes(cfg)
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        runner.register_hook(CheckpointGuardHook())
         runner.train()
 
 

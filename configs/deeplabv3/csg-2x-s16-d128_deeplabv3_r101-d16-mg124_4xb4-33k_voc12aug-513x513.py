@@ -9,4 +9,6 @@ model = dict(
         dict(slice_shape=(16, 16, 3, 3), code_dim=128, include=['decode_head.aspp_modules']),
     ],
 )
+# The head's generator learns as fast as the head.
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'csg.1': dict(lr_mult=10.0)}))
 default_hooks = dict(csg=dict(type='CSGHook', save_compact=True), exact_resume=dict(type='ExactResumeHook'))

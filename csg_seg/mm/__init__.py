@@ -4,7 +4,6 @@ Importing it registers ``CSGModel``, ``CSGHook``, ``ExactResumeHook``, the loade
 of compact checkpoints and, when mmsegmentation is there, ``CamVidDataset``.
 """
 
-import sys
 import warnings
 from contextlib import redirect_stdout
 from importlib.metadata import PackageNotFoundError, distribution
@@ -16,8 +15,8 @@ from . import checkpoint, hooks, model  # noqa: F401
 
 if find_spec('mmseg') is not None:
     try:
-        # It prints a note on stdout, which belongs to programs that read JSON.
-        with redirect_stdout(sys.stderr):
+        # It prints a note about a package nobody asked for; stdout belongs to programs that read JSON.
+        with redirect_stdout(None):
             from . import datasets  # noqa: F401
     except (ImportError, AssertionError) as error:  # mmseg asserts the versions it works with
         warnings.warn(f'mmsegmentation is installed but does not import: {error}', stacklevel=2)

@@ -9,21 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use('Agg')  # before pyplot: there may be no screen
-
 import mmengine
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from rich.console import Console
 from rich.progress import Progress
 
-from ..checkpoint import save_compact
+from ..checkpoint import save_compact, write_whole
 from ..report import Summary, summarise
 from ..retrofit import materialise
 
@@ -74,7 +71,7 @@ def train_twin(name: str, cfg: Config, work_dir: Path, progress: Progress) -> Tw
     return Twin(name, runner, checkpoint, scores, summarise(runner.model))
 
 
-def step_times(twins: Sequence[Twin], *, steps: int = 15, warmup: int = 3) -> list[list[float]]:
+def step_times(twins: Sequence[Twin], *, steps: int = 10, warmup: int = 2) -> list[list[float]]:
     """Time training steps in turn, one network after the other, on one batch.
 
     Returns:
@@ -102,7 +99,8 @@ def draw_predictions(twins: Sequence[Twin], path: Path, *, samples: int = 6) -> 
     indices = sorted(np.random.default_rng(0).permutation(len(dataset))[:samples])
     titles = ['image', 'truth', *(f'{twin.name}: {twin.metrics["mIoU"]:.1f} mIoU' for twin in twins)]
     size = (2.2 * len(titles), 2.25 * len(indices))
-    figure, axes = plt.subplots(len(indices), len(titles), figsize=size, squeeze=False)
+    figure = Figure(figsize=size)
+    axes = figure.subplots(len(indices), len(titles), squeeze=False)
     for row, index in zip(axes, indices, strict=True):
         sample = dataset[int(index)]
         truth = sample['data_samples'].gt_sem_seg.data[0].numpy()
@@ -115,7 +113,6 @@ def draw_predictions(twins: Sequence[Twin], path: Path, *, samples: int = 6) -> 
         axis.set_title(title, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def compare(dense: Config, csg: Config, work_dir: str | Path) -> dict[str, Any]:
@@ -127,7 +124,7 @@ def compare(dense: Config, csg: Config, work_dir: str | Path) -> dict[str, Any]:
     """
     work_dir = Path(work_dir)
     work_dir.mkdir(parents=True, exist_ok=True)
-    with Progress() as progress:
+    with Progress(console=Console(stderr=True)) as progress:
         twins = [train_twin(name, cfg, work_dir, progress) for name, cfg in (('dense', dense), ('csg', csg))]
     files = {
         'picture': work_dir / 'predictions.png',
@@ -164,7 +161,8 @@ def _write_products(csg: Twin, files: dict[str, Path]) -> None:
     save_compact(csg.runner.model, files['compact checkpoint'])
     plain = materialise(deepcopy(csg.runner.model))
     meta = {'dataset_meta': csg.runner.test_dataloader.dataset.metainfo}
-    torch.save({'meta': meta, 'state_dict': plain.state_dict()}, files['materialised checkpoint'])
+    content = {'meta': meta, 'state_dict': plain.state_dict()}
+    write_whole(files['materialised checkpoint'], lambda partial: torch.save(content, partial))
 
 
 def _figures(twin: Twin, seconds: Sequence[float]) -> dict[str, Any]:

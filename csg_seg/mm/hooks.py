@@ -2,7 +2,7 @@
 
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,16 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from rich.console import Console
+from rich.progress import track
 from torch import nn
 
 from ..checkpoint import write_compact
-from ..conv import find_bank
+from ..conv import BANK, GeneratorBank, find_bank
 from ..errors import CSGError
 from ..report import summarise
 from ..retrofit import CSG, retrofit
+from ..settings import Settings
 
 
 @HOOKS.register_module()
@@ -47,9 +50,12 @@ class CSGHook(Hook):
         """Retrofit a bare model; False when it is retrofitted already.
 
         Raises:
-            CSGError: the model is dense and there are no settings, or they do not fit.
+            CSGError: the model is dense and there are no settings, or they do not
+                fit; or it is retrofitted by others.
         """
-        if find_bank(model) is not None:
+        bank = find_bank(model)
+        if bank is not None:
+            _check_same_settings(self.csg, bank)
             return False
         if self.csg is None:
             raise CSGError('CSGHook found a dense model and has no csg; give it csg=dict(...), or build a CSGModel')
@@ -62,7 +68,7 @@ class CSGHook(Hook):
         if self.retrofit(model):
             _rewrap(runner)
         runner.logger.info(f'CSG: {summarise(model).headline()}')
-        if self.save_compact:
+        if self.save_compact and not any(isinstance(hook, CompactCheckpointHook) for hook in runner.hooks):
             runner.register_hook(CompactCheckpointHook())
 
 
@@ -70,36 +76,50 @@ class CSGHook(Hook):
 class CompactCheckpointHook(Hook):
     """Write a compact checkpoint (``.safetensors``) beside each checkpoint, and delete it with it."""
 
-    # After EMAHook has put the averaged weights into the checkpoint.
+    # After EMAHook has put the averaged weights into the checkpoint, and CheckpointHook has saved it.
     priority = 'LOWEST'
 
     def __init__(self) -> None:
-        self._known: set[str] = set()
-        self._written: list[Path] = []
+        self._checkpoint: dict | None = None
+        self._saved: dict[Path, int] = {}
 
     def before_train(self, runner: Runner) -> None:
-        """Note the checkpoints of a run that is resumed."""
-        self._known = _checkpoint_paths(runner)
+        """Note the checkpoints that a resumed run has already."""
+        for folder in {Path(runner.work_dir), *(path.parent for path in _announced(runner, ''))}:
+            self._saved |= {path: path.stat().st_mtime_ns for path in folder.glob('*.pth')}
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Write the weights that are about to be saved."""
-        # CheckpointHook announces a path just before it saves to it.
-        new = _checkpoint_paths(runner) - self._known
-        self._known |= new
-        meta = checkpoint['meta'].get('dataset_meta') or {}
-        names = {key: meta[key] for key in ('classes', 'palette') if meta.get(key) is not None}
-        for path in map(Path, new):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            compact = path.with_suffix('.safetensors')
-            metadata = {'dataset_meta': json.dumps(names)}
-            write_compact(bare_model(runner.model), checkpoint['state_dict'], compact, metadata=metadata)
-            self._delete_orphans()
-            self._written.append(path)
+        """Remember the weights that are about to be saved."""
+        self._checkpoint = checkpoint
 
-    def _delete_orphans(self) -> None:
-        for path in [path for path in self._written if not path.exists()]:
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Write the compact file of an iteration's checkpoint."""
+        self._write(runner, 'last_ckpt')
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Write the compact file of an epoch's checkpoint."""
+        self._write(runner, 'last_ckpt')
+
+    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        """Write the compact file of the best checkpoint."""
+        self._write(runner, 'best_ckpt')
+
+    def _write(self, runner: Runner, which: str) -> None:
+        checkpoint, self._checkpoint = self._checkpoint, None
+        if checkpoint is None:
+            return
+        dataset_meta = checkpoint['meta'].get('dataset_meta') or {}
+        names = {key: dataset_meta[key] for key in ('classes', 'palette') if dataset_meta.get(key) is not None}
+        metadata = {'dataset_meta': json.dumps(names)}
+        for path in _announced(runner, which):
+            saved = path.stat().st_mtime_ns if path.is_file() else None
+            if saved is not None and saved != self._saved.get(path):
+                compact = path.with_suffix('.safetensors')
+                write_compact(bare_model(runner.model), checkpoint['state_dict'], compact, metadata=metadata)
+                self._saved[path] = saved
+        for path in [path for path in self._saved if not path.exists()]:
             path.with_suffix('.safetensors').unlink(missing_ok=True)
-            self._written.remove(path)
+            del self._saved[path]
 
 
 @HOOKS.register_module()
@@ -108,7 +128,9 @@ class ExactResumeHook(Hook):
 
     mmengine restores the order of the data. This hook adds the random numbers:
     torch's state, for dropout, goes into checkpoints; the data loader's, for
-    augmentation, are drawn anew by loading once more what was trained on already.
+    augmentation, are drawn anew by loading once more what was trained on already,
+    which takes a while. Without a fixed ``randomness.seed``, or with different
+    seeds on different ranks, exactness is out of reach and it does nothing.
     """
 
     def __init__(self) -> None:
@@ -121,17 +143,17 @@ class ExactResumeHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Take the state of a run that is resumed."""
-        if runner._resume:
+        if runner._resume and self._is_exact(runner):
             self._states = checkpoint.get('random_state')
 
     def before_train(self, runner: Runner) -> None:
         """Bring the data loader's workers to where they were."""
         loop = runner.train_loop
         # Older mmengine has no such attribute and always loads the data again itself.
-        if runner.iter == 0 or getattr(loop, 'fast_forward_on_resume', True):
+        if runner.iter == 0 or getattr(loop, 'fast_forward_on_resume', True) or not self._is_exact(runner):
             return
         runner.logger.info(f'Exact resume: loading {runner.iter} batches again for their random numbers.')
-        for _ in range(runner.iter):
+        for _ in track(range(runner.iter), 'Loading again', console=Console(stderr=True), disable=runner.rank != 0):
             next(loop.dataloader_iterator)
         loop.fast_forward_on_resume = True
 
@@ -145,16 +167,21 @@ class ExactResumeHook(Hook):
             torch.cuda.set_rng_state(cuda[0])
         self._states = None
 
+    @staticmethod
+    def _is_exact(runner: Runner) -> bool:
+        randomness = runner.cfg.get('randomness') or {}
+        return randomness.get('seed') is not None and not randomness.get('diff_rank_seed', False)
+
 
 class CheckpointGuardHook(Hook):
     """Refuse a CSG checkpoint for a dense model, which mmengine would load in part."""
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Compare the checkpoint's kind with the model's."""
-        codes = [name for name in checkpoint.get('state_dict', checkpoint) if name.endswith('.code')]
-        if codes and find_bank(bare_model(runner.model)) is None:
+        generators = [name for name in checkpoint.get('state_dict', checkpoint) if f'{BANK}.0.' in name]
+        if generators and find_bank(bare_model(runner.model)) is None:
             raise CSGError(
-                f'the checkpoint holds codes ({codes[0]} and {len(codes) - 1} more) but the config is dense; '
+                f'the checkpoint holds codes and a generator ({generators[0]}) but the config is dense; '
                 'use the CSG config, or materialise the checkpoint first (tools/materialise.py)'
             )
 
@@ -166,9 +193,20 @@ def bare_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def _checkpoint_paths(runner: Runner) -> set[str]:
+def _announced(runner: Runner, which: str) -> set[Path]:
+    """Return the paths that CheckpointHook says it saves to: ``last_ckpt``, ``best_ckpt``, or both."""
     info = runner.message_hub.runtime_info
-    return {path for key, path in info.items() if path and (key == 'last_ckpt' or key.startswith('best_ckpt'))}
+    keys = [key for key in info if key.startswith(which) and key.startswith(('last_ckpt', 'best_ckpt'))]
+    return {Path(info[key]) for key in keys if info[key]}
+
+
+def _check_same_settings(csg: CSG | None, bank: GeneratorBank) -> None:
+    if csg is None:
+        return
+    dicts = [csg] if isinstance(csg, Mapping) else csg
+    settings = [Settings.from_dict(each, position=position) for position, each in enumerate(dicts)]
+    if settings != [generator.settings for generator in bank]:
+        raise CSGError('the csg of CSGHook is not the one the model is retrofitted with; drop one of the two')
 
 
 def _rewrap(runner: Runner) -> None:

@@ -21,7 +21,7 @@ def load_config(args: Namespace) -> Config:
     Args:
         args: ``config``, ``cfg_options``, ``work_dir`` and ``launcher``.
     """
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config)
     cfg.launcher = args.launcher
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
@@ -30,6 +30,21 @@ def load_config(args: Namespace) -> Config:
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
     return cfg
+
+
+def read_config(path: str) -> Config:
+    """Read a config file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CSGError: it is no config.
+    """
+    try:
+        return Config.fromfile(path)
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError) as error:
+        raise CSGError(f'{path}: no config ({error}); give a .py file such as those in configs/') from None
 
 
 def check_data(cfg: Config, split: str) -> None:
@@ -46,8 +61,12 @@ def check_data(cfg: Config, split: str) -> None:
     remedy = f"see 'Prepare the data' in README.md, or set {split}_dataloader.dataset.data_root"
     loader = cfg.get(f'{split}_dataloader')
     for dataset in _leaves(loader.dataset if loader else None):
+        if dataset.get('backend_args') or '://' in str(dataset.get('data_root')):
+            continue  # not on this file system
         root = Path(dataset.get('data_root') or '.')
-        parts = [root, *(root / part for part in (dataset.get('data_prefix') or {}).values() if part)]
+        prefix = dataset.get('data_prefix') or {}
+        prefixes = [prefix] if isinstance(prefix, str) else prefix.values()
+        parts = [root, *(root / part for part in prefixes if part)]
         if dataset.get('ann_file'):
             parts.append(root / dataset['ann_file'])
         for part in parts:
@@ -65,6 +84,11 @@ def use_cpu_processes(cfg: Config) -> None:
         return
     if cfg.launcher == 'slurm':
         _export_slurm_ranks()
+    missing = [name for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR') if name not in os.environ]
+    if missing:
+        raise CSGError(
+            f'--launcher {cfg.launcher}: {missing[0]} is not set; start it by tools/dist_train.sh or the like'
+        )
     torch.distributed.init_process_group('gloo')
     cfg.env_cfg.dist_cfg = dict(backend='gloo')
     wrapper = dict(
@@ -104,6 +128,9 @@ def _check_samples(split: str, root: Path, dataset: Mapping[str, Any], remedy: s
 
 def _export_slurm_ranks() -> None:
     names = {'RANK': 'SLURM_PROCID', 'WORLD_SIZE': 'SLURM_NTASKS', 'LOCAL_RANK': 'SLURM_LOCALID'}
+    missing = [name for name in names.values() if name not in os.environ]
+    if missing:
+        raise CSGError(f'--launcher slurm: {missing[0]} is not set; start it by srun, or tools/slurm_train.sh')
     os.environ.update({ours: os.environ[slurms] for ours, slurms in names.items()})
     if 'MASTER_ADDR' not in os.environ:
         command = ['scontrol', 'show', 'hostnames', os.environ['SLURM_NODELIST']]

@@ -1,5 +1,6 @@
 """The model door: any registered model, retrofitted as it is built."""
 
+from copy import deepcopy
 from typing import Any
 
 from mmengine.config import Config
@@ -39,7 +40,8 @@ def CSGModel(csg: CSG | None = None, base_type: str | None = None, **base: Any) 
 def build_model(cfg: Config) -> nn.Module:
     """Build the model of a config through whichever door it uses, without trained weights."""
     init_default_scope(cfg.get('default_scope', 'mmseg'))
-    model = MODELS.build(cfg.model)
+    # Segmentors write into their config, which must stay fit to be built again.
+    model = MODELS.build(deepcopy(cfg.model))
     hooks = [*cfg.get('default_hooks', {}).values(), *cfg.get('custom_hooks', [])]
     for hook in hooks:
         if hook and hook.get('type') == 'CSGHook':

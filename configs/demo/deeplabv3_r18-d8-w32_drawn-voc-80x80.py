@@ -1,9 +1,9 @@
-# DeepLabV3 with a half-width ResNet-18, small enough to train from scratch on two CPU cores in
-# about a minute, on the data set drawn by tools/dataset_converters/draw_voc.py.
+# DeepLabV3 with a half-width ResNet-18: 3.5 M parameters, trained from scratch on two CPU cores in
+# about two minutes, on the data set drawn by tools/dataset_converters/draw_voc.py.
 # The import makes 'mmseg::' resolve on both lines of mm packages, whatever program reads this.
 _base_ = __import__('csg_seg') and ['mmseg::_base_/default_runtime.py']
 
-crop_size = (96, 96)
+crop_size = (80, 80)
 norm_cfg = dict(type='BN', requires_grad=True)
 # Six pixels in ten are background; unweighted, a schedule this short learns little else.
 class_weight = [0.3] + [1.0] * 20
@@ -104,13 +104,13 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
 
-max_iters = 280
+max_iters = 340
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=3e-3, weight_decay=0.01))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, begin=0, end=30, by_epoch=False),
     dict(type='PolyLR', power=0.9, eta_min=1e-5, begin=30, end=max_iters, by_epoch=False),
 ]
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters + 1)  # tested afterwards
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(
