@@ -19,4 +19,4 @@ def one_line_errors() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or '').split('.')[0] not in MM_PACKAGES:
             raise
-        sys.exit(f"error: {error.name} is not installed; pip install 'csg_seg[mm]' brings it")
+        sys.exit(f"error: {error.name} is not installed; pip install '.[mm]' in csg_seg's folder brings it")

@@ -216,4 +216,4 @@ runpy.run_path({str(ROOT / 'tools' / tool)!r}, run_name='__main__')
 """
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
-    assert done.stderr.strip() == "error: mmengine is not installed; pip install 'csg_seg[mm]' brings it"
+    assert done.stderr.strip() == "error: mmengine is not installed; pip install '.[mm]' in csg_seg's folder brings it"
