@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from csg_seg.cli import one_line_errors
@@ -59,7 +60,9 @@ def main() -> None:
             cfg.merge_from_dict({'randomness.seed': args.seed, **(args.cfg_options or {})})
             for split in ('train', 'val', 'test'):
                 check_data(cfg, split)
-        result = {**compare(*configs, args.work_dir), 'command': ' '.join(['python', *sys.argv])}
+        with redirect_stdout(sys.stderr):  # mmengine prints notes, stdout is for the result
+            figures = compare(*configs, args.work_dir)
+        result = {**figures, 'command': ' '.join(['python', *sys.argv])}
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=2) + '\n')
     if args.json:

@@ -1,9 +1,11 @@
 """Train a CSG config and its dense twin, and set side by side what they store, score and take."""
 
+import multiprocessing
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,38 +38,59 @@ class Twin:
     summary: Summary
 
 
-class ProgressHook(Hook):
-    """Show training as a progress bar instead of log lines."""
+class CountHook(Hook):
+    """Tell another process how far training is."""
 
-    def __init__(self, progress: Progress, name: str):
-        self.progress, self.name = progress, name
-
-    def before_train(self, runner: Runner) -> None:
-        """Add a bar."""
-        self.task = self.progress.add_task(f'train {self.name}', total=runner.max_iters)
+    def __init__(self, done: MutableMapping[str, int], name: str):
+        self.done, self.name = done, name
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Move the bar on."""
-        self.progress.advance(self.task)
+        """Write the number of finished iterations."""
+        self.done[self.name] = runner.iter + 1
 
 
-def train_twin(name: str, cfg: Config, work_dir: Path, progress: Progress) -> Twin:
-    """Train and test one network by an iteration-based config.
+def train(name: str, cfg: Config, done: MutableMapping[str, int], threads: int) -> None:
+    """Train one network; for a process of its own.
 
     Args:
-        name: what to call it; its folder in ``work_dir``.
-        cfg: left as it is.
-        work_dir: for logs and checkpoints.
-        progress: takes a bar for the training.
+        name: its key in ``done``.
+        cfg: iteration-based.
+        done: takes the number of finished iterations.
+        threads: to compute with on the CPU.
     """
-    cfg = deepcopy(cfg)
-    cfg.update(work_dir=str(work_dir / name), experiment_name=f'{name}-{time.time_ns()}', log_level='ERROR')
+    torch.set_num_threads(threads)
     runner = Runner.from_cfg(cfg)
-    runner.register_hook(ProgressHook(progress, name))
+    runner.register_hook(CountHook(done, name))
     runner.train()
-    metrics = runner.test()
-    checkpoint = Path(cfg.work_dir, f'iter_{runner.max_iters}.pth')
-    scores = {key: float(value) for key, value in metrics.items()}
+
+
+def train_all(cfgs: Mapping[str, Config]) -> None:
+    """Train networks under a progress bar: on the CPU side by side, on a GPU one after the other."""
+    workers = 1 if torch.cuda.is_available() else len(cfgs)
+    threads = max(1, torch.get_num_threads() // workers)
+    context = multiprocessing.get_context('spawn')
+    bars = Progress(console=Console(stderr=True))
+    with context.Manager() as manager, ProcessPoolExecutor(workers, mp_context=context) as pool, bars:
+        done = manager.dict(dict.fromkeys(cfgs, 0))
+        tasks = {name: bars.add_task(f'train {name}', total=cfg.train_cfg.max_iters) for name, cfg in cfgs.items()}
+        runs = [pool.submit(train, name, cfg, done, threads) for name, cfg in cfgs.items()]
+        while wait(runs, timeout=1, return_when=FIRST_EXCEPTION).not_done:
+            for name, task in tasks.items():
+                bars.update(task, completed=done[name])
+            if any(run.done() and run.exception() for run in runs):
+                break
+        for task, run in zip(tasks.values(), runs, strict=True):
+            run.result()
+            bars.update(task, completed=bars.tasks[task].total)
+
+
+def evaluate(name: str, cfg: Config) -> Twin:
+    """Load the last checkpoint of a training and test it."""
+    checkpoint = Path(cfg.work_dir, f'iter_{cfg.train_cfg.max_iters}.pth')
+    cfg = deepcopy(cfg)
+    cfg.update(load_from=str(checkpoint), experiment_name=f'{cfg.experiment_name}-test')
+    runner = Runner.from_cfg(cfg)
+    scores = {key: float(value) for key, value in runner.test().items()}
     return Twin(name, runner, checkpoint, scores, summarise(runner.model))
 
 
@@ -77,13 +100,15 @@ def step_times(twins: Sequence[Twin], *, steps: int = 10, warmup: int = 2) -> li
     Returns:
         seconds of each step, for each network. The networks are trained on by them.
     """
-    batch = next(iter(twins[0].runner.train_dataloader))
+    runners = [twin.runner for twin in twins]
+    batch = next(iter(runners[0].build_dataloader(runners[0].cfg.train_dataloader, seed=0)))
+    optimizers = [runner.build_optim_wrapper(runner.cfg.optim_wrapper) for runner in runners]
     seconds: list[list[float]] = [[] for _ in twins]
     for step in range(warmup + steps):
-        for twin, taken in zip(twins, seconds, strict=True):
-            twin.runner.model.train()
+        for runner, optimizer, taken in zip(runners, optimizers, seconds, strict=True):
+            runner.model.train()
             start = time.perf_counter()
-            twin.runner.model.train_step(deepcopy(batch), twin.runner.optim_wrapper)
+            runner.model.train_step(deepcopy(batch), optimizer)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if step >= warmup:
@@ -124,8 +149,11 @@ def compare(dense: Config, csg: Config, work_dir: str | Path) -> dict[str, Any]:
     """
     work_dir = Path(work_dir)
     work_dir.mkdir(parents=True, exist_ok=True)
-    with Progress(console=Console(stderr=True)) as progress:
-        twins = [train_twin(name, cfg, work_dir, progress) for name, cfg in (('dense', dense), ('csg', csg))]
+    cfgs = {'dense': deepcopy(dense), 'csg': deepcopy(csg)}
+    for name, cfg in cfgs.items():
+        cfg.update(work_dir=str(work_dir / name), experiment_name=f'{name}-{time.time_ns()}', log_level='ERROR')
+    train_all(cfgs)
+    twins = [evaluate(name, cfg) for name, cfg in cfgs.items()]
     files = {
         'picture': work_dir / 'predictions.png',
         'compact checkpoint': work_dir / 'csg.safetensors',
