@@ -8,6 +8,8 @@ import pytest
 from conftest import ROOT, run_program
 from mmengine.config import Config
 
+import csg_seg  # noqa: F401 ('mmseg::' bases resolve once it is imported)
+
 README = (ROOT / 'README.md').read_text()
 DOCUMENTS = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
 

@@ -44,7 +44,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     if Path(path).suffix == '.safetensors':
         return load_from_compact(str(path))
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        # Again, because mmengine's own loading may have cleared what is registered below.
+        with torch.serialization.safe_globals(_what_mmengine_pickles()):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except UnpicklingError:
         raise CSGError(
             f'{path}: damaged, no checkpoint, or one with objects other than weights in it, which are not unpickled; '
