@@ -177,7 +177,8 @@ def check_state_dict(root: nn.Module, state_dict: Mapping[str, Tensor], prefix: 
 
 def _describe_missing(missing: list[str], state_dict: Mapping[str, Tensor], prefix: str) -> str:
     dense = [name for name in missing if prefix + name.removesuffix('code') + 'weight' in state_dict]
-    if dense:
+    has_generator = any(name.startswith(f'{prefix}{BANK}.') for name in state_dict)
+    if dense and not has_generator:
         return (
             f'{dense[0].removesuffix(".code")} has no code in the checkpoint but a dense weight '
             f'({len(dense)} such layers); it is a dense checkpoint: use it with the dense config, '
@@ -185,5 +186,5 @@ def _describe_missing(missing: list[str], state_dict: Mapping[str, Tensor], pref
         )
     return (
         f'the checkpoint lacks {missing[0]} ({len(missing)} such entries of generated layers); '
-        'take a checkpoint of this config'
+        'it was made from another network or with other settings: take a checkpoint of this config'
     )

@@ -152,7 +152,9 @@ class ExactResumeHook(Hook):
         # Older mmengine has no such attribute and always loads the data again itself.
         if runner.iter == 0 or getattr(loop, 'fast_forward_on_resume', True) or not self._is_exact(runner):
             return
-        runner.logger.info(f'Exact resume: loading {runner.iter} batches again for their random numbers.')
+        runner.logger.info(
+            f'Exact resume: loading {runner.iter} batches again for their random numbers; mmengine need not advance.'
+        )
         for _ in track(range(runner.iter), 'Loading again', console=Console(stderr=True), disable=runner.rank != 0):
             next(loop.dataloader_iterator)
         loop.fast_forward_on_resume = True

@@ -41,8 +41,8 @@ def read_config(path: str) -> Config:
     """
     try:
         return Config.fromfile(path)
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f'{path}: no such config, or one of its bases is missing ({error})') from None
     except (OSError, SyntaxError) as error:
         raise CSGError(f'{path}: no config ({error}); give a .py file such as those in configs/') from None
 
@@ -58,7 +58,7 @@ def check_data(cfg: Config, split: str) -> None:
         CSGError: a folder, a list, an image or a mask is missing.
     """
     init_default_scope(cfg.get('default_scope', 'mmseg'))
-    remedy = f"see 'Prepare the data' in README.md, or set {split}_dataloader.dataset.data_root"
+    remedy = f"see 'Prepare the data' in README.md, or set its data_root in {split}_dataloader"
     loader = cfg.get(f'{split}_dataloader')
     for dataset in _leaves(loader.dataset if loader else None):
         if dataset.get('backend_args') or '://' in str(dataset.get('data_root')):

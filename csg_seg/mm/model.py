@@ -39,6 +39,8 @@ def CSGModel(csg: CSG | None = None, base_type: str | None = None, **base: Any) 
 
 def build_model(cfg: Config) -> nn.Module:
     """Build the model of a config through whichever door it uses, without trained weights."""
+    if 'csg' in cfg.model and cfg.model.type != 'CSGModel':
+        raise CSGError(f"the model has csg settings but its type is {cfg.model.type}; give it type='CSGModel'")
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     # Segmentors write into their config, which must stay fit to be built again.
     model = MODELS.build(deepcopy(cfg.model))
