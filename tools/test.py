@@ -1,7 +1,10 @@
-"""Evaluate a checkpoint; the arguments are those of mmsegmentation's test.py."""
+"""Evaluate a checkpoint; the arguments are those of mmsegmentation and mmpretrain's test.py."""
 
 import argparse
+import json
 import os
+import sys
+from contextlib import redirect_stdout
 
 from csg_seg.cli import one_line_errors
 
@@ -11,7 +14,7 @@ with one_line_errors():
 
     from csg_seg.errors import CSGError
     from csg_seg.mm.checkpoint import check_file
-    from csg_seg.mm.hooks import CheckpointGuardHook
+    from csg_seg.mm.hooks import CheckpointGuardHook, ProgressBarHook
     from csg_seg.mm.launch import check_data, load_config, use_cpu_processes
     from csg_seg.mm.model import build_model
 
@@ -27,6 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--wait-time', type=float, default=2, help='seconds to show each window (default: 2)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings: key=value ...')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
+    parser.add_argument('--json', action='store_true', help='print the scores as JSON, the log to stderr')
     parser.add_argument('--tta', action='store_true', help='test time augmentation')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -37,20 +41,31 @@ def parse_args() -> argparse.Namespace:
 def apply_options(cfg, args: argparse.Namespace) -> None:
     """Write the options that concern testing into the config."""
     cfg.load_from = args.checkpoint
-    if (args.show or args.show_dir) and 'visualization' not in cfg.default_hooks:
-        raise CSGError(
-            "--show needs default_hooks = dict(visualization=dict(type='SegVisualizationHook')) in the config"
-        )
     if args.show or args.show_dir:
-        cfg.default_hooks.visualization.update(draw=True, show=args.show, wait_time=args.wait_time)
-    if args.show_dir:
-        cfg.visualizer.save_dir = args.show_dir
+        show_predictions(cfg, args)
     if args.tta:
+        if 'tta_pipeline' not in cfg or 'tta_model' not in cfg:
+            raise CSGError('--tta needs tta_pipeline and tta_model in the config; leave it out, or add them')
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.tta_model.module = cfg.model
         cfg.model = cfg.tta_model
     if args.out is not None:
+        if cfg.get('default_scope') == 'mmpretrain':
+            raise CSGError('--out saves segmentation maps, this network classifies; --json prints its scores')
         cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
+
+
+def show_predictions(cfg, args: argparse.Namespace) -> None:
+    """Turn on the config's visualization hook."""
+    hook = cfg.default_hooks.get('visualization')
+    if hook is None:
+        raise CSGError('--show and --show-dir need a visualization hook in the default_hooks of the config')
+    if hook.type == 'VisualizationHook':  # mmpretrain's
+        hook.update(enable=True, show=args.show, wait_time=args.wait_time, out_dir=args.show_dir)
+        return
+    hook.update(draw=True, show=args.show, wait_time=args.wait_time)
+    if args.show_dir:
+        cfg.visualizer.save_dir = args.show_dir
 
 
 def main() -> None:
@@ -62,9 +77,14 @@ def main() -> None:
         check_data(cfg, 'test')
         apply_options(cfg, args)
         use_cpu_processes(cfg)
-        runner = Runner.from_cfg(cfg)
-        runner.register_hook(CheckpointGuardHook())
-        runner.test()
+        # With --json, the log goes to stderr: stdout is for the scores alone.
+        with redirect_stdout(sys.stderr if args.json else sys.stdout):
+            runner = Runner.from_cfg(cfg)
+            runner.register_hook(CheckpointGuardHook())
+            runner.register_hook(ProgressBarHook())
+            scores = runner.test()
+    if args.json and runner.rank == 0:
+        print(json.dumps(scores))
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Train a segmentation network; the arguments are those of mmsegmentation's train.py."""
+"""Train a network; the arguments are those of mmsegmentation's and mmpretrain's train.py."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ with one_line_errors():
     from mmengine.runner import Runner
 
     from csg_seg.errors import CSGError
-    from csg_seg.mm.hooks import CheckpointGuardHook
+    from csg_seg.mm.hooks import CheckpointGuardHook, ProgressBarHook
     from csg_seg.mm.launch import check_data, load_config, use_cpu_processes
     from csg_seg.mm.model import build_model
 
@@ -57,6 +57,7 @@ def main() -> None:
         use_cpu_processes(cfg)
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         runner.register_hook(CheckpointGuardHook())
+        runner.register_hook(ProgressBarHook())
         runner.train()
 
 

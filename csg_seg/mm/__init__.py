@@ -1,7 +1,8 @@
 """All that concerns mmengine: the model door, the hook door, data sets, launching.
 
 Importing it registers ``CSGModel``, ``CSGHook``, ``ExactResumeHook``, the loader
-of compact checkpoints and, when mmsegmentation is there, ``CamVidDataset``.
+of compact checkpoints and, as far as mmsegmentation and mmpretrain are there,
+data sets, CIFAR networks and metrics.
 """
 
 import warnings
@@ -13,16 +14,24 @@ from mmengine.config.utils import MODULE2PACKAGE
 
 from . import checkpoint, hooks, model  # noqa: F401
 
-if find_spec('mmseg') is not None:
+# They print a note about a package nobody asked for; stdout belongs to programs that read JSON.
+with redirect_stdout(None):
+    if find_spec('mmseg') is not None:
+        try:
+            from . import seg_datasets  # noqa: F401
+        except (ImportError, AssertionError) as error:  # mmseg asserts the versions it works with
+            warnings.warn(f'mmsegmentation is installed but does not import: {error}', stacklevel=2)
+    if find_spec('mmpretrain') is not None:
+        try:
+            from . import cifar_networks, cls_datasets, metrics  # noqa: F401
+        except (ImportError, AssertionError) as error:
+            warnings.warn(f'mmpretrain is installed but does not import: {error}', stacklevel=2)
+
+for module, package in (('mmseg', 'mmsegmentation'), ('mmpretrain', 'mmpretrain')):
     try:
-        # It prints a note about a package nobody asked for; stdout belongs to programs that read JSON.
-        with redirect_stdout(None):
-            from . import datasets  # noqa: F401
-    except (ImportError, AssertionError) as error:  # mmseg asserts the versions it works with
-        warnings.warn(f'mmsegmentation is installed but does not import: {error}', stacklevel=2)
-    try:
-        distribution('mmsegmentation')
+        distribution(package)
     except PackageNotFoundError:
         # The maintained line is distributed under another name; mmengine then
-        # finds the 'mmseg::' configs by the module's.
-        MODULE2PACKAGE['mmseg'] = 'mmseg'
+        # finds the 'mmseg::' and 'mmpretrain::' configs by the module's.
+        if find_spec(module) is not None:
+            MODULE2PACKAGE[module] = module

@@ -12,9 +12,9 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner, set_random_seed
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 from torch import nn
 
 from ..checkpoint import write_compact
@@ -124,13 +124,16 @@ class CompactCheckpointHook(Hook):
 
 @HOOKS.register_module()
 class ExactResumeHook(Hook):
-    """Let a resumed iteration-based run end with the weights of an unbroken one of the same seed.
+    """Let a resumed run end with the weights of an unbroken one of the same seed.
 
-    mmengine restores the order of the data. This hook adds the random numbers:
-    torch's state, for dropout, goes into checkpoints; the data loader's, for
-    augmentation, are drawn anew by loading once more what was trained on already,
-    which takes a while. Without a fixed ``randomness.seed``, or with different
-    seeds on different ranks, exactness is out of reach and it does nothing.
+    mmengine restores the order of the data. This hook adds the random numbers.
+    Of an iteration-based run: torch's state, for dropout, goes into checkpoints;
+    the data loader's, for augmentation, are drawn anew by loading once more what
+    was trained on already, which takes a while. Of an epoch-based run: every epoch
+    begins with numbers of its own, drawn from seed and epoch; that reaches
+    augmentation as far as it runs in this process (``num_workers=0``).
+    Without a fixed ``randomness.seed``, or with different seeds on different
+    ranks, exactness is out of reach and it does nothing.
     """
 
     def __init__(self) -> None:
@@ -149,6 +152,8 @@ class ExactResumeHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Bring the data loader's workers to where they were."""
         loop = runner.train_loop
+        if isinstance(loop, EpochBasedTrainLoop):
+            return
         # Older mmengine has no such attribute and always loads the data again itself.
         if runner.iter == 0 or getattr(loop, 'fast_forward_on_resume', True) or not self._is_exact(runner):
             return
@@ -158,6 +163,12 @@ class ExactResumeHook(Hook):
         for _ in track(range(runner.iter), 'Loading again', console=Console(stderr=True), disable=runner.rank != 0):
             next(loop.dataloader_iterator)
         loop.fast_forward_on_resume = True
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Begin an epoch with random numbers of its own."""
+        if isinstance(runner.train_loop, EpochBasedTrainLoop) and self._is_exact(runner):
+            self._states = None
+            set_random_seed(runner.cfg.randomness.seed + runner.epoch)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Restore torch's state once the data loader has caught up."""
@@ -175,6 +186,19 @@ class ExactResumeHook(Hook):
         return randomness.get('seed') is not None and not randomness.get('diff_rank_seed', False)
 
 
+@HOOKS.register_module()
+class ChannelsLastHook(Hook):
+    """Compute in channels-last memory format, which is faster for convs on most devices."""
+
+    priority = 'VERY_LOW'
+
+    def before_run(self, runner: Runner) -> None:
+        """Convert the weights, and from now on every batch of images before the backbone."""
+        model = bare_model(runner.model)
+        model.to(memory_format=torch.channels_last)
+        model.backbone.register_forward_pre_hook(_to_channels_last)
+
+
 class CheckpointGuardHook(Hook):
     """Refuse a CSG checkpoint for a dense model, which mmengine would load in part."""
 
@@ -186,6 +210,64 @@ class CheckpointGuardHook(Hook):
                 f'the checkpoint holds codes and a generator ({generators[0]}) but the config is dense; '
                 'use the CSG config, or materialise the checkpoint first (tools/materialise.py)'
             )
+
+
+class ProgressBarHook(Hook):
+    """Show how far training, validation or test is, on a terminal's stderr."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(console=Console(stderr=True), transient=True)
+
+    def before_train(self, runner: Runner) -> None:
+        """Begin a bar of iterations."""
+        self._begin(runner, 'train', runner.max_iters)
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Begin a bar of batches."""
+        self._begin(runner, 'validate', len(runner.val_dataloader))
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        """Begin a bar of batches."""
+        self._begin(runner, 'test', len(runner.test_dataloader))
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Advance training's bar."""
+        self._show('train', runner.iter + 1)
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Advance validation's bar."""
+        self._show('validate', batch_idx + 1)
+
+    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Advance the test's bar."""
+        self._show('test', batch_idx + 1)
+
+    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        """Take validation's bar away."""
+        self._end('validate')
+
+    def after_run(self, runner: Runner) -> None:
+        """Take all bars away."""
+        self._bars.stop()
+
+    def _begin(self, runner: Runner, name: str, total: int) -> None:
+        if runner.rank == 0 and self._bars.console.is_terminal:
+            self._bars.add_task(name, total=total)
+            self._bars.start()
+
+    def _show(self, name: str, completed: int) -> None:
+        for task in self._bars.tasks:
+            if task.description == name:
+                self._bars.update(task.id, completed=completed)
+
+    def _end(self, name: str) -> None:
+        for task in list(self._bars.tasks):
+            if task.description == name:
+                self._bars.remove_task(task.id)
+
+
+def _to_channels_last(module: nn.Module, inputs: tuple) -> tuple:
+    return tuple(each.to(memory_format=torch.channels_last) for each in inputs)
 
 
 def bare_model(model: nn.Module) -> nn.Module:

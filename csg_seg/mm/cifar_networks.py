@@ -1,0 +1,66 @@
+"""The paper's CIFAR-10 networks as backbones: mmpretrain's with another stem, or our own."""
+
+from typing import Any
+
+from mmcv.cnn import ConvModule
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from mmpretrain.models import DenseNet, ShuffleNetV2
+from torch import nn
+
+from .. import models
+
+
+@MODELS.register_module()
+class CIFARResNet(models.CIFARResNet, BaseModule):
+    """:class:`csg_seg.models.CIFARResNet` with mmengine's ``init_cfg``."""
+
+    def __init__(self, depth: int, init_cfg: dict | None = None):
+        super().__init__(depth)
+        self.init_cfg = init_cfg
+
+
+@MODELS.register_module()
+class CIFARMobileNetV2(models.CIFARMobileNetV2, BaseModule):
+    """:class:`csg_seg.models.CIFARMobileNetV2` with mmengine's ``init_cfg``."""
+
+    def __init__(self, init_cfg: dict | None = None):
+        super().__init__()
+        self.init_cfg = init_cfg
+
+
+@MODELS.register_module()
+class CIFARDenseNet(DenseNet):
+    """DenseNet-BC for 32 x 32 pixels: three blocks, a 3x3 conv for a stem.
+
+    Huang et al., "Densely Connected Convolutional Networks", CVPR 2017.
+
+    Args:
+        depth: ``6 n + 4``; each of three blocks has ``n`` bottlenecks.
+        growth_rate: channels that each bottleneck adds; the stem has twice as many.
+        kwargs: as :class:`mmpretrain.models.DenseNet`.
+    """
+
+    def __init__(self, depth: int, growth_rate: int, **kwargs: Any):
+        blocks = (depth - 4) // 6
+        stem = 2 * growth_rate
+        super().__init__(arch=dict(growth_rate=growth_rate, depths=[blocks] * 3, init_channels=stem), **kwargs)
+        self.stem = nn.Conv2d(3, stem, 3, padding=1, bias=False)
+
+
+@MODELS.register_module()
+class CIFARShuffleNetV2(ShuffleNetV2):
+    """ShuffleNetV2 for 32 x 32 pixels: a stem of stride 1, no pooling.
+
+    Ma et al., "ShuffleNet V2", ECCV 2018. Start values are PyTorch's own:
+    mmpretrain's, made for ImageNet, begin too small for this stem.
+
+    Args:
+        kwargs: as :class:`mmpretrain.models.ShuffleNetV2`.
+    """
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        stem = self.conv1
+        self.conv1 = ConvModule(3, stem.out_channels, 3, padding=1, norm_cfg=self.norm_cfg, act_cfg=self.act_cfg)
+        self.maxpool = nn.Identity()

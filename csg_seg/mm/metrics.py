@@ -1,0 +1,93 @@
+"""Per-class accuracy, as a table in the log and as a picture of the confusion matrix."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from mmengine.logging import MMLogger, print_log
+from mmengine.registry import METRICS
+from mmpretrain.evaluation import ConfusionMatrix
+from rich.console import Console
+from rich.table import Table
+
+
+@METRICS.register_module()
+class PerClassAccuracy(ConfusionMatrix):
+    """Accuracy of each class, in percent, and a picture of which are taken for which.
+
+    Args:
+        out: file of the picture; by default ``confusion_matrix.png`` beside the log.
+        most: print only so many classes, the worst.
+        kwargs: as :class:`mmpretrain.evaluation.ConfusionMatrix`.
+    """
+
+    default_prefix = 'accuracy_of'
+
+    def __init__(self, *, out: str | None = None, most: int = 20, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.out = out
+        self.most = most
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        """Return the accuracy of each class that has samples; called on the main process alone."""
+        matrix = super().compute_metrics(results)['result'].cpu()
+        names = list((self.dataset_meta or {}).get('classes') or map(str, range(len(matrix))))
+        samples = matrix.sum(1)
+        accuracy = {name: 100 * int(matrix[i, i]) / int(samples[i]) for i, name in enumerate(names) if samples[i] > 0}
+        counts = {name: int(samples[i]) for i, name in enumerate(names)}
+        picture = Path(self.out) if self.out else _log_folder() / 'confusion_matrix.png'
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        draw_confusion(matrix, names).savefig(picture, dpi=110)
+        print_log(f'{self._table(accuracy, counts)}\nconfusion matrix: {picture}', logger='current')
+        return accuracy
+
+    def _table(self, accuracy: dict[str, float], counts: dict[str, int]) -> str:
+        worst = sorted(accuracy, key=accuracy.__getitem__)[: self.most]
+        shown = [name for name in accuracy if name in worst]
+        rest = len(accuracy) - len(shown)
+        table = Table('class', 'samples', 'accuracy', caption=f'{rest} better classes left out' if rest else None)
+        for name in shown:
+            table.add_row(name, str(counts[name]), f'{accuracy[name]:.2f}')
+        console = Console(width=80)
+        with console.capture() as text:
+            console.print(table)
+        return '\n' + text.get()
+
+
+def draw_confusion(matrix: torch.Tensor, names: list[str]) -> Figure:
+    """Draw a confusion matrix, truth downwards, prediction to the right, each row in percent of its samples.
+
+    Args:
+        matrix: ``(classes, classes)`` counts.
+        names: of the classes; written beside the axes while there is room.
+    """
+    share = 100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    few = len(names) <= 30
+    side = 1.8 + 0.5 * len(names) if few else 9.0
+    figure = Figure(figsize=(side + 1, side))
+    axis = figure.subplots()
+    image = axis.imshow(share, cmap='Blues', vmin=0, vmax=100)
+    figure.colorbar(image, ax=axis, label='% of the true class', shrink=0.8)
+    axis.set(
+        xlabel='predicted class', ylabel='true class', title=f'{100 * matrix.trace() / matrix.sum():.2f} % correct'
+    )
+    if few:
+        ticks = range(len(names))
+        axis.set_xticks(ticks, names, rotation=45, ha='right')
+        axis.set_yticks(ticks, names)
+        for row in ticks:
+            for column in ticks:
+                value = float(share[row, column])
+                if value >= 0.5:
+                    colour = 'white' if value > 50 else 'black'
+                    axis.text(column, row, f'{value:.0f}', ha='center', va='center', color=colour, fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def _log_folder() -> Path:
+    handlers = MMLogger.get_current_instance().handlers
+    files = [handler.baseFilename for handler in handlers if isinstance(handler, logging.FileHandler)]
+    return Path(files[0]).parent if files else Path()

@@ -1,0 +1,59 @@
+"""Train configs with several seeds through train.py and test.py, and print what they store and score."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from csg_seg.cli import one_line_errors
+
+with one_line_errors():
+    from mmengine.config import Config
+    from rich.console import Console
+    from rich.table import Table
+
+    from csg_seg.mm.benchmark import benchmark
+    from csg_seg.mm.launch import read_config
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('configs', nargs='+', help='config files; the first is what the others are compared with')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='(default: 0 1 2)')
+    parser.add_argument('--work-dir', required=True, help='folder for the runs; finished ones are not repeated')
+    parser.add_argument('--metric', default='accuracy/top1', help='score to gather (default: %(default)s)')
+    parser.add_argument('--jobs', type=int, default=1, help='runs at a time; they share the cores (default: 1)')
+    parser.add_argument('--cfg-options', nargs='+', default=[], help='override settings of all: key=value ...')
+    parser.add_argument('--out', help='also write the result to this JSON file')
+    parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
+    return parser.parse_args()
+
+
+def print_table(result: dict) -> None:
+    """Print a row for each network."""
+    table = Table('network', 'parameters stored', 'compression', result['metric'], 'against the first')
+    first = next(iter(result['networks'].values()))
+    for name, each in result['networks'].items():
+        spread = '' if each['std'] is None else f' +- {each["std"]:.2f}'
+        difference = f'{each["mean"] - first["mean"]:+.2f}'
+        ratio = f'{each["compression_ratio"]:.2f}x'
+        table.add_row(name, f'{each["stored_params"]:,}', ratio, f'{each["mean"]:.2f}{spread}', difference)
+    Console(width=None if sys.stdout.isatty() else 130).print(table)
+
+
+def main() -> None:
+    args = parse_args()
+    with one_line_errors():
+        paths = {Path(path).stem: path for path in args.configs}
+        configs: dict[str, Config] = {name: read_config(path) for name, path in paths.items()}
+        options = dict(tools=Path(__file__).parent, metric=args.metric, jobs=args.jobs, cfg_options=args.cfg_options)
+        figures = benchmark(configs, paths, args.seeds, args.work_dir, **options)
+        result = {'command': ' '.join(['python', *sys.argv]), **figures}
+        if args.out:
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.out).write_text(json.dumps(result, indent=2) + '\n')
+    print(json.dumps(result)) if args.json else print_table(result)
+
+
+if __name__ == '__main__':
+    main()
