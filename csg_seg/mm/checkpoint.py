@@ -43,10 +43,23 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     check_file(path)
     if Path(path).suffix == '.safetensors':
         return load_from_compact(str(path))
+    checkpoint = read_tensors(path)
+    if not isinstance(checkpoint, dict):
+        raise CSGError(f'{path}: holds a {type(checkpoint).__name__}, not a state dict; give a training checkpoint')
+    state_dict = checkpoint.get('state_dict', checkpoint)
+    return {'meta': checkpoint.get('meta', {}), 'state_dict': state_dict}
+
+
+def read_tensors(path: str | os.PathLike) -> Any:
+    """Load a file of ``torch.save``, unpickling nothing but tensors, containers and mmengine's scalars.
+
+    Raises:
+        CSGError: the file is damaged, or holds other objects.
+    """
     try:
         # Again, because mmengine's own loading may have cleared what is registered below.
         with torch.serialization.safe_globals(_what_mmengine_pickles()):
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+            return torch.load(path, map_location='cpu', weights_only=True)
     except UnpicklingError:
         raise CSGError(
             f'{path}: damaged, no checkpoint, or one with objects other than weights in it, which are not unpickled; '
@@ -55,10 +68,6 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     # A damaged file may raise anything while it is parsed.
     except Exception as error:
         raise CSGError(f'{path}: damaged, or no checkpoint ({type(error).__name__}); copy it again') from None
-    if not isinstance(checkpoint, dict):
-        raise CSGError(f'{path}: holds a {type(checkpoint).__name__}, not a state dict; give a training checkpoint')
-    state_dict = checkpoint.get('state_dict', checkpoint)
-    return {'meta': checkpoint.get('meta', {}), 'state_dict': state_dict}
 
 
 def check_file(path: str | os.PathLike) -> None:

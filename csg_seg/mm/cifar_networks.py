@@ -15,8 +15,8 @@ from .. import models
 class CIFARResNet(models.CIFARResNet, BaseModule):
     """:class:`csg_seg.models.CIFARResNet` with mmengine's ``init_cfg``."""
 
-    def __init__(self, depth: int, init_cfg: dict | None = None):
-        super().__init__(depth)
+    def __init__(self, depth: int, zeros: str = 'after', init_cfg: dict | None = None):
+        super().__init__(depth, zeros)
         self.init_cfg = init_cfg
 
 

@@ -10,25 +10,25 @@ class BasicBlock(nn.Module):
     """Two 3x3 convs beside a shortcut without parameters.
 
     Where the shape changes, the shortcut takes every second pixel and pads the
-    channels with zeros, half before and half after: option A of He et al.,
-    "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
+    channels with zeros: option A of He et al., "Deep Residual Learning for Image
+    Recognition", CVPR 2016, section 4.2, which does not say on which side.
     """
 
-    def __init__(self, in_channels: int, channels: int, stride: int):
+    def __init__(self, in_channels: int, channels: int, *, stride: int, zeros: str):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.stride = stride
-        self.padding = (channels - in_channels) // 2
+        added = channels - in_channels
+        self.zeros = (0, added) if zeros == 'after' else (added // 2, added - added // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(n, in_channels, h, w)`` to ``(n, channels, h / stride, w / stride)``."""
         shortcut = x
-        if self.stride > 1 or self.padding > 0:
-            shortcut = x[:, :, :: self.stride, :: self.stride]
-            shortcut = functional.pad(shortcut, (0, 0, 0, 0, self.padding, self.padding))
+        if self.stride > 1:
+            shortcut = functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, *self.zeros))
         x = functional.relu(self.bn1(self.conv1(x)))
         x = self.bn2(self.conv2(x))
         return functional.relu(x + shortcut)
@@ -41,31 +41,35 @@ class CIFARResNet(nn.Module):
 
     Args:
         depth: ``6 n + 2``, two convs in each of ``n`` blocks of three stages.
+        zeros: where a shortcut gets its new channels: 'after' the old ones, as the
+            paper's authors have it, or 'around' them, half on each side.
 
     Raises:
         CSGError: there is no network of such a depth.
     """
 
-    def __init__(self, depth: int):
+    def __init__(self, depth: int, zeros: str = 'after'):
         super().__init__()
+        if zeros not in ('after', 'around'):
+            raise CSGError(f"zeros must be 'after' or 'around'; got {zeros!r}")
         blocks, rest = divmod(depth - 2, 6)
-        if rest != 0 or blocks < 1:
+        if rest or blocks < 1:
             raise CSGError(f'depth {depth}: a CIFAR ResNet has 6 n + 2 layers; take 20, 32, 44, 56 or 110')
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = self._stage(blocks, in_channels=16, channels=16, stride=1)
-        self.layer2 = self._stage(blocks, in_channels=16, channels=32, stride=2)
-        self.layer3 = self._stage(blocks, in_channels=32, channels=64, stride=2)
+        self.layer1 = _stage(blocks, 16, 16, stride=1, zeros=zeros)
+        self.layer2 = _stage(blocks, 16, 32, stride=2, zeros=zeros)
+        self.layer3 = _stage(blocks, 32, 64, stride=2, zeros=zeros)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
-
-    @staticmethod
-    def _stage(blocks: int, *, in_channels: int, channels: int, stride: int) -> nn.Sequential:
-        first = BasicBlock(in_channels, channels, stride)
-        return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         """Map images ``(n, 3, h, w)`` to one feature map ``(n, 64, h / 4, w / 4)``, in a tuple."""
         x = functional.relu(self.bn1(self.conv1(x)))
         return (self.layer3(self.layer2(self.layer1(x))),)
+
+
+def _stage(blocks: int, in_channels: int, channels: int, *, stride: int, zeros: str) -> nn.Sequential:
+    first = BasicBlock(in_channels, channels, stride=stride, zeros=zeros)
+    return nn.Sequential(first, *(BasicBlock(channels, channels, stride=1, zeros=zeros) for _ in range(blocks - 1)))

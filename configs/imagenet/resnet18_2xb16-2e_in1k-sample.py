@@ -1,0 +1,12 @@
+# ResNet-18 on an ImageNet sample, data/imagenet-sample/train/WNID/*.JPEG: 11,689,512 parameters, the dense twin.
+# It shows that everything runs; it is tested on what it was trained on.
+# The import makes 'mmpretrain::' resolve on both lines of mm packages, whatever program reads this.
+_base_ = __import__('csg_seg') and 'mmpretrain::resnet/resnet18_8xb32_in1k.py'
+custom_imports = dict(imports=['csg_seg'])
+data_root = 'data/imagenet-sample'
+train_dataloader = dict(batch_size=16, num_workers=2, dataset=dict(data_root=data_root))
+val_dataloader = dict(num_workers=2, dataset=dict(data_root=data_root, split='train'))
+test_dataloader = val_dataloader
+test_evaluator = [_base_.val_evaluator, dict(type='PerClassAccuracy')]
+train_cfg = dict(max_epochs=2)
+default_hooks = dict(logger=dict(interval=10))

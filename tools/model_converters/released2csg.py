@@ -1,0 +1,72 @@
+"""Convert a CIFAR-10 checkpoint that the method's authors (or akamaster) released, and write its config."""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+from csg_seg.checkpoint import write_whole
+from csg_seg.cli import one_line_errors
+
+with one_line_errors():
+    import torch
+
+    from csg_seg.errors import CSGError
+    from csg_seg.mm.launch import read_config
+    from csg_seg.mm.released import convert_released
+
+LIKE = Path(__file__).parents[2] / 'configs' / 'cifar10' / 'resnet20_b192-200e_cifar10.py'
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('file', help='released checkpoint (.t7, .th); network and settings are read from its tensors')
+    parser.add_argument('--out', required=True, help='checkpoint to write (.pth); the config goes beside it (.py)')
+    parser.add_argument(
+        '--like', default=LIKE, help='config whose data and schedule to take (default: CIFAR-10 in full)'
+    )
+    parser.add_argument('--overwrite', action='store_true', help='replace files that exist')
+    parser.add_argument('--json', action='store_true', help='print JSON instead of lines')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    checkpoint = Path(args.out)
+    config = checkpoint.with_suffix('.py')
+    with one_line_errors():
+        if checkpoint.suffix != '.pth':
+            raise CSGError(f'--out {checkpoint}: a checkpoint of training ends in .pth')
+        for path in (checkpoint, config):
+            if path.exists() and not args.overwrite:
+                raise CSGError(f'{path} exists; choose another --out, or give --overwrite')
+        converted = convert_released(args.file, read_config(str(args.like)))
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(config, lambda partial_path: partial_path.write_text(converted.config.pretty_text))
+        write_whole(checkpoint, partial(torch.save, {'meta': {}, 'state_dict': converted.state_dict}))
+    released, summary = converted.released, converted.summary
+    csg = released.csg or {}
+    result = {
+        'network': released.network,
+        'slice_shape': csg.get('slice_shape'),
+        'code_dim': csg.get('code_dim'),
+        'stored_params': summary.stored_params,
+        'dense_params': summary.dense_params,
+        'compression_ratio': summary.compression_ratio,
+        'stored_accuracy': released.accuracy,
+        'checkpoint': str(checkpoint),
+        'config': str(config),
+    }
+    if args.json:
+        print(json.dumps(result))
+        return
+    print(f'network: {released.network}, {"dense" if not csg else "CSG"}')
+    if csg:
+        print(f'slice shape: {csg["slice_shape"]}, code length: {csg["code_dim"]}')
+    print(summary.headline())
+    print(f'stored accuracy: {"none" if released.accuracy is None else f"{released.accuracy:.2f} %"}')
+    print(f'test it: python tools/test.py {config} {checkpoint}')
+
+
+if __name__ == '__main__':
+    main()
