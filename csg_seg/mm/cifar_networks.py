@@ -9,6 +9,7 @@ from mmpretrain.models import DenseNet, ShuffleNetV2
 from torch import nn
 
 from .. import models
+from ..errors import CSGError
 
 
 @MODELS.register_module()
@@ -39,10 +40,15 @@ class CIFARDenseNet(DenseNet):
         depth: ``6 n + 4``; each of three blocks has ``n`` bottlenecks.
         growth_rate: channels that each bottleneck adds; the stem has twice as many.
         kwargs: as :class:`mmpretrain.models.DenseNet`.
+
+    Raises:
+        CSGError: there is no network of such a depth.
     """
 
     def __init__(self, depth: int, growth_rate: int, **kwargs: Any):
-        blocks = (depth - 4) // 6
+        blocks, rest = divmod(depth - 4, 6)
+        if rest or blocks < 1:
+            raise CSGError(f'depth {depth}: a CIFAR DenseNet-BC has 6 n + 4 layers; take 40 or 100')
         stem = 2 * growth_rate
         super().__init__(arch=dict(growth_rate=growth_rate, depths=[blocks] * 3, init_channels=stem), **kwargs)
         self.stem = nn.Conv2d(3, stem, 3, padding=1, bias=False)

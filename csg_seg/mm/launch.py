@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS, init_default_scope
 
@@ -72,7 +73,9 @@ def check_data(cfg: Config, split: str) -> None:
         for part in parts:
             if not part.exists():
                 raise CSGError(f'{split} data: {part} does not exist; {remedy}')
-        _check_samples(split, root, dataset, remedy)
+        built = _build_dataset(split, dataset, remedy)
+        _check_samples(split, root, built, remedy)
+        _check_classes(split, cfg.model, built)
 
 
 def use_cpu_processes(cfg: Config) -> None:
@@ -113,16 +116,37 @@ def _leaves(dataset: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
             yield from _leaves(each)
 
 
-def _check_samples(split: str, root: Path, dataset: Mapping[str, Any], remedy: str) -> None:
-    built = DATASETS.build({**dataset, 'pipeline': [], 'lazy_init': False, 'serialize_data': False})
-    if len(built) == 0:
+def _build_dataset(split: str, dataset: Mapping[str, Any], remedy: str) -> BaseDataset:
+    try:
+        return DATASETS.build({**dataset, 'pipeline': [], 'lazy_init': False, 'serialize_data': False})
+    except CSGError as error:
+        raise CSGError(f'{split} data: {error}') from None
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:  # what the libraries' data sets raise
+        raise CSGError(f'{split} data: {" ".join(str(error).split())}; {remedy}') from None
+
+
+def _check_samples(split: str, root: Path, dataset: BaseDataset, remedy: str) -> None:
+    if len(dataset) == 0:
         raise CSGError(f'{split} data: {root} holds no sample; {remedy}')
-    keys = ('img_path', 'seg_map_path')
-    paths = [Path(sample[key]) for sample in built.data_list for key in keys if sample.get(key)]
+    # Without a list, images are those that the folder holds.
+    keys = ('img_path', 'seg_map_path') if dataset.ann_file else ('seg_map_path',)
+    paths = [Path(sample[key]) for sample in dataset.data_list for key in keys if sample.get(key)]
     missing = [path for path in paths if not path.exists()]
     if missing:
         raise CSGError(
             f'{split} data: {len(missing)} of {len(paths)} files are missing, the first {missing[0]}; {remedy}'
+        )
+
+
+def _check_classes(split: str, model: Mapping[str, Any], dataset: BaseDataset) -> None:
+    name = 'head' if 'head' in model else 'decode_head'
+    head = model.get(name)
+    head = head[-1] if isinstance(head, (list, tuple)) else head
+    wanted, found = (head or {}).get('num_classes'), dataset.metainfo.get('classes')
+    if wanted is not None and found is not None and wanted != len(found):
+        raise CSGError(
+            f'{split} data: {type(dataset).__name__} has {len(found)} classes, model.{name}.num_classes is {wanted}; '
+            'make them the same'
         )
 
 

@@ -43,7 +43,8 @@ def convert_released(path: str | os.PathLike, like: Config) -> Converted:
         released = read_released(read_tensors(path))
         config = write_config(released, like)
         model = build_model(config)
-        load_weights(model, model.state_dict() | released.tensors if released.csg else released.tensors)
+        settings = {name: state for name, state in model.state_dict().items() if name.endswith('_extra_state')}
+        load_weights(model, settings | released.tensors)
     except CSGError as error:
         raise CSGError(str(error) if str(error).startswith(str(path)) else f'{path}: {error}') from None
     return Converted(released, config, model.state_dict(), summarise(model))
