@@ -178,9 +178,10 @@ def test_a_cifar10_batch_that_is_not_the_official_one_is_refused_unread(tmp_path
 
 def evaluate(metric, predicted, true, classes):
     metric.dataset_meta = dict(classes=classes)
+    one_hot = torch.nn.functional.one_hot
     samples = [
         {
-            'pred_score': torch.nn.functional.one_hot(torch.tensor(p), len(classes)).float(),
+            'pred_score': one_hot(torch.tensor(p), len(classes)).float(),
             'gt_label': torch.tensor([t]),
         }
         for p, t in zip(predicted, true, strict=True)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mmseg.datasets import BaseSegDataset
+from mmseg.datasets import BaseSegDataset, PascalVOCDataset
 from mmseg.registry import DATASETS
 
 
@@ -26,6 +26,22 @@ class CamVidDataset(BaseSegDataset):
             [192, 128, 128], [64, 64, 128], [64, 0, 128], [64, 64, 0], [0, 128, 192],
         ],
     }  # fmt: skip
+
+    def __init__(self, img_suffix: str = '.jpg', seg_map_suffix: str = '.png', **kwargs: Any):
+        super().__init__(img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, **kwargs)
+
+
+@DATASETS.register_module()
+class COCOVOCDataset(BaseSegDataset):
+    """COCO with the 20 classes of Pascal VOC and background.
+
+    Lin et al., "Microsoft COCO: Common Objects in Context", ECCV 2014; classes
+    and masks as in torchvision's segmentation reference.
+    Layout: COCO's own folder of images, and ``masks/*.png`` with ``list.txt``
+    as ``tools/dataset_converters/coco2voc.py`` writes them.
+    """
+
+    METAINFO = PascalVOCDataset.METAINFO
 
     def __init__(self, img_suffix: str = '.jpg', seg_map_suffix: str = '.png', **kwargs: Any):
         super().__init__(img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, **kwargs)
