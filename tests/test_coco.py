@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_tool
+from conftest import ROOT
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -16,7 +16,6 @@ from csg_seg.coco import CLASSES, make_masks
 from csg_seg.drawing import palette
 from csg_seg.errors import CSGError
 
-TOOL = 'dataset_converters/coco2voc.py'
 # COCO's category ids in VOC's order from background on: torchvision, references/segmentation/coco_utils.py, get_coco.
 CAT_LIST = [0, 5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72]
 AIRPLANE, CAT, DOG, PERSON, GIRAFFE = 5, 17, 18, 1, 25
@@ -217,7 +216,7 @@ def test_a_foreign_folder_is_refused(coco, tmp_path, record):
         make_masks(*coco, tmp_path)
     with pytest.raises(CSGError, match=r'mine.txt cannot be used .* write into another folder'):
         make_masks(*coco, tmp_path / 'mine.txt')
-    assert contents(tmp_path) == before
+    assert contents(tmp_path) == before and not (tmp_path / 'masks').exists()
 
 
 @pytest.mark.parametrize('wrong', [{'jobs': 0}, {'min_area': -1}])
@@ -326,18 +325,29 @@ def test_images_of_another_size_are_refused(tmp_path):
         make_masks(annotations, images, tmp_path / 'out')
 
 
-def test_the_tool_with_two_jobs_makes_the_same_files(coco, made, tmp_path):
-    done = run_tool(TOOL, *coco, '--out', tmp_path, '--jobs', 2, '--json')
-    assert json.loads(done.stdout) == {'out': str(tmp_path), 'images': len(SHOWN), 'kept': 6, 'made': 6}
+@pytest.fixture
+def tool(monkeypatch):
+    """Run coco2voc.py in this process."""
+
+    def run(*args) -> None:
+        monkeypatch.setattr(sys, 'argv', ['coco2voc.py', *map(str, args)])
+        runpy.run_path(str(ROOT / 'tools' / 'dataset_converters' / 'coco2voc.py'), run_name='__main__')
+
+    return run
+
+
+def test_the_tool_with_two_jobs_makes_the_same_files(coco, made, tmp_path, tool, capsys):
+    tool(*coco, '--out', tmp_path, '--jobs', 2, '--json')
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {'out': str(tmp_path), 'images': len(SHOWN), 'kept': 6, 'made': 6}
+    assert 'Masks' in printed.err
     assert contents(tmp_path) == contents(made)
-    assert 'Masks' in done.stderr
 
 
-def test_the_tool_ends_in_one_line(coco, tmp_path, monkeypatch, capsys):
+def test_the_tool_ends_in_one_line(coco, tmp_path, tool, capsys):
     for annotations, says in ((tmp_path / 'absent.json', 'absent.json cannot be read'), (coco[0], 'no such folder')):
-        monkeypatch.setattr(sys, 'argv', [TOOL, str(annotations), str(tmp_path / 'absent'), '--out', str(tmp_path)])
         with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / 'tools' / TOOL), run_name='__main__')
+            tool(annotations, tmp_path / 'absent', '--out', tmp_path)
         message = str(end.value.code)
         assert message.startswith('error: ') and says in message and '\n' not in message
     assert capsys.readouterr().out == '' and list(tmp_path.iterdir()) == []
