@@ -20,6 +20,6 @@ setup(
     extras_require={
         'mm': MM,
         'onnx': ['onnx'],
-        'dev': ['pytest', 'pytest-xdist', 'ruff', 'mypy'],
+        'dev': ['pytest', 'pytest-xdist', 'ruff', 'mypy', 'timm'],
     },
 )
