@@ -14,10 +14,8 @@ from .settings import Settings
 class Generator(nn.Module):
     """The linear Convolutional Slice Generator: ``slice = code @ weight``.
 
-    Omidvar et al., AISTATS 2021, section 2. Its rows start at unit length and
-    nearly orthogonal, so a gradient step on a code moves the weight by the
-    dense step's projection on the generator's span: a dense recipe keeps its
-    learning rate.
+    Omidvar et al., AISTATS 2021, section 2. Its rows start nearly orthogonal and
+    at :func:`row_length`, so that a dense recipe keeps its learning rate.
 
     Attributes:
         weight: ``(code_dim, s_out * s_in * kh * kw)``, no bias.
@@ -34,7 +32,7 @@ class Generator(nn.Module):
     def _draw_weight(self, rng: torch.Generator) -> None:
         size = math.prod(self.settings.slice_shape)
         weight = torch.empty(self.settings.code_dim, size, device='cpu')
-        weight.normal_(mean=0.0, std=size**-0.5, generator=rng)
+        weight.normal_(mean=0.0, std=row_length(self.settings) * size**-0.5, generator=rng)
         self.weight = nn.Parameter(weight, requires_grad=not self.settings.freeze_generator)
 
     def forward(self, code: Tensor) -> Tensor:
@@ -74,8 +72,8 @@ class BinaryGenerator(Generator):
     """A frozen generator of random signs, stored as its seed.
 
     Omidvar et al., AISTATS 2021, "random binary CSG". The authors use +-0.5;
-    here the signs are scaled to rows of unit length, which codes absorb, so
-    that it trains at the same learning rate as the linear generator.
+    here the signs are scaled to rows of :func:`row_length`, which codes absorb,
+    so that it trains at the same learning rate as the linear generator.
     """
 
     def _draw_weight(self, rng: torch.Generator) -> None:
@@ -88,7 +86,7 @@ class BinaryGenerator(Generator):
         digest = hashlib.shake_256(self.settings.seed.to_bytes(8, 'little')).digest(-(-n_bits // 8))
         packed = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
         bits = (packed[:, None] >> torch.arange(8, device='cpu')).bitwise_and(1).flatten()[:n_bits]
-        weight = (bits * 2.0 - 1.0) * size**-0.5
+        weight = (bits * 2.0 - 1.0) * row_length(self.settings) * size**-0.5
         self.register_buffer('weight', weight.view(self.settings.code_dim, size), persistent=False)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -104,6 +102,17 @@ class BinaryGenerator(Generator):
             self.settings = Settings.from_dict({**self.settings.to_dict(), 'seed': stored['seed']})
             self._rebuild_signs()
             self.weight = self.weight.to(like)
+
+
+def row_length(settings: Settings) -> float:
+    """Return the length that a generator's rows start at, ``(slice values / code_dim) ** (1 / 4)``.
+
+    A gradient step on a code moves the weight along the dense step's projection on
+    the rows' span, times their squared length. The projection keeps a share
+    ``code_dim / slice values`` of the squared length of a step without direction;
+    this gives it back, so that a weight moves as far as the dense one would.
+    """
+    return (math.prod(settings.slice_shape) / settings.code_dim) ** 0.25
 
 
 _MEANING = ('generator', 'slice_shape', 'code_dim', 'layout')
