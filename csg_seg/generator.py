@@ -32,7 +32,7 @@ class Generator(nn.Module):
     def _draw_weight(self, rng: torch.Generator) -> None:
         size = math.prod(self.settings.slice_shape)
         weight = torch.empty(self.settings.code_dim, size, device='cpu')
-        weight.normal_(mean=0.0, std=row_length(self.settings) * size**-0.5, generator=rng)
+        weight.normal_(mean=0.0, std=row_length(self.settings) / math.sqrt(size), generator=rng)
         self.weight = nn.Parameter(weight, requires_grad=not self.settings.freeze_generator)
 
     def forward(self, code: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class BinaryGenerator(Generator):
         digest = hashlib.shake_256(self.settings.seed.to_bytes(8, 'little')).digest(-(-n_bits // 8))
         packed = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
         bits = (packed[:, None] >> torch.arange(8, device='cpu')).bitwise_and(1).flatten()[:n_bits]
-        weight = (bits * 2.0 - 1.0) * row_length(self.settings) * size**-0.5
+        weight = (bits * 2.0 - 1.0) * (row_length(self.settings) / math.sqrt(size))
         self.register_buffer('weight', weight.view(self.settings.code_dim, size), persistent=False)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -112,7 +112,8 @@ def row_length(settings: Settings) -> float:
     ``code_dim / slice values`` of the squared length of a step without direction;
     this gives it back, so that a weight moves as far as the dense one would.
     """
-    return (math.prod(settings.slice_shape) / settings.code_dim) ** 0.25
+    # Two square roots, which every machine rounds alike; a power it may not.
+    return math.sqrt(math.sqrt(math.prod(settings.slice_shape) / settings.code_dim))
 
 
 _MEANING = ('generator', 'slice_shape', 'code_dim', 'layout')

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from csg_seg.errors import CSGError
-from csg_seg.generator import build_generator, read_meaning
+from csg_seg.generator import build_generator, read_meaning, row_length
 from csg_seg.settings import Settings
 
 # 12 * 20 * 9 values, 7 codes: sizes that are no multiple of 8 bits, 16 lanes or each other.
@@ -31,8 +31,8 @@ def digest(signs):
     return hashlib.sha256((signs > 0).to(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def random_codes(n, seed=0):
-    return torch.randn(n, CSG['code_dim'], generator=torch.Generator().manual_seed(seed))
+def random_codes(n, code_dim=CSG['code_dim'], seed=0):
+    return torch.randn(n, code_dim, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -47,11 +47,24 @@ def test_a_slice_is_its_code_times_the_generator(kind):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_rows_start_at_unit_length_and_nearly_orthogonal(kind):
-    rows = build(generator=kind, code_dim=64).weight.detach().flatten(1).double()
+def test_rows_start_at_one_length_and_nearly_orthogonal(kind):
+    generator = build(generator=kind, code_dim=64)
+    rows = generator.weight.detach().flatten(1).double() / row_length(generator.settings)
     gram = rows @ rows.T
     # A cosine of random rows has a std of 1 / sqrt(SIZE); six of them bound 4096 draws.
     assert (gram - torch.eye(64)).abs().max() < 6 * SIZE**-0.5
+
+
+@pytest.mark.parametrize('code_dim', [9, 72])
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_step_on_codes_moves_the_weight_as_far_as_the_dense_step(kind, code_dim):
+    generator = build(generator=kind, code_dim=code_dim)
+    code = random_codes(200, code_dim).requires_grad_()
+    dense = torch.randn(200, *CSG['slice_shape'], generator=torch.Generator().manual_seed(1))
+    (generator(code) * dense).sum().backward()
+    moved = generator(code.grad)
+    # A share code_dim / SIZE of 200 random directions, and rows that are orthogonal only nearly.
+    assert (moved.norm() / dense.norm()).item() == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -72,9 +85,10 @@ def test_a_linear_generator_trains_unless_frozen(change, trained):
     assert [p.requires_grad for p in generator.parameters()] == [trained]
 
 
-def test_binary_values_are_signs_over_the_root_of_the_slice_size():
-    weight = build(generator='binary').weight
-    assert torch.equal(weight.abs(), torch.full_like(weight, SIZE**-0.5))
+def test_binary_values_are_signs_of_one_size():
+    generator = build(generator='binary')
+    value = row_length(generator.settings) / SIZE**0.5
+    assert torch.equal(generator.weight.abs(), torch.full_like(generator.weight, value))
 
 
 def test_binary_signs_are_fair():
