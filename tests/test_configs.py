@@ -22,14 +22,16 @@ def test_the_promised_configs_are_there():
     }
     names = {path.stem.removeprefix('csg-s16-d128_deeplabv3_').removesuffix('-512x512') for path in CSG}
     assert deeplab <= names
-    assert {path.parent.name for path in CSG} == {'deeplabv3', 'pspnet', 'fcn', 'upernet', 'unet', 'demo'}
-    assert len(BUILT) >= 10
+    segmentation = {'deeplabv3', 'pspnet', 'fcn', 'upernet', 'unet', 'demo'}
+    assert {path.parent.name for path in CSG} == segmentation | {'cifar10', 'imagenet'}
+    assert len(BUILT) >= 35
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_config_is_read_and_names_no_machine(path):
     cfg = Config.fromfile(path)
-    assert cfg.model.type == ('CSGModel' if path in CSG else 'EncoderDecoder')
+    dense = 'ImageClassifier' if path.parent.name in ('cifar10', 'imagenet') else 'EncoderDecoder'
+    assert (cfg.model.type, cfg.model.get('base_type')) == (('CSGModel', dense) if path in CSG else (dense, None))
     assert not re.search(r"['\"]/", path.read_text())
     assert 'CSGHook' in str(cfg.default_hooks) or path not in CSG
     if 'camvid' in path.name:
@@ -40,12 +42,19 @@ def test_config_is_read_and_names_no_machine(path):
 def test_header_says_what_is_stored(path):
     summary = summarise(build_model(Config.fromfile(path)))
     header = path.read_text().splitlines()[0]
-    stored, dense, ratio = map(
-        float, re.search(r'([\d.]+) M parameters stored for ([\d.]+) M dense, ([\d.]+)x', header).groups()
-    )
-    assert stored == pytest.approx(summary.stored_params / 1e6, abs=0.051)
-    assert dense == pytest.approx(summary.dense_params / 1e6, abs=0.051)
-    assert ratio == pytest.approx(summary.compression_ratio, abs=0.0051)
+    stored, dense, ratio = re.search(
+        r'([\d.,]+(?: M)?) parameters stored for ([\d.,]+(?: M)?) dense, ([\d.]+)x', header
+    ).groups()
+    assert_count(stored, summary.stored_params)
+    assert_count(dense, summary.dense_params)
+    assert float(ratio) == pytest.approx(summary.compression_ratio, abs=0.0051)
+
+
+def assert_count(said: str, count: int) -> None:
+    if said.endswith(' M'):
+        assert float(said.removesuffix(' M')) == pytest.approx(count / 1e6, abs=0.051)
+    else:
+        assert said == f'{count:,}'
 
 
 @pytest.mark.parametrize(
