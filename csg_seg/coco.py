@@ -159,7 +159,11 @@ def paint(scene: Scene) -> ndarray:
     labels = np.zeros(scene.size, np.uint8)
     for label, segmentation in scene.instances:
         if isinstance(segmentation, list):
-            rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, *scene.size))
+            # Fewer than three points have no area; pycocotools would take two for a box.
+            polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
+            if not polygons:
+                continue
+            rle = coco_mask.merge(coco_mask.frPyObjects(polygons, *scene.size))
         elif isinstance(segmentation['counts'], list):
             rle = coco_mask.frPyObjects(segmentation, *scene.size)
         else:
@@ -237,8 +241,7 @@ def _scene(image: dict, instances: list[dict], labels: Mapping[int | str, int]) 
 def _fault(segmentation: Any, size: tuple[int, int]) -> str | None:
     """What keeps a segmentation from being a mask of ``size``, if anything does."""
     if isinstance(segmentation, list):
-        faults = (_polygon_fault(each, size) for each in segmentation)
-        return next(filter(None, faults), None) if segmentation else 'no polygon'
+        return next(filter(None, (_polygon_fault(each, size) for each in segmentation)), None)
     counts = segmentation.get('counts') if isinstance(segmentation, dict) else None
     if not isinstance(counts, (list, str)):
         return _UNKNOWN
@@ -256,8 +259,10 @@ def _polygon_fault(polygon: Any, size: tuple[int, int]) -> str | None:
         finite = math.isfinite(sum(polygon))
     except (TypeError, OverflowError):
         return _UNKNOWN
-    if len(polygon) < 6 or len(polygon) % 2:
-        return f'a polygon of {len(polygon)} numbers, but x and y of three points are the least'
+    if len(polygon) % 2:
+        return f'a polygon of {len(polygon)} numbers, but each point has an x and a y'
+    if not polygon:
+        return None
     # pycocotools walks along the outline and would not come back from a point at infinity.
     return None if finite and max(map(abs, polygon)) <= 10 * max(size) else 'a polygon far outside its image'
 

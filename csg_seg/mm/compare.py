@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..checkpoint import save_compact, write_whole
+from ..errors import CSGError
 from ..report import Summary, summarise
 from ..retrofit import materialise
 
@@ -143,13 +144,21 @@ def draw_predictions(twins: Sequence[Twin], path: Path, *, samples: int = 6) -> 
 def compare(dense: Config, csg: Config, work_dir: str | Path) -> dict[str, Any]:
     """Train both configs, and write picture, compact and materialised checkpoint into ``work_dir``.
 
+    Raises:
+        CSGError: a config is not an iteration-based one of segmentation.
+
     Returns:
         JSON-ready: a dict of figures for 'dense' and for 'csg', ``compression_ratio``,
         ``step_time_ratio`` (CSG over dense, median of alternating pairs), ``files`` and ``made_with``.
     """
+    cfgs = {'dense': deepcopy(dense), 'csg': deepcopy(csg)}
+    for name, cfg in cfgs.items():
+        if 'decode_head' not in cfg.model or 'max_iters' not in cfg.train_cfg:
+            raise CSGError(
+                f'{name}: compare takes iteration-based configs of segmentation; tools/benchmark.py takes any'
+            )
     work_dir = Path(work_dir)
     work_dir.mkdir(parents=True, exist_ok=True)
-    cfgs = {'dense': deepcopy(dense), 'csg': deepcopy(csg)}
     for name, cfg in cfgs.items():
         cfg.update(work_dir=str(work_dir / name), experiment_name=f'{name}-{time.time_ns()}', log_level='ERROR')
     train_all(cfgs)
