@@ -198,6 +198,12 @@ def test_accuracy_of_each_class_and_a_picture(tmp_path):
         assert min(picture.size) > 200
 
 
+def test_of_many_classes_the_worst_are_shown(tmp_path):
+    metric = METRICS.build(dict(type='PerClassAccuracy', out=str(tmp_path / 'confusion.png'), most=2))
+    found = evaluate(metric, [0, 1, 1, 0, 2], [0, 0, 1, 2, 2], CLASSES)
+    assert found == {'accuracy_of/cat': 50.0, 'accuracy_of/eel': 50.0}
+
+
 def test_a_confusion_matrix_of_a_thousand_classes_is_drawn_without_names():
     matrix = torch.eye(1000, dtype=torch.int64)
     axis = draw_confusion(matrix, [f'class {each}' for each in range(1000)]).axes[0]

@@ -12,3 +12,4 @@ model = dict(
     ),
 )
 default_hooks = dict(csg=dict(type='CSGHook', save_compact=True), exact_resume=dict(type='ExactResumeHook'))
+test_evaluator = [_base_.test_evaluator, dict(type='PerClassAccuracy')]

@@ -3,6 +3,7 @@
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,9 @@ def _broken_images(paths: list[str]) -> Iterator[tuple[str, str]]:
                 yield path, reason
 
 
+@cache  # the data set is built more than once in a run
 def _defect(path: str) -> str | None:
+    """Return why an image cannot be decoded, None when it can."""
     try:
         with Image.open(path) as image:
             image.load()

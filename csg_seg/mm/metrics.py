@@ -19,7 +19,7 @@ class PerClassAccuracy(ConfusionMatrix):
 
     Args:
         out: file of the picture; by default ``confusion_matrix.png`` beside the log.
-        most: print only so many classes, the worst.
+        most: give figures of so many classes, the worst.
         kwargs: as :class:`mmpretrain.evaluation.ConfusionMatrix`.
     """
 
@@ -31,29 +31,29 @@ class PerClassAccuracy(ConfusionMatrix):
         self.most = most
 
     def compute_metrics(self, results: list) -> dict[str, float]:
-        """Return the accuracy of each class that has samples; called on the main process alone."""
+        """Return the accuracy of the ``most`` worst classes that have samples; called on the main process alone."""
         matrix = super().compute_metrics(results)['result'].cpu()
         names = list((self.dataset_meta or {}).get('classes') or map(str, range(len(matrix))))
         samples = matrix.sum(1)
-        accuracy = {name: 100 * int(matrix[i, i]) / int(samples[i]) for i, name in enumerate(names) if samples[i] > 0}
-        counts = {name: int(samples[i]) for i, name in enumerate(names)}
+        seen = [i for i in range(len(names)) if samples[i] > 0]
+        worst = sorted(seen, key=lambda i: float(matrix[i, i] / samples[i]))[: self.most]
+        shown = {names[i]: 100 * int(matrix[i, i]) / int(samples[i]) for i in sorted(worst)}
         picture = Path(self.out) if self.out else _log_folder() / 'confusion_matrix.png'
         picture.parent.mkdir(parents=True, exist_ok=True)
         draw_confusion(matrix, names).savefig(picture, dpi=110)
-        print_log(f'{self._table(accuracy, counts)}\nconfusion matrix: {picture}', logger='current')
-        return accuracy
+        table = _table(shown, {names[i]: int(samples[i]) for i in worst}, left_out=len(seen) - len(worst))
+        print_log(f'\n{table}confusion matrix: {picture}', logger='current')
+        return shown
 
-    def _table(self, accuracy: dict[str, float], counts: dict[str, int]) -> str:
-        worst = sorted(accuracy, key=accuracy.__getitem__)[: self.most]
-        shown = [name for name in accuracy if name in worst]
-        rest = len(accuracy) - len(shown)
-        table = Table('class', 'samples', 'accuracy', caption=f'{rest} better classes left out' if rest else None)
-        for name in shown:
-            table.add_row(name, str(counts[name]), f'{accuracy[name]:.2f}')
-        console = Console(width=80)
-        with console.capture() as text:
-            console.print(table)
-        return '\n' + text.get()
+
+def _table(accuracy: dict[str, float], samples: dict[str, int], *, left_out: int) -> str:
+    table = Table('class', 'samples', 'accuracy', caption=f'{left_out} better classes left out' if left_out else None)
+    for name, value in accuracy.items():
+        table.add_row(name, str(samples[name]), f'{value:.2f}')
+    console = Console(width=80)
+    with console.capture() as text:
+        console.print(table)
+    return text.get()
 
 
 def draw_confusion(matrix: torch.Tensor, names: list[str]) -> Figure:
