@@ -26,7 +26,8 @@ from .retrofit import check_root, swap_layers
 from .settings import Settings
 from .slices import grid
 
-FORMAT, VERSION = 'csg_seg compact checkpoint', '1'
+# Version 1 had binary generators of other values.
+FORMAT, VERSION = 'csg_seg compact checkpoint', '2'
 _EXTRA = '_extra_state'
 
 
@@ -159,7 +160,8 @@ def read_compact(path: str | os.PathLike) -> Compact:
         )
     if header.get('version') != VERSION:
         raise CSGError(
-            f'{path}: version {header.get("version")} of the format; this csg_seg reads {VERSION}, update it'
+            f'{path}: version {header.get("version")} of the format; this csg_seg reads {VERSION}, '
+            'take the one that wrote it'
         )
     if header.pop('sha256', None) != _digest(tensors, header):
         raise CSGError(f'{path}: damaged, its checksum does not match; copy it again')

@@ -31,6 +31,8 @@ from numpy import ndarray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from .checkpoint import write_whole
+from .drawing import palette
 from .errors import CSGError
 
 # Raised whenever the same annotations would give other masks.
@@ -113,7 +115,7 @@ def make_masks(
             pass
     # Written last: where there is a list, there are all masks.
     if not (out / 'list.txt').exists():
-        _write_whole(out / 'list.txt', lambda file: file.write_text(''.join(f'{scene.name}\n' for scene in scenes)))
+        _write(out / 'list.txt', lambda file: file.write_text(''.join(f'{scene.name}\n' for scene in scenes)))
     return {'images': listed, 'kept': len(scenes), 'made': len(todo)}
 
 
@@ -171,13 +173,6 @@ def paint(scene: Scene) -> ndarray:
         inside = coco_mask.decode(rle).astype(bool)
         labels[inside] = np.where(labels[inside] == 0, label, IGNORE)
     return labels
-
-
-def palette() -> list[int]:
-    """VOC's 256 colours, red, green and blue in turn: a class id's bits dealt to the channels."""
-    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder='little')
-    dealt = np.pad(bits, ((0, 0), (0, 1))).reshape(256, 3, 3)
-    return np.packbits(dealt, axis=1).ravel().tolist()
 
 
 def _read(annotations: Path, min_area: float, progress: Progress | None) -> tuple[list[Scene], int, str]:
@@ -304,7 +299,7 @@ def _claim(out: Path, made_from: dict[str, Any]) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not any(out.iterdir()):
-            _write_whole(record, lambda file: file.write_text(json.dumps(made_from) + '\n'))
+            _write(record, lambda file: file.write_text(json.dumps(made_from) + '\n'))
         if not record.exists():
             raise CSGError(f'{out} is not empty and no made_from.json says what is in it; {remedy}')
         found = json.loads(record.read_text())
@@ -368,14 +363,11 @@ def _make_mask(images: Path, masks: Path, scene: Scene) -> None:
         )
     mask = Image.fromarray(paint(scene))
     mask.putpalette(palette())
-    _write_whole(masks / f'{scene.name}.png', partial(mask.save, format='PNG'))
+    _write(masks / f'{scene.name}.png', partial(mask.save, format='PNG'))
 
 
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have ``write`` fill a file that takes its name only once it is complete."""
-    unfinished = path.with_name(f'.{path.name}.partial')
+def _write(path: Path, write: Callable[[Path], object]) -> None:
     try:
-        write(unfinished)
-        unfinished.replace(path)
+        write_whole(path, write)
     except OSError as error:
         raise CSGError(f'{path} cannot be written ({error.strerror}); mend that and repeat the command') from None

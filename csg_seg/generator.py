@@ -86,7 +86,7 @@ class BinaryGenerator(Generator):
         digest = hashlib.shake_256(self.settings.seed.to_bytes(8, 'little')).digest(-(-n_bits // 8))
         packed = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
         bits = (packed[:, None] >> torch.arange(8, device='cpu')).bitwise_and(1).flatten()[:n_bits]
-        weight = (bits * 2.0 - 1.0) * (row_length(self.settings) / math.sqrt(size))
+        weight = (bits * 2.0 - 1.0) * sign_value(self.settings)
         self.register_buffer('weight', weight.view(self.settings.code_dim, size), persistent=False)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -116,6 +116,11 @@ def row_length(settings: Settings) -> float:
     return math.sqrt(math.sqrt(math.prod(settings.slice_shape) / settings.code_dim))
 
 
+def sign_value(settings: Settings) -> float:
+    """Return the size of every value of a binary generator, so that its rows have :func:`row_length`."""
+    return row_length(settings) / math.sqrt(math.prod(settings.slice_shape))
+
+
 _MEANING = ('generator', 'slice_shape', 'code_dim', 'layout')
 
 
@@ -126,9 +131,7 @@ def build_generator(settings: Settings, rng: torch.Generator) -> Generator:
 
 def encode_meaning(settings: Settings) -> Tensor:
     """Encode, as JSON bytes ``(n,)`` in uint8, the settings that decide what a code means."""
-    keys = _MEANING if settings.generator == 'linear' else (*_MEANING, 'seed')
-    text = json.dumps({key: settings.to_dict()[key] for key in keys})
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(json.dumps(_meaning(settings)).encode()), dtype=torch.uint8)
 
 
 def read_meaning(state: Tensor) -> dict:
@@ -139,7 +142,7 @@ def read_meaning(state: Tensor) -> dict:
     """
     try:
         stored = json.loads(bytes(state.tolist()))
-        keys = _MEANING if stored['generator'] == 'linear' else (*_MEANING, 'seed')
+        keys = _MEANING if stored['generator'] == 'linear' else (*_MEANING, 'value', 'seed')
         return {key: stored[key] for key in keys}
     except (ValueError, KeyError, TypeError) as error:
         raise CSGError(f"the checkpoint's generator settings are damaged ({error}); use another copy of it") from None
@@ -151,10 +154,18 @@ def check_meaning(settings: Settings, state: Tensor) -> None:
     Raises:
         CSGError: slice shape, code length, layout or kind differ.
     """
-    wanted, stored = settings.to_dict(), read_meaning(state)
-    for key in _MEANING:
-        if wanted[key] != stored[key]:
+    wanted, stored = _meaning(settings), read_meaning(state)
+    for key in [key for key in stored if key != 'seed']:
+        if wanted.get(key) != stored[key]:
             raise CSGError(
                 f'the checkpoint was made with {key}={stored[key]!r}, this model has {key}={wanted[key]!r}; '
                 "set the config's csg to the checkpoint's, or take another checkpoint"
             )
+
+
+def _meaning(settings: Settings) -> dict:
+    meaning = {key: settings.to_dict()[key] for key in _MEANING}
+    if settings.generator == 'binary':
+        # Stored, so that codes are never read with signs of another size.
+        meaning |= {'value': sign_value(settings), 'seed': settings.seed}
+    return meaning

@@ -81,17 +81,19 @@ def read_released(checkpoint: Any) -> Released:
     """
     tensors, accuracy = _unpack(checkpoint)
     generator = _take_generator(tensors)
-    family = next((each for each in FAMILIES if each.signature in tensors), None)
+    family = next((each for each in FAMILIES if {each.signature, f'{each.classifier}.weight'} <= tensors.keys()), None)
     if family is None:
         raise CSGError(
             f'no network known here: {_describe(tensors)}; known are the CIFAR ResNet, DenseNet-BC, MobileNetV2 and '
             "ShuffleNetV2 of the method's authors, and dense ResNets of the akamaster kind"
         )
     try:
-        classes = len(tensors[f'{family.classifier}.bias'])
+        classes = tensors[f'{family.classifier}.weight'].shape[0]
         network, backbone, features = family.describe(tensors)
-    except KeyError as error:
-        raise CSGError(f'{error} is missing, which a network with {family.signature} has') from None
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        if isinstance(error, CSGError):
+            raise
+        raise CSGError(f'a damaged network with {family.signature}: {error}') from None
     tensors = _fill_counters(tensors)
     renamed = {_rename(name, family): tensor for name, tensor in tensors.items()}
     if backbone['type'] == 'CIFARDenseNet':
@@ -113,20 +115,25 @@ def _unpack(checkpoint: Any) -> tuple[dict[str, Tensor], float | None]:
     stored = next((checkpoint[key] for key in ('net', 'state_dict') if key in checkpoint), checkpoint)
     if not isinstance(stored, Mapping):
         raise CSGError(f'holds a {type(stored).__name__} for a state dict')
-    others = [str(name) for name, tensor in stored.items() if not isinstance(tensor, Tensor)]
+    others = [name for name, tensor in stored.items() if not (isinstance(name, str) and isinstance(tensor, Tensor))]
     if others or not stored:
-        raise CSGError(f'holds no state dict: {others[0] + " is no tensor" if others else "it is empty"}')
+        raise CSGError(f'holds no state dict: {f"{others[0]} is no tensor" if others else "it is empty"}')
     tensors = {}
     for name, tensor in stored.items():
         name = re.sub(r'^(module\.)+', '', name)
         name = re.sub(r'(^|\.)code([0-9]?)$', lambda found: f'{found[1]}conv{found[2] or 1}.code', name)
         tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
     accuracy = next((checkpoint[key] for key in ('acc', 'best_prec1') if key in checkpoint), None)
-    return tensors, None if accuracy is None else float(accuracy)
+    if isinstance(accuracy, Tensor) and accuracy.numel() == 1:
+        accuracy = accuracy.item()
+    return tensors, float(accuracy) if isinstance(accuracy, (int, float)) else None
 
 
 def _take_generator(tensors: dict[str, Tensor]) -> Tensor | None:
     """Take the generator ``(prod(slice), code_dim)`` out of the tensors, wherever it is repeated."""
+    for name, tensor in tensors.items():
+        if (GENERATOR.fullmatch(name) or name.endswith('.code')) and (tensor.ndim != 2 or tensor.numel() == 0):
+            raise CSGError(f'{name} is {tuple(tensor.shape)}; generators and codes are matrices')
     names = [name for name in tensors if GENERATOR.fullmatch(name)]
     copies = [tensors.pop(name) for name in names]
     for name, copy in zip(names, copies, strict=True):

@@ -328,10 +328,11 @@ def test_a_foreign_safetensors_file_is_refused(tmp_path, metadata):
     assert_refused(tmp_path / 'dense', Net(), 'save_compact did not write; load it as the dense file it is')
 
 
-def test_a_file_of_a_later_version_is_refused(tmp_path, saved):
+@pytest.mark.parametrize('version', ['1', '3'])
+def test_a_file_of_another_version_is_refused(version, tmp_path, saved):
     header, _ = contents(saved)
-    save_file(load_file(saved), tmp_path / 'later', metadata=header['__metadata__'] | {'version': '2'})
-    assert_refused(tmp_path / 'later', Net(), 'version 2 of the format; this csg_seg reads 1, update it')
+    save_file(load_file(saved), tmp_path / 'later', metadata=header['__metadata__'] | {'version': version})
+    assert_refused(tmp_path / 'later', Net(), f'version {version} of the format; this csg_seg reads 2')
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -111,6 +111,9 @@ def test_several_seeds_are_gathered_and_not_trained_twice(npz, tmp_path):
     again = run_tool('benchmark.py', CSG, *command[2:6], *command[6:8], '--json', '--cfg-options', *settings).stdout
     assert json.loads(again)['networks'] == result['networks']
     assert all(path.stat().st_mtime_ns == before for path, before in logs.items())
+    other = run_tool(*command[:6], '--cfg-options', *settings[:-1], 'model.csg.code_dim=36', check=False)
+    assert other.returncode == 1
+    assert 'holds a run of other settings' in other.stderr.splitlines()[-1]
 
 
 def test_a_failed_run_is_named(tmp_path):

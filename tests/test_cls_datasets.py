@@ -1,5 +1,6 @@
 """Classification data: read as it is, and refused in one line when it is damaged."""
 
+import io
 import pickle
 
 import numpy as np
@@ -76,6 +77,8 @@ def test_the_real_npz_is_cifar10(real_data):
         ({'x_train': np.zeros((12, 3, 32, 32), dtype=np.uint8)}, r'images are uint8 \(n, h, w, 3\)'),
         ({'y_train': np.zeros(11, dtype=int)}, r'12 images need \(12,\) integers'),
         ({'y_train': np.zeros(12)}, 'y_train is float64'),
+        ({'y_train': np.full(12, 10)}, 'labels from 10 to 10; 10 classes are numbered from 0'),
+        ({'y_train': np.full(12, -1)}, 'labels from -1'),
         ({'y_train': np.full(12, None, dtype=object)}, 'pickled objects, which are not read'),
     ],
 )
@@ -87,9 +90,23 @@ def test_an_npz_that_does_not_hold_what_it_should_is_refused(change, says, tmp_p
     assert 'cifar10-subset.npz' in str(caught.value)
 
 
-@pytest.mark.parametrize('content', [b'', b'PK\x03\x04 cut short', b'no archive at all'])
-def test_an_npz_that_is_none_is_refused(content, tmp_path):
-    (tmp_path / 'cifar10-subset.npz').write_bytes(content)
+def damaged(kind):
+    """Bytes that are no ``.npz`` file, or a broken one."""
+    if kind == 'npy':
+        stream = io.BytesIO()
+        np.save(stream, np.zeros(3))
+        return stream.getvalue()
+    if kind == 'corrupt':
+        stream = io.BytesIO()
+        np.savez_compressed(stream, **arrays())
+        whole = stream.getvalue()
+        return whole[:2000] + bytes(2000) + whole[4000:]
+    return {'empty': b'', 'cut': b'PK\x03\x04 cut short', 'text': b'no archive at all'}[kind]
+
+
+@pytest.mark.parametrize('kind', ['empty', 'cut', 'text', 'npy', 'corrupt'])
+def test_an_npz_that_is_none_is_refused(kind, tmp_path):
+    (tmp_path / 'cifar10-subset.npz').write_bytes(damaged(kind))
     with pytest.raises(CSGError, match='damaged, no .npz file'):
         check_data(npz_config(tmp_path), 'train')
 
@@ -152,8 +169,10 @@ def test_only_two_ways_to_treat_a_broken_image(folder):
 
 
 def test_folders_that_are_not_the_classes_are_refused(folder):
-    with pytest.raises(CSGError, match='3 class folders for 2 classes'):
-        build(type='ImageFolderDataset', data_root=str(folder), data_prefix='train', metainfo=dict(classes=CLASSES[:2]))
+    cfg = Config.fromfile(CIFAR10 / 'resnet56_b192-60e_cifar10-jpeg.py')
+    cfg.train_dataloader.dataset.update(data_root=str(folder), metainfo=dict(classes=CLASSES[:2]))
+    with pytest.raises(CSGError, match=r'train data: The number of subfolders \(3\)'):
+        check_data(cfg, 'train')
 
 
 class Malice:
@@ -202,6 +221,12 @@ def test_of_many_classes_the_worst_are_shown(tmp_path):
     metric = METRICS.build(dict(type='PerClassAccuracy', out=str(tmp_path / 'confusion.png'), most=2))
     found = evaluate(metric, [0, 1, 1, 0, 2], [0, 0, 1, 2, 2], CLASSES)
     assert found == {'accuracy_of/cat': 50.0, 'accuracy_of/eel': 50.0}
+
+
+def test_classes_of_one_name_are_told_apart(tmp_path):
+    metric = METRICS.build(dict(type='PerClassAccuracy', out=str(tmp_path / 'confusion.png')))
+    found = evaluate(metric, [0, 0, 2], [0, 1, 2], ('crane', 'crane', 'eel'))
+    assert found == {'accuracy_of/crane (0)': 100.0, 'accuracy_of/crane (1)': 0.0, 'accuracy_of/eel': 100.0}
 
 
 def test_a_confusion_matrix_of_a_thousand_classes_is_drawn_without_names():

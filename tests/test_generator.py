@@ -132,7 +132,18 @@ def test_a_binary_state_dict_holds_the_settings_bytes_alone():
     assert list(state) == ['_extra_state']
     assert state['_extra_state'].dtype == torch.uint8
     meaning = {'generator': 'binary', 'slice_shape': [12, 20, 3, 3], 'code_dim': 7, 'layout': 'block', 'seed': 5}
-    assert json.loads(bytes(state['_extra_state'].tolist())) == meaning
+    stored = json.loads(bytes(state['_extra_state'].tolist()))
+    assert stored.pop('value') == pytest.approx(generator.weight.abs().max().item())
+    assert stored == meaning
+
+
+def test_codes_are_not_read_with_signs_of_another_size():
+    generator = build(generator='binary')
+    stored = json.loads(bytes(generator.get_extra_state().tolist()))
+    for changed in ({**stored, 'value': SIZE**-0.5}, {key: value for key, value in stored.items() if key != 'value'}):
+        state = torch.tensor(list(json.dumps(changed).encode()), dtype=torch.uint8)
+        with pytest.raises(CSGError, match='value'):
+            generator.set_extra_state(state)
 
 
 def test_a_linear_state_dict_holds_the_weight_and_the_settings_bytes():

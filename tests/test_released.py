@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, run_tool
 from mmengine.config import Config
 from released_oracle import evaluate
@@ -290,7 +291,13 @@ def changed(**changes):
     [
         ({'net': {'a.weight': torch.ones(2, 3), 'b': torch.ones(1)}}, r'2 tensors, a.weight \(2, 3\)'),
         ({'net': lacking('CSG.weight')}, 'codes .* but no generator'),
-        ({'net': lacking('classifier.bias')}, "'classifier.bias' is missing"),
+        ({'net': lacking('classifier.bias')}, 'missing keys in source state_dict: head.fc.bias'),
+        ({'net': lacking('classifier.weight')}, 'no network known here'),
+        ({'net': {1: torch.ones(1)}}, '1 is no tensor'),
+        ({'net': changed(CSG__weight=torch.ones(1296))}, r'CSG.weight is \(1296,\); generators and codes are matrices'),
+        ({'net': changed(stage_1__0__code=torch.ones(0, 72))}, 'generators and codes are matrices'),
+        ({'net': changed(classifier__weight=torch.tensor(1.0))}, 'a damaged network'),
+        ({'net': dict(torchvision.models.resnet18().state_dict())}, 'no network known here: 122 tensors'),
         ({'net': lacking('stage_2.1.bn_b.weight')}, 'does not fit'),
         ({'net': lacking('stage_3.0.code2')}, 'missing keys in source state_dict: backbone.layer3.0.conv2.weight'),
         ({'net': changed(stage_1__0__CSG__weight=torch.ones(1296, 72))}, 'differs from CSG.weight'),
@@ -309,6 +316,19 @@ def test_an_unknown_file_is_refused_with_what_was_found(content, says, tmp_path)
     with pytest.raises(CSGError, match=says) as caught:
         convert(path)
     assert str(path) in str(caught.value)
+
+
+def test_an_accuracy_that_is_none_does_not_matter(tmp_path):
+    converted, _ = convert(save(tmp_path / 'x.t7', authors_tensors('resnet20', side=12, code_dim=72), acc=['high']))
+    assert converted.released.accuracy is None
+
+
+def test_a_config_of_another_kind_of_network_is_refused(tmp_path):
+    file = save(tmp_path / 'x.t7', authors_tensors('resnet20', side=12, code_dim=72))
+    like = Config.fromfile(LIKE)
+    like.model.head.type = 'VisionTransformerClsHead'
+    with pytest.raises(CSGError, match='LinearClsHead'):
+        convert_released(file, like)
 
 
 class Malice:

@@ -8,10 +8,11 @@ from pathlib import Path
 from csg_seg.cli import one_line_errors
 
 with one_line_errors():
-    from mmengine.config import Config
+    from mmengine.config import Config, DictAction
     from rich.console import Console
     from rich.table import Table
 
+    from csg_seg.errors import CSGError
     from csg_seg.mm.benchmark import benchmark
     from csg_seg.mm.launch import read_config
 
@@ -23,7 +24,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--work-dir', required=True, help='folder for the runs; finished ones are not repeated')
     parser.add_argument('--metric', default='accuracy/top1', help='score to gather (default: %(default)s)')
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time; they share the cores (default: 1)')
-    parser.add_argument('--cfg-options', nargs='+', default=[], help='override settings of all: key=value ...')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings of all: key=value ...')
     parser.add_argument('--out', help='also write the result to this JSON file')
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
     return parser.parse_args()
@@ -44,10 +45,15 @@ def print_table(result: dict) -> None:
 def main() -> None:
     args = parse_args()
     with one_line_errors():
-        paths = {Path(path).stem: path for path in args.configs}
-        configs: dict[str, Config] = {name: read_config(path) for name, path in paths.items()}
-        options = dict(tools=Path(__file__).parent, metric=args.metric, jobs=args.jobs, cfg_options=args.cfg_options)
-        figures = benchmark(configs, paths, args.seeds, args.work_dir, **options)
+        configs: dict[str, Config] = {}
+        for path in args.configs:
+            name = Path(path).stem
+            if name in configs:
+                raise CSGError(f'two configs are named {name}; rename one')
+            configs[name] = read_config(path)
+            configs[name].merge_from_dict(args.cfg_options or {})
+        options = dict(tools=Path(__file__).parent, metric=args.metric, jobs=args.jobs)
+        figures = benchmark(configs, args.seeds, args.work_dir, **options)
         result = {'command': ' '.join(['python', *sys.argv]), **figures}
         if args.out:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)

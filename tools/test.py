@@ -13,7 +13,7 @@ with one_line_errors():
     from mmengine.runner import Runner
 
     from csg_seg.errors import CSGError
-    from csg_seg.mm.checkpoint import check_file
+    from csg_seg.mm.checkpoint import check_file, forbid_unpickling
     from csg_seg.mm.hooks import CheckpointGuardHook, ProgressBarHook
     from csg_seg.mm.launch import check_data, load_config, use_cpu_processes
     from csg_seg.mm.model import build_model
@@ -61,7 +61,7 @@ def show_predictions(cfg, args: argparse.Namespace) -> None:
     if hook is None:
         raise CSGError('--show and --show-dir need a visualization hook in the default_hooks of the config')
     if hook.type == 'VisualizationHook':  # mmpretrain's
-        hook.update(enable=True, show=args.show, wait_time=args.wait_time, out_dir=args.show_dir)
+        hook.update(enable=True, interval=1, show=args.show, wait_time=args.wait_time, out_dir=args.show_dir)
         return
     hook.update(draw=True, show=args.show, wait_time=args.wait_time)
     if args.show_dir:
@@ -71,6 +71,7 @@ def show_predictions(cfg, args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_args()
     with one_line_errors():
+        forbid_unpickling()
         cfg = load_config(args)
         check_file(args.checkpoint)
         build_model(cfg)  # a mistake shows here, before anything is written
@@ -78,10 +79,10 @@ def main() -> None:
         apply_options(cfg, args)
         use_cpu_processes(cfg)
         # With --json, the log goes to stderr: stdout is for the scores alone.
-        with redirect_stdout(sys.stderr if args.json else sys.stdout):
+        with redirect_stdout(sys.stderr if args.json else sys.stdout), ProgressBarHook() as bars:
             runner = Runner.from_cfg(cfg)
             runner.register_hook(CheckpointGuardHook())
-            runner.register_hook(ProgressBarHook())
+            runner.register_hook(bars)
             scores = runner.test()
     if args.json and runner.rank == 0:
         print(json.dumps(scores))

@@ -12,6 +12,7 @@ with one_line_errors():
     from mmengine.runner import Runner
 
     from csg_seg.errors import CSGError
+    from csg_seg.mm.checkpoint import forbid_unpickling
     from csg_seg.mm.hooks import CheckpointGuardHook, ProgressBarHook
     from csg_seg.mm.launch import check_data, load_config, use_cpu_processes
     from csg_seg.mm.model import build_model
@@ -45,6 +46,7 @@ def use_amp(cfg) -> None:
 def main() -> None:
     args = parse_args()
     with one_line_errors():
+        forbid_unpickling()
         cfg = load_config(args)
         cfg.resume = args.resume
         if args.amp:
@@ -55,10 +57,11 @@ def main() -> None:
         check_data(cfg, 'train')
         check_data(cfg, 'val')
         use_cpu_processes(cfg)
-        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-        runner.register_hook(CheckpointGuardHook())
-        runner.register_hook(ProgressBarHook())
-        runner.train()
+        with ProgressBarHook() as bars:
+            runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+            runner.register_hook(CheckpointGuardHook())
+            runner.register_hook(bars)
+            runner.train()
 
 
 if __name__ == '__main__':

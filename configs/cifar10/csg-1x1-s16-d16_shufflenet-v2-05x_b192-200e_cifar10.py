@@ -6,4 +6,4 @@ model = dict(
     base_type={{_base_.model.type}},
     csg=dict(slice_shape=(16, 16, 1, 1), code_dim=16, include=['backbone.layers.3']),
 )
-default_hooks = dict(csg=dict(type='CSGHook', save_compact=True), exact_resume=dict(type='ExactResumeHook'))
+default_hooks = dict(csg=dict(type='CSGHook', save_compact=True))

@@ -2,4 +2,4 @@
 _base_ = './resnet110_b192-200e_cifar10.py'
 custom_imports = dict(imports=['csg_seg'])
 model = dict(type='CSGModel', base_type={{_base_.model.type}}, csg=dict(slice_shape=(16, 16, 3, 3), code_dim=128))
-default_hooks = dict(csg=dict(type='CSGHook', save_compact=True), exact_resume=dict(type='ExactResumeHook'))
+default_hooks = dict(csg=dict(type='CSGHook', save_compact=True))

@@ -5,11 +5,12 @@ custom_imports = dict(imports=['csg_seg'])
 model = dict(
     type='CSGModel',
     base_type={{_base_.model.type}},
+    backbone=dict(type='CSGShuffleNetV2'),
     csg=dict(
         slice_shape=(16, 16, 1, 1),
         code_dim=16,
         include=['backbone.layers.*.branch2.0', 'backbone.layers.*.0.branch1.1'],
     ),
 )
-default_hooks = dict(csg=dict(type='CSGHook', save_compact=True), exact_resume=dict(type='ExactResumeHook'))
+default_hooks = dict(csg=dict(type='CSGHook', save_compact=True))
 test_evaluator = [_base_.test_evaluator, dict(type='PerClassAccuracy')]

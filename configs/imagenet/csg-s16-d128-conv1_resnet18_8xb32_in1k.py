@@ -7,5 +7,5 @@ model = dict(
     base_type={{_base_.model.type}},
     csg=dict(slice_shape=(16, 16, 3, 3), code_dim=128, include=['backbone.layer*.*.conv1']),
 )
-default_hooks = dict(csg=dict(type='CSGHook', save_compact=True), exact_resume=dict(type='ExactResumeHook'))
+default_hooks = dict(csg=dict(type='CSGHook', save_compact=True))
 test_evaluator = [_base_.test_evaluator, dict(type='PerClassAccuracy')]

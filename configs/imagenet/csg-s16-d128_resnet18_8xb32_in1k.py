@@ -3,5 +3,5 @@
 _base_ = __import__('csg_seg') and 'mmpretrain::resnet/resnet18_8xb32_in1k.py'
 custom_imports = dict(imports=['csg_seg'])
 model = dict(type='CSGModel', base_type={{_base_.model.type}}, csg=dict(slice_shape=(16, 16, 3, 3), code_dim=128))
-default_hooks = dict(csg=dict(type='CSGHook', save_compact=True), exact_resume=dict(type='ExactResumeHook'))
+default_hooks = dict(csg=dict(type='CSGHook', save_compact=True))
 test_evaluator = [_base_.test_evaluator, dict(type='PerClassAccuracy')]

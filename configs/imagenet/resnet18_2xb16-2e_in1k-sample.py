@@ -4,8 +4,9 @@
 _base_ = __import__('csg_seg') and 'mmpretrain::resnet/resnet18_8xb32_in1k.py'
 custom_imports = dict(imports=['csg_seg'])
 data_root = 'data/imagenet-sample'
-train_dataloader = dict(batch_size=16, num_workers=2, dataset=dict(data_root=data_root))
-val_dataloader = dict(num_workers=2, dataset=dict(data_root=data_root, split='train'))
+common = dict(_delete_=True, type='ImageFolderDataset', data_root=data_root, data_prefix='train')
+train_dataloader = dict(batch_size=16, num_workers=2, dataset=dict(pipeline=_base_.train_pipeline, **common))
+val_dataloader = dict(num_workers=2, dataset=dict(pipeline=_base_.test_pipeline, **common))
 test_dataloader = val_dataloader
 test_evaluator = [_base_.val_evaluator, dict(type='PerClassAccuracy')]
 train_cfg = dict(max_epochs=2)

@@ -23,7 +23,7 @@ with redirect_stdout(None):
             warnings.warn(f'mmsegmentation is installed but does not import: {error}', stacklevel=2)
     if find_spec('mmpretrain') is not None:
         try:
-            from . import cifar_networks, cls_datasets, metrics  # noqa: F401
+            from . import cls_datasets, metrics, networks  # noqa: F401
         except (ImportError, AssertionError) as error:
             warnings.warn(f'mmpretrain is installed but does not import: {error}', stacklevel=2)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,12 @@ from .model import build_model
 
 def benchmark(
     configs: Mapping[str, Config],
-    paths: Mapping[str, str],
     seeds: Sequence[int],
     work_dir: str | Path,
     *,
     tools: Path,
     metric: str = 'accuracy/top1',
     jobs: int = 1,
-    cfg_options: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train and test every config with every seed, each in a process of its own.
 
@@ -39,40 +38,29 @@ def benchmark(
 
     Args:
         configs: by name.
-        paths: file of each config.
         seeds: of data order, augmentation and start values.
         work_dir: a folder for each run goes into it.
         tools: folder of train.py and test.py.
         metric: name of the score, as the test tool prints it.
         jobs: how many runs at a time; they share the CPU's cores.
-        cfg_options: ``key=value`` for all.
 
     Returns:
         JSON-ready: for each config its counts, the score of each seed, their mean
         and standard deviation; and ``made_with``.
 
     Raises:
-        CSGError: a run failed, or has no such metric.
+        CSGError: a run failed, has no such metric, or its folder holds one of other settings.
     """
+    summaries = {name: summarise(build_model(cfg)) for name, cfg in configs.items()}
     # Each config's first seed before any second: a picture emerges early.
-    runs = [(name, seed) for seed in seeds for name in configs]
-    folders = {(name, seed): Path(work_dir, name, f'seed{seed}') for name, seed in runs}
+    runs = {(name, seed): Path(work_dir, name, f'seed{seed}') for seed in seeds for name in configs}
+    for (name, seed), folder in runs.items():
+        _prepare(configs[name], seed, folder)
     threads = max(1, torch.get_num_threads() // jobs)
-    with ThreadPoolExecutor(jobs) as pool:
-        waiting = [
-            pool.submit(_run, tools, paths[name], configs[name], seed, folders[name, seed], cfg_options, threads)
-            for name, seed in runs
-        ]
-        try:
-            for each in track(as_completed(waiting), 'Training', total=len(waiting), console=Console(stderr=True)):
-                each.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    _run_all(list(runs.values()), tools, jobs=jobs, threads=threads)
     networks = {}
-    for name, cfg in configs.items():
-        scores = {seed: _score(folders[name, seed], metric) for seed in seeds}
-        summary = summarise(build_model(cfg))
+    for name, summary in summaries.items():
+        scores = {seed: _score(runs[name, seed], metric) for seed in seeds}
         networks[name] = {
             'stored_params': summary.stored_params,
             'dense_params': summary.dense_params,
@@ -81,31 +69,49 @@ def benchmark(
             'mean': statistics.mean(scores.values()),
             'std': statistics.stdev(scores.values()) if len(scores) > 1 else None,
         }
-    versions = made_with(seed=seeds[0])
-    del versions['seed']
+    versions = {key: value for key, value in made_with(seed=0).items() if key != 'seed'}
     return {'metric': metric, 'networks': networks, 'made_with': {**versions, 'threads_of_a_run': threads}}
 
 
-def _run(
-    tools: Path, path: str, cfg: Config, seed: int, folder: Path, cfg_options: Sequence[str], threads: int
-) -> None:
-    """Train and test one config with one seed, unless that is done."""
-    result = folder / 'result.json'
+def _prepare(cfg: Config, seed: int, folder: Path) -> None:
+    """Write a run's whole config into its folder, or find it there."""
+    cfg = deepcopy(cfg)
+    cfg.merge_from_dict({'randomness.seed': seed, 'work_dir': str(folder)})
+    if cfg.model.type == 'CSGModel':
+        dicts = cfg.model.csg if isinstance(cfg.model.csg, list) else [cfg.model.csg]
+        for position, csg in enumerate(dicts):
+            csg.seed = seed * len(dicts) + position
+    file, text = folder / 'config.py', cfg.pretty_text
+    if file.exists() and file.read_text() != text:
+        raise CSGError(f'{folder} holds a run of other settings ({file}); choose another --work-dir')
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+def _run_all(folders: Sequence[Path], tools: Path, *, jobs: int, threads: int) -> None:
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = [pool.submit(_run, folder, tools, threads) for folder in folders]
+        try:
+            for each in track(as_completed(waiting), 'Training', total=len(waiting), console=Console(stderr=True)):
+                each.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _run(folder: Path, tools: Path, threads: int) -> None:
+    """Train and test the config of a folder, unless that is done."""
+    result, config = folder / 'result.json', folder / 'config.py'
     if result.exists():
         return
-    options = ['--cfg-options', *cfg_options, f'randomness.seed={seed}']
-    if 'csg' in cfg.model:
-        options.append(f'model.csg.seed={seed}')
-    common = ['--work-dir', folder, *options]
-    _call(tools / 'train.py', path, '--resume', *common, log=folder / 'train.txt', threads=threads)
+    _call(tools / 'train.py', config, '--resume', log=folder / 'train.txt', threads=threads)
     checkpoint = (folder / 'last_checkpoint').read_text()
-    printed = _call(tools / 'test.py', path, checkpoint, '--json', *common, log=folder / 'test.txt', threads=threads)
-    write_whole(result, lambda partial: Path(partial).write_text(printed))
+    printed = _call(tools / 'test.py', config, checkpoint, '--json', log=folder / 'test.txt', threads=threads)
+    write_whole(result, lambda partial: partial.write_text(printed))
 
 
 def _call(tool: Path, *args: str | Path, log: Path, threads: int) -> str:
     """Run a program; return what it prints to stdout."""
-    log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, 'OMP_NUM_THREADS': str(threads)}
     with log.open('w') as file:
         command = [sys.executable, str(tool), *map(str, args)]

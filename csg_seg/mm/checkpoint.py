@@ -50,7 +50,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     return {'meta': checkpoint.get('meta', {}), 'state_dict': state_dict}
 
 
-def read_tensors(path: str | os.PathLike) -> Any:
+def read_tensors(path: str | os.PathLike, map_location: Any = 'cpu') -> Any:
     """Load a file of ``torch.save``, unpickling nothing but tensors, containers and mmengine's scalars.
 
     Raises:
@@ -59,7 +59,7 @@ def read_tensors(path: str | os.PathLike) -> Any:
     try:
         # Again, because mmengine's own loading may have cleared what is registered below.
         with torch.serialization.safe_globals(_what_mmengine_pickles()):
-            return torch.load(path, map_location='cpu', weights_only=True)
+            return torch.load(path, map_location=map_location, weights_only=True)
     except UnpicklingError:
         raise CSGError(
             f'{path}: damaged, no checkpoint, or one with objects other than weights in it, which are not unpickled; '
@@ -68,6 +68,18 @@ def read_tensors(path: str | os.PathLike) -> Any:
     # A damaged file may raise anything while it is parsed.
     except Exception as error:
         raise CSGError(f'{path}: damaged, or no checkpoint ({type(error).__name__}); copy it again') from None
+
+
+def forbid_unpickling() -> None:
+    """Let mmengine load local checkpoints by :func:`read_tensors` alone, in this process.
+
+    Its own loader unpickles whatever a file holds when safe loading is refused.
+    """
+
+    @CheckpointLoader.register_scheme(prefixes='', force=True)
+    def load_from_local(filename: str, map_location: Any = None) -> Any:
+        check_file(filename)
+        return read_tensors(filename, map_location)
 
 
 def check_file(path: str | os.PathLike) -> None:

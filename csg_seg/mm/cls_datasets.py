@@ -1,10 +1,10 @@
 """Image classification data that mmpretrain does not read: arrays, and folders that may be damaged."""
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,12 @@ class NPZDataset(BaseDataset):
                 f'{self.ann_file}: y_{self.split} is {labels.dtype} {labels.shape}; '
                 f'{len(images)} images need ({len(images)},) integers'
             )
+        classes = len(self.CLASSES or ()) or np.inf
+        if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+            raise CSGError(
+                f'{self.ann_file}: y_{self.split} has labels from {labels.min()} to {labels.max()}; '
+                f'{classes} classes are numbered from 0'
+            )
         return [dict(img=image, gt_label=int(label)) for image, label in zip(images, labels, strict=True)]
 
     def _read(self, key: str) -> np.ndarray:
@@ -59,7 +65,7 @@ class NPZDataset(BaseDataset):
                 if key not in arrays.files:
                     raise CSGError(f'{self.ann_file}: there is no array {key!r}; found {", ".join(arrays.files)}')
                 return arrays[key]
-        except (ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             if isinstance(error, CSGError):
                 raise
             raise CSGError(
@@ -76,7 +82,7 @@ class ImageFolderDataset(CustomDataset):
         kwargs: as :class:`mmpretrain.datasets.CustomDataset`.
 
     Raises:
-        CSGError: an image is broken, or the folders are not the classes.
+        CSGError: an image is broken.
     """
 
     def __init__(self, *, broken: str = 'refuse', **kwargs: Any):
@@ -87,7 +93,6 @@ class ImageFolderDataset(CustomDataset):
 
     def load_data_list(self) -> list[dict]:
         """Return a dict of ``img_path`` and ``gt_label`` for each sound image."""
-        self._check_folders()
         samples = super().load_data_list()
         broken = dict(_broken_images([sample['img_path'] for sample in samples]))
         if broken:
@@ -97,16 +102,6 @@ class ImageFolderDataset(CustomDataset):
                 raise CSGError(f"{found}; mend it, or leave such images out with dataset.broken='skip'")
             print_log(f'{found}; left out', logger='current')
         return [sample for sample in samples if sample['img_path'] not in broken]
-
-    def _check_folders(self) -> None:
-        if self.ann_file:
-            return
-        folders = sorted(path.name for path in Path(self.img_prefix).iterdir() if path.is_dir())
-        if self.CLASSES is not None and len(self.CLASSES) != len(folders):
-            raise CSGError(
-                f'{self.img_prefix}: {len(folders)} class folders for {len(self.CLASSES)} classes of the config; '
-                'give the folder that holds one folder for each class, or set metainfo.classes'
-            )
 
 
 def _broken_images(paths: list[str]) -> Iterator[tuple[str, str]]:

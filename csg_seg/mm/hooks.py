@@ -2,11 +2,13 @@
 
 import gc
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
@@ -168,7 +170,9 @@ class ExactResumeHook(Hook):
         """Begin an epoch with random numbers of its own."""
         if isinstance(runner.train_loop, EpochBasedTrainLoop) and self._is_exact(runner):
             self._states = None
-            set_random_seed(runner.cfg.randomness.seed + runner.epoch)
+            # Hashed together, so that no epoch of one seed is an epoch of another.
+            mixed = np.random.SeedSequence([runner.cfg.randomness.seed, runner.epoch]).generate_state(1)[0]
+            set_random_seed(int(mixed))
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Restore torch's state once the data loader has caught up."""
@@ -213,10 +217,27 @@ class CheckpointGuardHook(Hook):
 
 
 class ProgressBarHook(Hook):
-    """Show how far training, validation or test is, on a terminal's stderr."""
+    """Show how far training, validation or test is, on a terminal's stderr.
+
+    A context manager: enter it before the runner sets up its log, which then
+    appears above the bars, and the terminal is itself again however the run ends.
+    """
 
     def __init__(self) -> None:
-        self._bars = Progress(console=Console(stderr=True), transient=True)
+        self._bars = Progress(
+            console=Console(stderr=True),
+            transient=True,
+            redirect_stdout=sys.stdout.isatty(),
+            redirect_stderr=False,
+        )
+
+    def __enter__(self) -> 'ProgressBarHook':
+        if self._bars.console.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.stop()
 
     def before_train(self, runner: Runner) -> None:
         """Begin a bar of iterations."""
@@ -246,14 +267,9 @@ class ProgressBarHook(Hook):
         """Take validation's bar away."""
         self._end('validate')
 
-    def after_run(self, runner: Runner) -> None:
-        """Take all bars away."""
-        self._bars.stop()
-
     def _begin(self, runner: Runner, name: str, total: int) -> None:
-        if runner.rank == 0 and self._bars.console.is_terminal:
+        if runner.rank == 0:
             self._bars.add_task(name, total=total)
-            self._bars.start()
 
     def _show(self, name: str, completed: int) -> None:
         for task in self._bars.tasks:

@@ -1,6 +1,7 @@
 """Per-class accuracy, as a table in the log and as a picture of the confusion matrix."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class PerClassAccuracy(ConfusionMatrix):
     def compute_metrics(self, results: list) -> dict[str, float]:
         """Return the accuracy of the ``most`` worst classes that have samples; called on the main process alone."""
         matrix = super().compute_metrics(results)['result'].cpu()
-        names = list((self.dataset_meta or {}).get('classes') or map(str, range(len(matrix))))
+        names = _distinct((self.dataset_meta or {}).get('classes') or [str(i) for i in range(len(matrix))])
         samples = matrix.sum(1)
         seen = [i for i in range(len(names)) if samples[i] > 0]
         worst = sorted(seen, key=lambda i: float(matrix[i, i] / samples[i]))[: self.most]
@@ -44,6 +45,11 @@ class PerClassAccuracy(ConfusionMatrix):
         table = _table(shown, {names[i]: int(samples[i]) for i in worst}, left_out=len(seen) - len(worst))
         print_log(f'\n{table}confusion matrix: {picture}', logger='current')
         return shown
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Number names that several classes have; ImageNet's 'crane' is a bird and a machine."""
+    return [f'{name} ({i})' if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def _table(accuracy: dict[str, float], samples: dict[str, int], *, left_out: int) -> str:

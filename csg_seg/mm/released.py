@@ -52,8 +52,8 @@ def convert_released(path: str | os.PathLike, like: Config) -> Converted:
 
 def write_config(released: Released, like: Config) -> Config:
     """Return the config of a released network, whole and without bases."""
-    if like.model.type not in ('ImageClassifier', 'CSGModel') or 'head' not in like.model:
-        raise CSGError(f'its config is to be like that of a {like.model.type}; give one of an ImageClassifier')
+    if like.model.get('head', {}).get('type') != 'LinearClsHead' or 'neck' not in like.model:
+        raise CSGError('the config to be like has no neck and LinearClsHead; give one of configs/cifar10')
     cfg = deepcopy(like)
     head = dict(cfg.model.head, num_classes=released.classes, in_channels=released.features)
     model: dict[str, Any] = dict(type='ImageClassifier', backbone=released.backbone, neck=cfg.model.neck, head=head)

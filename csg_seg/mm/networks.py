@@ -1,7 +1,8 @@
-"""The paper's CIFAR-10 networks as backbones: mmpretrain's with another stem, or our own."""
+"""The paper's networks as backbones, where mmpretrain's own do not do: another stem, or another start."""
 
 from typing import Any
 
+import torch
 from mmcv.cnn import ConvModule
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
@@ -9,6 +10,7 @@ from mmpretrain.models import DenseNet, ShuffleNetV2
 from torch import nn
 
 from .. import models
+from ..conv import CSGConv2d
 from ..errors import CSGError
 
 
@@ -58,8 +60,8 @@ class CIFARDenseNet(DenseNet):
 class CIFARShuffleNetV2(ShuffleNetV2):
     """ShuffleNetV2 for 32 x 32 pixels: a stem of stride 1, no pooling.
 
-    Ma et al., "ShuffleNet V2", ECCV 2018. Start values are PyTorch's own:
-    mmpretrain's, made for ImageNet, begin too small for this stem.
+    Ma et al., "ShuffleNet V2", ECCV 2018. Start values are PyTorch's own, as
+    the authors of the method have it.
 
     Args:
         kwargs: as :class:`mmpretrain.models.ShuffleNetV2`.
@@ -70,3 +72,23 @@ class CIFARShuffleNetV2(ShuffleNetV2):
         stem = self.conv1
         self.conv1 = ConvModule(3, stem.out_channels, 3, padding=1, norm_cfg=self.norm_cfg, act_cfg=self.act_cfg)
         self.maxpool = nn.Identity()
+
+    def init_weights(self) -> None:
+        """Follow ``init_cfg`` alone."""
+        BaseModule.init_weights(self)
+
+
+@MODELS.register_module()
+class CSGShuffleNetV2(ShuffleNetV2):
+    """mmpretrain's ShuffleNetV2, which can be retrofitted: its start values read every conv's weight."""
+
+    def init_weights(self) -> None:
+        """Start dense convs as mmpretrain does; generated ones have started already."""
+        generated = [module for module in self.modules() if isinstance(module, CSGConv2d)]
+        for conv in generated:
+            conv._parameters['weight'] = nn.Parameter(torch.empty(conv.weight_shape))
+        try:
+            super().init_weights()
+        finally:
+            for conv in generated:
+                conv._parameters['weight'] = None
