@@ -117,6 +117,29 @@ def test_wrong_checkpoint(refused, drawn, files, tmp_path, name, options, says):
     assert not out.exists()
 
 
+class Malice:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), 'w')
+
+
+def test_a_checkpoint_is_not_unpickled(refused, drawn, tmp_path):
+    path, harm = tmp_path / 'malice.pt', tmp_path / 'harm'
+    torch.save({'meta': {}, 'state_dict': {}, 'more': Malice(harm)}, path)
+    commands = [
+        ('test.py', CSG, path, *small(drawn)),
+        ('train.py', CSG, *small(drawn, load_from=path)),
+        ('materialise.py', CSG, path, '--out', tmp_path / 'plain.pt', *cfg_options(SMALL_MODEL)),
+        ('report.py', CSG, '--checkpoint', path, *cfg_options(SMALL_MODEL)),
+        ('model_converters/released2csg.py', path, '--out', tmp_path / 'released.pth'),
+    ]
+    for tool, *args in commands:
+        assert 'not unpickled' in refused(tool, *args), tool
+        assert not harm.exists(), tool
+
+
 @pytest.mark.parametrize('name', ['csg.pt', 'compact.safetensors'])
 def test_generated_checkpoint_for_a_dense_config(refused, drawn, files, name):
     message = refused('test.py', DENSE, files / name, *small(drawn))

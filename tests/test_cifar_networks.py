@@ -107,3 +107,24 @@ def test_mmengine_initialises_a_backbone_from_a_file(tmp_path):
     )
     model.init_weights()
     assert torch.equal(model.backbone.layer3[2].conv2.weight, trained.layer3[2].conv2.weight)
+
+
+def test_the_small_shufflenet_keeps_pytorchs_start():
+    model = cifar_model('shufflenet-v2-05x_b192-200e')
+    before = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
+    model.init_weights()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.backbone.state_dict().items())
+
+
+def test_a_retrofitted_shufflenet_starts_its_dense_convs_as_mmpretrain_does():
+    model = build_model(
+        Config.fromfile(ROOT / 'configs' / 'imagenet' / 'csg-1x1-s16-d16_shufflenet-v2-1x_16xb64_in1k.py')
+    )
+    codes = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.endswith('.code')}
+    model.init_weights()
+    assert len(codes) == 19
+    assert all(torch.equal(model.state_dict()[name], code) for name, code in codes.items())
+    backbone = model.backbone
+    assert backbone.layers[0][1].branch2[0].conv.weight is None
+    # mmpretrain draws with a std of 1 over the input channels.
+    assert backbone.layers[3].conv.weight.std().item() == pytest.approx(1 / 464, rel=0.02)

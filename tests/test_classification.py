@@ -2,14 +2,20 @@
 
 import json
 import re
+import shlex
 import shutil
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, cfg_options, run_program, run_tool
+from mmengine.config import Config
 
 from csg_seg.mm.checkpoint import read_checkpoint
+from csg_seg.mm.hooks import ChannelsLastHook
+from csg_seg.mm.model import build_model
 
 CIFAR10 = ROOT / 'configs' / 'cifar10'
 NAME = 'resnet20_b64-20e_cifar10-npz'
@@ -89,6 +95,36 @@ def test_a_resumed_training_ends_with_the_same_weights(trained, npz, tmp_path):
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_pictures_of_every_test_image(trained, npz, tmp_path):
+    checkpoint = trained[0] / f'epoch_{EPOCHS}.pth'
+    few = options(npz, **{'test_dataloader.dataset.indices': 6, 'test_dataloader.batch_size': 3})
+    run_tool('test.py', CSG, checkpoint, '--work-dir', tmp_path, '--show-dir', tmp_path / 'shown', *few)
+    assert len(list((tmp_path / 'shown').rglob('*.png'))) == 6
+
+
+def test_channels_last_changes_the_format_and_not_the_result():
+    cfg = Config.fromfile(CSG)
+    model = build_model(cfg).eval()
+    image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.backbone(image)[0]
+        ChannelsLastHook().before_run(SimpleNamespace(model=model))
+        found = model.backbone(image)[0]
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert not expected.is_contiguous(memory_format=torch.channels_last)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize('fails', [False, True])
+def test_a_terminal_shows_a_bar_and_is_itself_again(fails, trained, npz, tmp_path):
+    checkpoint = 'absent.pth' if fails else trained[0] / f'epoch_{EPOCHS}.pth'
+    test = [sys.executable, ROOT / 'tools' / 'test.py', CSG, checkpoint, '--work-dir', tmp_path, *options(npz)]
+    command = shlex.join(map(str, test))
+    printed = run_program('script', '-qec', command, '/dev/null', check=not fails).stdout
+    assert printed.count('\x1b[?25l') == printed.count('\x1b[?25h')
+    assert fails or ('100%' in printed and 'accuracy/top1' in printed)
 
 
 def test_several_seeds_are_gathered_and_not_trained_twice(npz, tmp_path):

@@ -1,4 +1,4 @@
-# The paper's DeepLab, ResNet-101 at output stride 16 with multi-grid (1, 2, 4): 60.7 M parameters, the dense twin.
+# The paper's DeepLab, ResNet-101 at output stride 16 with multi-grid (1, 2, 4), with a decoder: 59,344,309 parameters, the dense twin.
 # mmsegmentation's multi_grid holds dilations: unit rates (1, 2, 4) times the last stage's 2.
 # Its recipe: SGD, lr 0.007 (heads x10), poly 0.9, weight decay 5e-4, 50 epochs at batch 16, crop 513.
 # The import makes 'mmseg::' resolve on both lines of mm packages, whatever program reads this.
@@ -20,6 +20,12 @@ model = dict(
         multi_grid=(2, 4, 8),
         contract_dilation=False,
     ),
-    decode_head=dict(channels=256, dilations=(1, 6, 12, 18), num_classes=21),
+    decode_head=dict(
+        type='DeepLabV3PlusHead',
+        low_level_in_channels=256,
+        channels=256,
+        dilations=(1, 6, 12, 18),
+        num_classes=21,
+    ),
     auxiliary_head=None,
 )

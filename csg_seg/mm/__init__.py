@@ -18,7 +18,7 @@ from . import checkpoint, hooks, model  # noqa: F401
 with redirect_stdout(None):
     if find_spec('mmseg') is not None:
         try:
-            from . import seg_datasets  # noqa: F401
+            from . import deeplab, seg_datasets  # noqa: F401
         except (ImportError, AssertionError) as error:  # mmseg asserts the versions it works with
             warnings.warn(f'mmsegmentation is installed but does not import: {error}', stacklevel=2)
     if find_spec('mmpretrain') is not None:
