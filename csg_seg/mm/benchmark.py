@@ -74,18 +74,23 @@ def benchmark(
 
 
 def _prepare(cfg: Config, seed: int, folder: Path) -> None:
-    """Write a run's whole config into its folder, or find it there."""
+    """Write a run's whole config beside its folder, or find it there."""
     cfg = deepcopy(cfg)
     cfg.merge_from_dict({'randomness.seed': seed, 'work_dir': str(folder)})
     if cfg.model.type == 'CSGModel':
         dicts = cfg.model.csg if isinstance(cfg.model.csg, list) else [cfg.model.csg]
         for position, csg in enumerate(dicts):
             csg.seed = seed * len(dicts) + position
-    file, text = folder / 'config.py', cfg.pretty_text
+    file, text = _config(folder), cfg.pretty_text
     if file.exists() and file.read_text() != text:
         raise CSGError(f'{folder} holds a run of other settings ({file}); choose another --work-dir')
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
+
+
+def _config(folder: Path) -> Path:
+    # Not in the folder, where the runner writes what it was called with under the same name.
+    return folder.with_suffix('.py')
 
 
 def _run_all(folders: Sequence[Path], tools: Path, *, jobs: int, threads: int) -> None:
@@ -101,7 +106,7 @@ def _run_all(folders: Sequence[Path], tools: Path, *, jobs: int, threads: int) -
 
 def _run(folder: Path, tools: Path, threads: int) -> None:
     """Train and test the config of a folder, unless that is done."""
-    result, config = folder / 'result.json', folder / 'config.py'
+    result, config = folder / 'result.json', _config(folder)
     if result.exists():
         return
     _call(tools / 'train.py', config, '--resume', log=folder / 'train.txt', threads=threads)

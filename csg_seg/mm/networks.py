@@ -60,8 +60,8 @@ class CIFARDenseNet(DenseNet):
 class CIFARShuffleNetV2(ShuffleNetV2):
     """ShuffleNetV2 for 32 x 32 pixels: a stem of stride 1, no pooling.
 
-    Ma et al., "ShuffleNet V2", ECCV 2018. Start values are PyTorch's own, as
-    the authors of the method have it.
+    Ma et al., "ShuffleNet V2", ECCV 2018. Convs start at Kaiming variance;
+    mmpretrain's start values, made for ImageNet, are small for this stem.
 
     Args:
         kwargs: as :class:`mmpretrain.models.ShuffleNetV2`.
@@ -74,7 +74,7 @@ class CIFARShuffleNetV2(ShuffleNetV2):
         self.maxpool = nn.Identity()
 
     def init_weights(self) -> None:
-        """Follow ``init_cfg`` alone."""
+        """Let every conv start as mmcv does, and follow ``init_cfg``."""
         BaseModule.init_weights(self)
 
 
