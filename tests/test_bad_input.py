@@ -240,3 +240,23 @@ runpy.run_path({str(ROOT / 'tools' / tool)!r}, run_name='__main__')
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert done.stderr.strip() == "error: mmengine is not installed; pip install '.[mm]' in csg_seg's folder brings it"
+
+
+@pytest.mark.parametrize(
+    ('options', 'says'),
+    [
+        (['--jobs', '0'], 'jobs start at 1'),
+        (['--seeds', '-1'], 'seeds at 0'),
+        (['--out', 'README.md'], 'README.md exists'),
+        ([CSG], 'two configs are named'),
+    ],
+)
+def test_a_benchmark_that_cannot_be_run(refused, tmp_path, monkeypatch, options, says):
+    monkeypatch.chdir(ROOT)
+    assert says in refused('benchmark.py', CSG, *options, '--work-dir', tmp_path / 'runs')
+    assert not (tmp_path / 'runs').exists()
+
+
+def test_a_work_dir_that_is_a_file(refused, drawn, files, tmp_path):
+    (tmp_path / 'work').touch()
+    assert 'is a file; give a folder' in refused('test.py', CSG, files / 'csg.pt', *small(drawn))

@@ -323,9 +323,18 @@ def test_an_accuracy_that_is_none_does_not_matter(tmp_path):
     assert converted.released.accuracy is None
 
 
+def test_a_config_with_a_generator_of_its_own_lends_data_and_schedule_alone(tmp_path):
+    file = save(tmp_path / 'x.t7', authors_tensors('resnet20', side=12, code_dim=72))
+    like = Config.fromfile(LIKE.with_name(f'csg-s12-d72-binary_{LIKE.name}'))
+    assert convert_released(file, like).config.model.csg.get('generator', 'linear') == 'linear'
+
+
 def test_a_config_of_another_kind_of_network_is_refused(tmp_path):
     file = save(tmp_path / 'x.t7', authors_tensors('resnet20', side=12, code_dim=72))
     like = Config.fromfile(LIKE)
+    like.model.head.num_classes = 7
+    with pytest.raises(CSGError, match='10 classes, and the config to be like has 7'):
+        convert_released(file, like)
     like.model.head.type = 'VisionTransformerClsHead'
     with pytest.raises(CSGError, match='LinearClsHead'):
         convert_released(file, like)

@@ -26,6 +26,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time; they share the cores (default: 1)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings of all: key=value ...')
     parser.add_argument('--out', help='also write the result to this JSON file')
+    parser.add_argument('--overwrite', action='store_true', help='replace OUT when it exists')
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
     return parser.parse_args()
 
@@ -45,6 +46,8 @@ def print_table(result: dict) -> None:
 def main() -> None:
     args = parse_args()
     with one_line_errors():
+        if args.out and Path(args.out).exists() and not args.overwrite:
+            raise CSGError(f'{args.out} exists; choose another --out, or give --overwrite')
         configs: dict[str, Config] = {}
         for path in args.configs:
             name = Path(path).stem

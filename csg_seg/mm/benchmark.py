@@ -51,13 +51,15 @@ def benchmark(
     Raises:
         CSGError: a run failed, has no such metric, or its folder holds one of other settings.
     """
+    if jobs < 1 or min(seeds) < 0:
+        raise CSGError(f'cannot work with jobs={jobs}, seeds={list(seeds)}: jobs start at 1 and seeds at 0')
     summaries = {name: summarise(build_model(cfg)) for name, cfg in configs.items()}
     # Each config's first seed before any second: a picture emerges early.
     runs = {(name, seed): Path(work_dir, name, f'seed{seed}') for seed in seeds for name in configs}
     for (name, seed), folder in runs.items():
         _prepare(configs[name], seed, folder)
     threads = max(1, torch.get_num_threads() // jobs)
-    _run_all(list(runs.values()), tools, jobs=jobs, threads=threads)
+    _run_all(list(runs.values()), tools, metric, jobs=jobs, threads=threads)
     networks = {}
     for name, summary in summaries.items():
         scores = {seed: _score(runs[name, seed], metric) for seed in seeds}
@@ -93,12 +95,13 @@ def _config(folder: Path) -> Path:
     return folder.with_suffix('.py')
 
 
-def _run_all(folders: Sequence[Path], tools: Path, *, jobs: int, threads: int) -> None:
+def _run_all(folders: Sequence[Path], tools: Path, metric: str, *, jobs: int, threads: int) -> None:
     with ThreadPoolExecutor(jobs) as pool:
-        waiting = [pool.submit(_run, folder, tools, threads) for folder in folders]
+        waiting = {pool.submit(_run, folder, tools, threads): folder for folder in folders}
         try:
             for each in track(as_completed(waiting), 'Training', total=len(waiting), console=Console(stderr=True)):
                 each.result()
+                _score(waiting[each], metric)  # a wrong name shows after the first run
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -65,11 +65,12 @@ class NPZDataset(BaseDataset):
                 if key not in arrays.files:
                     raise CSGError(f'{self.ann_file}: there is no array {key!r}; found {", ".join(arrays.files)}')
                 return arrays[key]
-        except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            if isinstance(error, CSGError):
-                raise
+        except CSGError:
+            raise
+        except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error):
             raise CSGError(
-                f'{self.ann_file}: damaged, no .npz file, or one with pickled objects, which are not read ({error})'
+                f'{self.ann_file}: damaged, no .npz file, or one with pickled objects, which are not read; '
+                'copy it again'
             ) from None
 
 

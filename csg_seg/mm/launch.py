@@ -30,6 +30,8 @@ def load_config(args: Namespace) -> Config:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
+    if Path(cfg.work_dir).is_file():
+        raise CSGError(f'--work-dir {cfg.work_dir} is a file; give a folder')
     return cfg
 
 

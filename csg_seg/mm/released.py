@@ -54,7 +54,13 @@ def write_config(released: Released, like: Config) -> Config:
     """Return the config of a released network, whole and without bases."""
     if like.model.get('head', {}).get('type') != 'LinearClsHead' or 'neck' not in like.model:
         raise CSGError('the config to be like has no neck and LinearClsHead; give one of configs/cifar10')
+    if like.model.head.num_classes != released.classes:
+        raise CSGError(
+            f'{released.classes} classes, and the config to be like has {like.model.head.num_classes}; '
+            'give one of as many classes'
+        )
     cfg = deepcopy(like)
+    cfg.default_hooks.pop('csg', None)
     head = dict(cfg.model.head, num_classes=released.classes, in_channels=released.features)
     model: dict[str, Any] = dict(type='ImageClassifier', backbone=released.backbone, neck=cfg.model.neck, head=head)
     if released.csg:
