@@ -305,6 +305,8 @@ def _claim(out: Path, made_from: dict[str, Any]) -> Path:
         found = json.loads(record.read_text())
         if found == made_from:
             masks.mkdir(exist_ok=True)
+            for unfinished in masks.glob('.*.partial'):  # of a process that was killed
+                unfinished.unlink()
             return masks
     except OSError as error:
         raise CSGError(f'{out} cannot be used ({error.strerror}); write into another folder') from None

@@ -75,6 +75,10 @@ def test_logits_are_those_of_the_authors_formulas(file, reference, test_images):
     with torch.no_grad():
         expected = torch.cat([evaluate(tensors, part) for part in normalise(pixels).split(128)])
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    # Without float32's rounding, the same to 1e-5 absolute.
+    few = normalise(pixels[:16]).double()
+    exact = evaluate({name: tensor.double() for name, tensor in tensors.items()}, few)
+    assert (logits(model.double(), few) - exact).abs().max() < 1e-5
     accuracy = 100 * (found.argmax(1) == labels).double().mean().item()
     assert accuracy == pytest.approx(measured, abs=0.005) if measured else accuracy > 85
 

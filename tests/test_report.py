@@ -90,8 +90,8 @@ def test_frozen_and_binary_generators_differ_in_what_they_store():
     assert frozen.trainable_params == binary.stored_params == binary.trainable_params == linear.stored_params - size
     kept = [(s.generators[0].stored_params, s.generators[0].trainable_params) for s in (linear, frozen, binary)]
     assert kept == [(size, size), (size, 0), (0, 0)]
-    # A binary generator keeps its seed, a few bytes, in place of its signs.
-    assert 0 < size * 4 - (frozen.stored_bytes - binary.stored_bytes) < 16
+    # A binary generator keeps its seed and the size of its values, a few bytes, in place of its signs.
+    assert 0 < size * 4 - (frozen.stored_bytes - binary.stored_bytes) < 48
 
 
 def test_layers_tell_their_grid_and_generator():
