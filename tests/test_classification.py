@@ -197,8 +197,9 @@ def test_imagenet_is_trained_resumed_and_tested(imagenet, tmp_path):
 
 def test_imagenet_on_two_processes(imagenet, tmp_path):
     shared = cfg_options(imagenet)
-    command = ('env', 'PORT=29517', 'tools/dist_train.sh', IMAGENET, 2, '--work-dir', tmp_path)
+    environment = ('env', f'PYTHON={sys.executable}', 'PORT=29517')
+    command = (*environment, 'tools/dist_train.sh', IMAGENET, 2, '--work-dir', tmp_path)
     printed = run_program(*command, *shared).stdout
     assert 'Epoch(train) [1][2/2]' in printed
     assert 'accuracy/top1' in printed
-    run_program('env', 'PORT=29517', 'tools/dist_test.sh', IMAGENET, tmp_path / 'epoch_1.pth', 2, *shared)
+    run_program(*environment, 'tools/dist_test.sh', IMAGENET, tmp_path / 'epoch_1.pth', 2, *shared)

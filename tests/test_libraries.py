@@ -26,7 +26,6 @@ NETWORKS = {
     # how it is built, and parameters dense and stored; ResNet's are the paper's (Omidvar et al., AISTATS 2021)
     'torchvision resnet50': (torchvision.models.resnet50, 25_557_032, 15_163_432),
     'timm resnet50': (lambda: timm.create_model('resnet50', zero_init_last=False), 25_557_032, 15_163_432),
-    'torchvision resnet34': (torchvision.models.resnet34, 21_797_672, 2_177_832),
     'torchvision deeplabv3_resnet50': (deeplabv3, None, None),
     'timm convnext_atto': (lambda: timm.create_model('convnext_atto'), None, None),
     'timm mobilenetv3_small_050': (lambda: timm.create_model('mobilenetv3_small_050'), None, None),
