@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 from .checkpoint import load_compact, save_compact
 from .report import summarise
-from .retrofit import materialise, retrofit
+from .retrofit import fit, materialise, retrofit
 
 if find_spec('mmengine') is not None:
     try:
@@ -19,4 +19,4 @@ if find_spec('mmengine') is not None:
         warnings.warn(f'mmengine is installed but does not import: {error}', stacklevel=2)
 
 __version__ = '0.1.0'
-__all__ = ['load_compact', 'materialise', 'retrofit', 'save_compact', 'summarise']
+__all__ = ['fit', 'load_compact', 'materialise', 'retrofit', 'save_compact', 'summarise']

@@ -1,13 +1,15 @@
 """The generated convolution, and the bank of generators that feeds it."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .errors import CSGError
+from .errors import CSGError, abridge
+from .fit import fit_generator
 from .generator import Generator, check_meaning
 from .slices import grid, join
 
@@ -24,10 +26,14 @@ class CSGConv2d(nn.Conv2d):
     Attributes:
         code: ``(rows * cols, code_dim)``, one code for each slice of the grid.
         generator: shared by many convs and registered on the model's root alone.
+        blend: a dense weight that takes part in training still, and the share of the generated one.
+        loaded: a dense weight that was loaded and waits to be fitted.
     """
 
     code: nn.Parameter
     generator: Generator
+    blend: tuple[Tensor, float] | None = None
+    loaded: Tensor | None = None
 
     @property
     def weight_shape(self) -> torch.Size:
@@ -43,12 +49,21 @@ class CSGConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``(n, in, h, w)`` with the generated weight."""
-        return self._conv_forward(input, self.generate_weight(), self.bias)
+        weight = self.generate_weight()
+        if self.blend is not None and self.training:
+            dense, share = self.blend
+            weight = torch.lerp(dense, weight, share)
+        return self._conv_forward(input, weight, self.bias)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        dense = state_dict.pop(f'{prefix}weight', None)
+        if dense is not None:
+            check_dense(prefix[:-1], self, dense)
+            self.loaded = dense.detach()
+            state_dict[f'{prefix}code'] = self.code.detach()
         # Set by check_state_dict when the load began at the root, generators included.
         whole = self.__dict__.pop('_loading_whole', False)
-        if f'{prefix}code' in state_dict and not whole:
+        if dense is None and f'{prefix}code' in state_dict and not whole:
             raise CSGError(
                 f'{prefix}code: codes mean nothing without their generator, which lies at the root of the network; '
                 'load the whole checkpoint into the whole network'
@@ -61,11 +76,18 @@ class GeneratorBank(nn.ModuleList):
 
     Attributes:
         left_dense: name of each conv that stayed dense, and why.
+        fed: name and conv of each generated layer; the bank does not register them.
+        after_fit: called with the bank and :meth:`fit_loaded`'s result.
+        fits_at_init: whether weights that ``init_weights`` of the network loaded are
+            fitted, or dropped because a training checkpoint follows.
     """
 
     def __init__(self, generators: Iterable[Generator], left_dense: Mapping[str, str]):
         super().__init__(generators)
         self.left_dense = dict(left_dense)
+        self.fed: dict[str, CSGConv2d] = {}
+        self.after_fit: Callable[[GeneratorBank, dict[str, float]], None] | None = None
+        self.fits_at_init = True
 
     def forward(self, input: Any) -> Any:
         """Return the input: a root that runs its children in turn, as ``nn.Sequential`` does, runs the bank too."""
@@ -73,6 +95,33 @@ class GeneratorBank(nn.ModuleList):
 
     def __iter__(self) -> Iterator[Generator]:
         return cast(Iterator[Generator], super().__iter__())
+
+    def init_weights(self) -> None:
+        """Fit what was loaded into parts of the network; mmengine calls it last, after all other children's."""
+        if not self.fits_at_init:
+            for conv in self.fed.values():
+                conv.loaded = None
+        self.fit_loaded()
+
+    def fit_loaded(self) -> dict[str, float]:
+        """Fit generators and codes to the dense weights that were loaded, in place.
+
+        Layers without one get new codes, because their generator has changed.
+
+        Returns:
+            the relative error of each fitted layer's weight, by name.
+        """
+        by_generator: dict[int, list[str]] = defaultdict(list)
+        for name, conv in self.fed.items():
+            by_generator[id(conv.generator)].append(name)
+        errors: dict[str, float] = {}
+        for generator in self:
+            fed = {name: self.fed[name] for name in by_generator[id(generator)]}
+            if any(conv.loaded is not None for conv in fed.values()):
+                errors |= _fit(generator, fed)
+        if errors and self.after_fit is not None:
+            self.after_fit(self, errors)
+        return errors
 
 
 def kaiming_std(weight_shape: Iterable[int]) -> float:
@@ -90,15 +139,22 @@ def swap_in(conv: nn.Conv2d, generator: Generator, rng: torch.Generator) -> None
         rng: draws the codes; on the CPU too.
     """
     weight = conv.weight
-    rows, cols = grid(weight.shape, generator.settings.slice_shape)
-    code = torch.empty(rows * cols, generator.settings.code_dim, device='cpu')
-    code.normal_(mean=0.0, std=generator.code_std(kaiming_std(weight.shape)), generator=rng)
+    code = draw_code(weight.shape, generator, rng)
     conv.__class__ = CSGConv2d  # type: ignore[assignment]
     conv.register_parameter('weight', None)
     conv.code = nn.Parameter(code.to(weight), requires_grad=weight.requires_grad)
     # Past nn.Module's bookkeeping: registered here too, the generator would be
     # counted, saved and averaged once for each conv.
     object.__setattr__(conv, 'generator', generator)
+
+
+def draw_code(weight_shape: Iterable[int], generator: Generator, rng: torch.Generator) -> Tensor:
+    """Draw the codes ``(rows * cols, code_dim)`` of a weight at its Kaiming variance, on the CPU."""
+    out_channels, in_channels, *kernel = weight_shape
+    rows, cols = grid((out_channels, in_channels, *kernel), generator.settings.slice_shape)
+    code = torch.empty(rows * cols, generator.settings.code_dim, device='cpu')
+    std = generator.code_std(kaiming_std((out_channels, in_channels, *kernel)))
+    return code.normal_(mean=0.0, std=std, generator=rng)
 
 
 def swap_out(conv: CSGConv2d) -> None:
@@ -125,8 +181,10 @@ def find_bank(model: nn.Module) -> GeneratorBank | None:
 
 def attach_bank(root: nn.Module, bank: GeneratorBank) -> None:
     """Register the bank on the root, and make loading into the root strict about it."""
+    bank.fed = dict(generated_convs(root))
     root.add_module(BANK, bank)
     root._register_load_state_dict_pre_hook(check_state_dict, with_module=True)
+    root.register_load_state_dict_post_hook(fit_after_load)
 
 
 def find_roots(model: nn.Module) -> Iterator[tuple[str, nn.Module, GeneratorBank]]:
@@ -140,51 +198,117 @@ def find_roots(model: nn.Module) -> Iterator[tuple[str, nn.Module, GeneratorBank
 def detach_bank(root: nn.Module) -> None:
     """Undo :func:`attach_bank`."""
     root._modules.pop(BANK)
-    hooks = root._load_state_dict_pre_hooks
-    for key in [key for key, hook in hooks.items() if getattr(hook, 'hook', None) is check_state_dict]:
-        del hooks[key]
+    for hooks, ours in (
+        (root._load_state_dict_pre_hooks, check_state_dict),
+        (root._load_state_dict_post_hooks, fit_after_load),
+    ):
+        for key in [key for key, hook in hooks.items() if getattr(hook, 'hook', hook) is ours]:
+            del hooks[key]
 
 
-def check_state_dict(root: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: object) -> None:
+def fit_after_load(root: nn.Module, incompatible_keys: Any) -> None:
+    """Fit what a dense state dict has just brought into the root."""
+    bank = find_bank(root)
+    assert bank is not None
+    bank.fit_loaded()
+
+
+def check_state_dict(root: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Refuse, before anything is copied, a state dict that does not fit the generated layers.
 
-    Trainers load without ``strict`` and would keep random codes in silence.
+    Trainers load without ``strict`` and would keep random codes in silence. A dense
+    state dict is completed by the generators as they are, which are fitted to it afterwards.
 
     Raises:
-        CSGError: codes or generators are missing or were made with other settings.
+        CSGError: codes or generators are missing or were made with other settings,
+            or a dense state dict is another network's.
     """
     bank = find_bank(root)
     assert bank is not None
+    convs = dict(generated_convs(root))
+    stored_bank = {f'{prefix}{BANK}.{name}': tensor for name, tensor in bank.state_dict().items()}
+    if _is_dense(state_dict, prefix, convs) and not stored_bank.keys() & state_dict.keys():
+        _check_dense_network(root, state_dict, prefix)
+        state_dict.update(stored_bank)
+        return
     for position, generator in enumerate(bank):
         state = state_dict.get(f'{prefix}{BANK}.{position}._extra_state')
         if state is not None:
             check_meaning(generator.settings, state)
-    wanted = {f'{name}.code': conv.code for name, conv in generated_convs(root)}
-    wanted |= {f'{BANK}.{name}': tensor for name, tensor in bank.state_dict().items()}
-    missing = [name for name in wanted if prefix + name not in state_dict]
+    wanted = {f'{prefix}{name}.code': conv.code for name, conv in convs.items()} | stored_bank
+    missing = [name for name in wanted if name not in state_dict]
     if missing:
-        raise CSGError(_describe_missing(missing, state_dict, prefix))
+        raise CSGError(
+            f'the checkpoint lacks {missing[0]} ({len(missing)} such entries of generated layers); '
+            'it was made from another network or with other settings: take a checkpoint of this config'
+        )
     for name, tensor in wanted.items():
-        stored = state_dict[prefix + name].shape
+        stored = state_dict[name].shape
         if stored != tensor.shape and not name.endswith('_extra_state'):
             raise CSGError(
                 f'{name}: the checkpoint holds {tuple(stored)}, this model wants {tuple(tensor.shape)}; '
                 "set the config's csg to the checkpoint's, or take another checkpoint"
             )
-    for conv in dict(generated_convs(root)).values():
+    for conv in convs.values():
         conv.__dict__['_loading_whole'] = True
 
 
-def _describe_missing(missing: list[str], state_dict: Mapping[str, Tensor], prefix: str) -> str:
-    dense = [name for name in missing if prefix + name.removesuffix('code') + 'weight' in state_dict]
-    has_generator = any(name.startswith(f'{prefix}{BANK}.') for name in state_dict)
-    if dense and not has_generator:
-        return (
-            f'{dense[0].removesuffix(".code")} has no code in the checkpoint but a dense weight '
-            f'({len(dense)} such layers); it is a dense checkpoint: use it with the dense config, '
-            'or train this config to make one of its own'
+def check_dense(name: str, conv: CSGConv2d, weight: Tensor) -> None:
+    """Refuse a dense weight that no generator can be fitted to.
+
+    Raises:
+        CSGError: its shape is not the conv's, or it is not finite.
+    """
+    if weight.shape != conv.weight_shape:
+        raise CSGError(
+            f'{name}.weight is {tuple(weight.shape)} in the checkpoint and {tuple(conv.weight_shape)} in the model; '
+            'take a dense checkpoint of the same network'
         )
-    return (
-        f'the checkpoint lacks {missing[0]} ({len(missing)} such entries of generated layers); '
-        'it was made from another network or with other settings: take a checkpoint of this config'
+    if not torch.isfinite(weight).all():
+        raise CSGError(f'{name}.weight holds NaN or infinite values; take a checkpoint from before training diverged')
+
+
+def _is_dense(state_dict: Mapping[str, Tensor], prefix: str, convs: Iterable[str]) -> bool:
+    return any(f'{prefix}{name}.weight' in state_dict for name in convs) and not any(
+        f'{prefix}{name}.code' in state_dict for name in convs
     )
+
+
+def _check_dense_network(root: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+    """Refuse another network's weights; a part that only one of the two has, such as a head, may differ."""
+    convs = dict(generated_convs(root))
+    stored = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+    known, parts = root.state_dict().keys(), set(map(_part, stored))
+    wrong = [f'{name}.weight is missing' for name in convs if f'{name}.weight' not in stored and _part(name) in parts]
+    for name, tensor in stored.items():
+        conv = convs.get(name.removesuffix('.weight')) if name.endswith('.weight') else None
+        if conv is None:
+            if tensor.ndim == 4 and name not in known and _part(name) in map(_part, convs):
+                wrong.append(f'{name} {tuple(tensor.shape)} is not in the model')
+        elif tensor.shape != conv.weight_shape:
+            wrong.append(f'{name} is {tuple(tensor.shape)}, not {tuple(conv.weight_shape)}')
+        else:
+            check_dense(name.removesuffix('.weight'), conv, tensor)
+    if wrong:
+        raise CSGError(f"the dense checkpoint is another network's: {abridge(wrong)}")
+
+
+def _part(name: str) -> str:
+    return name.split('.')[0]
+
+
+def _fit(generator: Generator, fed: Mapping[str, CSGConv2d]) -> dict[str, float]:
+    """Fit one generator and the convs it feeds to the weights that were loaded into them."""
+    loaded = {name: conv.loaded for name, conv in fed.items() if conv.loaded is not None}
+    codes = dict(zip(loaded, fit_generator(generator, list(loaded.values())), strict=True))
+    rng = torch.Generator().manual_seed(generator.settings.seed)
+    errors = {}
+    for name, conv in fed.items():
+        code = codes[name] if name in codes else draw_code(conv.weight_shape, generator, rng)
+        with torch.no_grad():
+            conv.code.copy_(code)
+        if name in loaded:
+            dense = loaded[name].to(conv.code)
+            errors[name] = ((conv.generate_weight().detach() - dense).norm() / dense.norm()).item()
+        conv.loaded = None
+    return errors

@@ -1,12 +1,23 @@
-"""Dense weights to generators and codes: the start of training, not its end."""
+"""Dense weights to generators and codes: the start of training, not its end.
 
-from collections.abc import Sequence
+The linear generator that leaves the smallest squared error is spanned by the first
+eigenvectors of the slices' Gram matrix (a truncated SVD). Where slices hang over a
+weight's edge, what is cropped is free; alternating least squares over what is not
+goes on from there.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from .generator import Generator, row_length
 from .settings import Settings
-from .slices import split
+from .slices import grid, split
+
+# On CIFAR ResNets the error falls by less than a hundredth after the eighth round.
+ROUNDS = 8
 
 
 def gram(weights: Sequence[Tensor], settings: Settings, shares: Sequence[float]) -> Tensor:
@@ -23,12 +34,100 @@ def gram(weights: Sequence[Tensor], settings: Settings, shares: Sequence[float])
     Returns:
         ``(size, size)``, where size is ``s_out * s_in * kh * kw``.
     """
-    first = weights[0]
-    total: Tensor | None = None
+    size = math.prod(settings.slice_shape)
+    total = torch.zeros(size, size, dtype=torch.float64, device='cpu')
     for weight, share in zip(weights, shares, strict=True):
-        # float64: in float32 the tail of the spectrum is lost.
-        slices = split(weight.detach().to('cpu', torch.float64), settings.slice_shape, layout=settings.layout).flatten(1)
-        product = share * (slices.T @ slices)
-        total = product if total is None else total.add_(product)
-    assert total is not None, first.shape
+        slices = _split(weight, settings)
+        total.addmm_(slices.T, slices, alpha=share)
     return total
+
+
+def fit_generator(generator: Generator, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Set a generator to the one nearest to several weights, in place, and encode them.
+
+    A frozen generator stays as it is: its codes alone are fitted.
+
+    Args:
+        generator: linear or binary.
+        weights: each ``(out, in, kh, kw)``, finite.
+
+    Returns:
+        the code of each weight ``(rows * cols, code_dim)``, on the CPU in float64.
+    """
+    settings = generator.settings
+    slices = torch.cat([_split(weight, settings) for weight in weights])
+    overhangs = _overhangs([weight.shape for weight in weights], settings)
+    if not settings.freeze_generator:
+        # A trained weight then moves at each step as far as one that started anew.
+        basis = row_length(settings) * _nearest_basis(slices, overhangs, settings.code_dim)
+        with torch.no_grad():
+            generator.weight.copy_(basis)
+    code = _encode(slices, overhangs, generator.weight.detach().to('cpu', torch.float64))
+    return list(code.split([math.prod(grid(weight.shape, settings.slice_shape)) for weight in weights]))
+
+
+def _nearest_basis(slices: Tensor, overhangs: Sequence['_Overhang'], code_dim: int) -> Tensor:
+    """Return orthonormal rows ``(code_dim, size)`` that span the best approximation of slices ``(n, size)``."""
+    # Of the Gram matrix in float64: in float32 the tail of the spectrum is lost.
+    _, vectors = torch.linalg.eigh(slices.T @ slices)
+    # The last are the largest. Of a code longer than a slice the rest has nothing to do.
+    best = vectors.T.flip(0)[:code_dim]
+    basis = torch.zeros(code_dim, slices.shape[1], dtype=torch.float64, device='cpu')
+    basis[: len(best)] = best
+    if not all(inside.all() for inside, _ in overhangs):
+        for _ in range(ROUNDS):
+            basis = _improve(basis, slices, overhangs)
+        basis = torch.linalg.qr(basis.T).Q.T
+    return basis
+
+
+def _improve(basis: Tensor, slices: Tensor, overhangs: Sequence['_Overhang']) -> Tensor:
+    """Return the best basis for the codes that are best for this one.
+
+    Least squares for each column; columns that the same slices crop share a normal matrix.
+    """
+    code = _encode(slices, overhangs, basis)
+    squares = torch.stack([code[chosen].T @ code[chosen] for _, chosen in overhangs])
+    # What hangs over is zero in the slices.
+    targets = code.T @ slices
+    groups, group_of = torch.unique(torch.stack([inside for inside, _ in overhangs]), dim=1, return_inverse=True)
+    improved = basis.clone()
+    for index, present in enumerate(groups.T):
+        columns = group_of == index
+        improved[:, columns] = torch.linalg.pinv(squares[present].sum(0), hermitian=True) @ targets[:, columns]
+    return improved
+
+
+def _encode(slices: Tensor, overhangs: Sequence['_Overhang'], basis: Tensor) -> Tensor:
+    """Return the codes ``(n, code_dim)`` whose slices come nearest to these ``(n, size)`` where they are kept."""
+    code = torch.empty(len(slices), len(basis), dtype=torch.float64, device='cpu')
+    for inside, chosen in overhangs:
+        # By SVD: a cropped slice may have fewer values than a code.
+        code[chosen] = slices[chosen] @ torch.linalg.pinv(basis * inside)
+    return code
+
+
+# Which values of a slice are kept ``(size,)``, and the slices of which that is true ``(n,)``.
+_Overhang = tuple[Tensor, Tensor]
+
+
+def _overhangs(weight_shapes: Iterable[Sequence[int]], settings: Settings) -> list[_Overhang]:
+    """Group the slices of several weights by what is cropped of them."""
+    patterns: dict[tuple[bool, ...], list[int]] = {}
+    position = 0
+    for weight_shape in weight_shapes:
+        kept = torch.ones(*weight_shape, dtype=torch.bool, device='cpu')
+        inside = split(kept, settings.slice_shape, layout=settings.layout).flatten(1)
+        # Most weights are cut without a rest: one entry for all their slices.
+        whole = bool(inside.all())
+        for row, count in [(inside[0], len(inside))] if whole else [(row, 1) for row in inside]:
+            chosen = patterns.setdefault(tuple(row.tolist()), [])
+            chosen.extend(range(position, position + count))
+            position += count
+    return [(torch.tensor(row), torch.tensor(chosen)) for row, chosen in patterns.items()]
+
+
+def _split(weight: Tensor, settings: Settings) -> Tensor:
+    """Return a weight's slices ``(rows * cols, size)`` in float64, zero where they hang over."""
+    dense = weight.detach().to('cpu', torch.float64)
+    return split(dense, settings.slice_shape, layout=settings.layout).flatten(1)

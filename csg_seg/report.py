@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .conv import CSGConv2d, find_roots
+from .errors import abridge
 from .generator import Generator
 from .slices import grid
 
@@ -106,7 +107,7 @@ class Summary:
         for layer in self.layers:
             if layer.left_dense:
                 by_reason[layer.left_dense].append(layer.name)
-        return [f'left dense, {reason}: {_abridge(names)}' for reason, names in by_reason.items()]
+        return [f'left dense, {reason}: {abridge(names)}' for reason, names in by_reason.items()]
 
 
 def summarise(model: nn.Module) -> Summary:
@@ -182,11 +183,6 @@ def _bytes(tensor: Tensor) -> int:
 
 def _by(shape: Sequence[int]) -> str:
     return 'x'.join(map(str, shape))
-
-
-def _abridge(names: list[str], *, most: int = 4) -> str:
-    more = f' and {len(names) - most} more' if len(names) > most else ''
-    return ', '.join(names[:most]) + more
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -20,7 +20,7 @@ from .conv import (
     swap_in,
     swap_out,
 )
-from .errors import CSGError
+from .errors import CSGError, abridge
 from .generator import build_generator
 from .settings import Settings, matches
 from .slices import grid
@@ -81,6 +81,59 @@ def materialise(model: nn.Module) -> nn.Module:
     for _, root, _ in roots:
         detach_bank(root)
     return model
+
+
+def fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """Load trained dense weights into a retrofitted model, in place.
+
+    Generators and codes become those that come nearest to the weights, everything
+    else is copied. ``model.load_state_dict`` does the same; so do ``load_from`` and
+    ``init_cfg`` of mmengine. The parameters stay the same objects, so that an
+    optimizer may exist already; do it before ``DistributedDataParallel``, which
+    gives all processes the same. A fit is where training starts: on its own it
+    loses much of a network's accuracy.
+
+    Args:
+        model: a retrofitted network.
+        weights: the state dict of its dense twin.
+
+    Returns:
+        the relative error of each generated weight, by layer name.
+
+    Raises:
+        CSGError: the model is not retrofitted, or the weights are not those of
+            its dense twin.
+    """
+    bank = find_bank(model)
+    if bank is None:
+        raise CSGError('nothing to fit: the model is not retrofitted; call csg_seg.retrofit on it first')
+    wanted = _dense_shapes(model)
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = [f'{name} is missing' for name in wanted if name not in given]
+    wrong += [f'{name} {shape} is in excess' for name, shape in given.items() if name not in wanted]
+    wrong += [
+        f'{name} is {given[name]}, not {shape}' for name, shape in wanted.items() if given.get(name, shape) != shape
+    ]
+    if wrong:
+        raise CSGError(f"the weights are not those of the model's dense twin: {abridge(wrong)}")
+    errors: dict[str, float] = {}
+    after_fit, bank.after_fit = bank.after_fit, lambda _, found: errors.update(found)
+    try:
+        model.load_state_dict(dict(weights))
+    finally:
+        bank.after_fit = after_fit
+    return errors
+
+
+def _dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the state-dict shapes of a retrofitted model's dense twin."""
+    convs = {f'{name}.code': (f'{name}.weight', conv.weight_shape) for name, conv in generated_convs(model)}
+    shapes = {}
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(f'{BANK}.'):
+            dense_name, shape = convs.get(name, (name, tensor.shape))
+            shapes[dense_name] = tuple(shape)
+    return shapes
 
 
 def swap_layers(

@@ -15,6 +15,7 @@ ORDER = [
     {'slices', 'drawing'},
     {'settings'},
     {'generator'},
+    {'fit'},
     {'conv'},
     {'retrofit'},
     {'checkpoint', 'report'},
@@ -116,8 +117,8 @@ def test_no_function_imports(path):
     assert inner == []
 
 
-def test_the_public_names_are_five():
-    assert sorted(csg_seg.__all__) == ['load_compact', 'materialise', 'retrofit', 'save_compact', 'summarise']
+def test_the_public_names_are_these():
+    assert sorted(csg_seg.__all__) == ['fit', 'load_compact', 'materialise', 'retrofit', 'save_compact', 'summarise']
     assert all(callable(getattr(csg_seg, name)) for name in csg_seg.__all__)
 
 

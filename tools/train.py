@@ -9,12 +9,12 @@ with one_line_errors():
     import torch
     from mmengine.config import DictAction
     from mmengine.registry import RUNNERS
-    from mmengine.runner import Runner
+    from mmengine.runner import Runner, find_latest_checkpoint
 
     from csg_seg.errors import CSGError
     from csg_seg.mm.checkpoint import forbid_unpickling
     from csg_seg.mm.hooks import CheckpointGuardHook, ProgressBarHook
-    from csg_seg.mm.launch import check_data, load_config, use_cpu_processes
+    from csg_seg.mm.launch import check_data, check_starts, load_config, use_cpu_processes
     from csg_seg.mm.model import build_model
 
 
@@ -43,6 +43,15 @@ def use_amp(cfg) -> None:
     cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
 
 
+def resume_latest(cfg, *, named: bool) -> None:
+    """Go on from the checkpoint that the user named, or the work folder's latest; a config's own is to begin with."""
+    if str(cfg.get('load_from')).endswith('.safetensors'):
+        raise CSGError('a compact checkpoint has no training state to resume; give the .pth beside it')
+    if not named and cfg.get('load_from') is not None:
+        cfg.resume = find_latest_checkpoint(cfg.work_dir) is not None
+        cfg.load_from = None if cfg.resume else cfg.load_from
+
+
 def main() -> None:
     args = parse_args()
     with one_line_errors():
@@ -51,9 +60,10 @@ def main() -> None:
         cfg.resume = args.resume
         if args.amp:
             use_amp(cfg)
-        if args.resume and str(cfg.get('load_from')).endswith('.safetensors'):
-            raise CSGError('a compact checkpoint has no training state to resume; give the .pth beside it')
+        if args.resume:
+            resume_latest(cfg, named='load_from' in (args.cfg_options or {}))
         build_model(cfg)  # a mistake shows here, before anything is written
+        check_starts(cfg)
         check_data(cfg, 'train')
         check_data(cfg, 'val')
         use_cpu_processes(cfg)

@@ -1,6 +1,6 @@
 """All that concerns mmengine: the model door, the hook door, data sets, launching.
 
-Importing it registers ``CSGModel``, ``CSGHook``, ``ExactResumeHook``, the loader
+Importing it registers ``CSGModel``, ``TaughtModel``, ``CSGHook``, ``ExactResumeHook``, ``ProximalHook``, the loader
 of compact checkpoints and, as far as mmsegmentation and mmpretrain are there,
 data sets, CIFAR networks and metrics.
 """
@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 from mmengine.config.utils import MODULE2PACKAGE
 
-from . import checkpoint, hooks, model  # noqa: F401
+from . import checkpoint, hooks, model, proximal  # noqa: F401
 
 # They print a note about a package nobody asked for; stdout belongs to programs that read JSON.
 with redirect_stdout(None):

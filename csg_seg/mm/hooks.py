@@ -14,7 +14,7 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
-from mmengine.runner import EpochBasedTrainLoop, Runner, set_random_seed
+from mmengine.runner import EpochBasedTrainLoop, Runner, find_latest_checkpoint, set_random_seed
 from rich.console import Console
 from rich.progress import Progress, track
 from torch import nn
@@ -23,8 +23,9 @@ from ..checkpoint import write_compact
 from ..conv import BANK, GeneratorBank, find_bank
 from ..errors import CSGError
 from ..report import summarise
-from ..retrofit import CSG, retrofit
+from ..retrofit import CSG
 from ..settings import Settings
+from .model import retrofit_for_runner
 
 
 @HOOKS.register_module()
@@ -61,14 +62,24 @@ class CSGHook(Hook):
             return False
         if self.csg is None:
             raise CSGError('CSGHook found a dense model and has no csg; give it csg=dict(...), or build a CSGModel')
-        retrofit(model, self.csg)
+        retrofit_for_runner(model, self.csg)
         return True
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Refuse to resume from a dense checkpoint, which mmengine does when ``load_from`` names one."""
+        if runner._resume and not any(f'{BANK}.0.' in name for name in checkpoint['state_dict']):
+            raise CSGError(
+                'the run would resume from a dense checkpoint, the load_from of the config; resume with '
+                'load_from=None, or start without --resume'
+            )
 
     def before_run(self, runner: Runner) -> None:
         """Retrofit before weights are initialised or loaded."""
         model = bare_model(runner.model)
         if self.retrofit(model):
             _rewrap(runner)
+        if runner._resume and (runner._load_from or find_latest_checkpoint(runner.work_dir)):
+            find_bank(model).fits_at_init = False
         runner.logger.info(f'CSG: {summarise(model).headline()}')
         if self.save_compact and not any(isinstance(hook, CompactCheckpointHook) for hook in runner.hooks):
             runner.register_hook(CompactCheckpointHook())

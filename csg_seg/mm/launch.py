@@ -14,6 +14,7 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS, init_default_scope
 
 from ..errors import CSGError
+from .checkpoint import check_file
 
 
 def load_config(args: Namespace) -> Config:
@@ -78,6 +79,21 @@ def check_data(cfg: Config, split: str) -> None:
         built = _build_dataset(split, dataset, remedy)
         _check_samples(split, root, built, remedy)
         _check_classes(split, cfg.model, built)
+
+
+def check_starts(cfg: Config) -> None:
+    """Find out before training whether the checkpoints it starts from are there and whole.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CSGError: the file is cut short.
+    """
+    model = cfg.model
+    paths = [cfg.get('load_from'), (model.get('teacher') or {}).get('checkpoint'), model.get('pretrained')]
+    paths += [(part.get('init_cfg') or {}).get('checkpoint') for part in (model, model.get('backbone') or {})]
+    for path in paths:
+        if path and '://' not in path:
+            check_file(path)
 
 
 def use_cpu_processes(cfg: Config) -> None:

@@ -1,18 +1,25 @@
-"""The model door: any registered model, retrofitted as it is built."""
+"""The model doors: any registered model, retrofitted or taught as it is built."""
 
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.dist import broadcast
+from mmengine.logging import print_log
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 from torch import nn
 
+from ..conv import GeneratorBank, find_bank
 from ..errors import CSGError
 from ..retrofit import CSG, retrofit
+from .teacher import Teacher
 
 
 @MODELS.register_module()
-def CSGModel(csg: CSG | None = None, base_type: str | None = None, **base: Any) -> nn.Module:
+def CSGModel(
+    csg: CSG | None = None, base_type: str | None = None, teacher: Mapping[str, Any] | None = None, **base: Any
+) -> nn.Module:
     """Build the model that a config inherited and retrofit it.
 
     ::
@@ -22,6 +29,8 @@ def CSGModel(csg: CSG | None = None, base_type: str | None = None, **base: Any) 
     Args:
         csg: one dict of generator settings, or a list of them.
         base_type: registered name of the model to build.
+        teacher: arguments of :class:`csg_seg.mm.teacher.Teacher`, a trained dense
+            network of this config; the generated one starts from its weights.
         base: all that ``base_type`` takes.
 
     Returns:
@@ -34,7 +43,37 @@ def CSGModel(csg: CSG | None = None, base_type: str | None = None, **base: Any) 
         raise CSGError('CSGModel needs csg=dict(...) and base_type={{_base_.model.type}}; see README.md')
     if base_type == 'CSGModel':
         raise CSGError('CSGModel: the base config is a CSG config already; override model.csg alone')
-    return retrofit(MODELS.build(dict(type=base_type, **base)), csg)
+    if teacher is not None and teacher.get('model') is None:
+        base = _start_from(base, teacher)
+    # Segmentors write into their config.
+    architecture = deepcopy(dict(type=base_type, **base))
+    model = retrofit_for_runner(MODELS.build(dict(type=base_type, **base)), csg)
+    return model if teacher is None else _teach(model, teacher, architecture)
+
+
+@MODELS.register_module()
+def TaughtModel(base_type: str | None = None, teacher: Mapping[str, Any] | None = None, **base: Any) -> nn.Module:
+    """Build a dense model that a larger one teaches, such as a narrower twin to compare a generated one with.
+
+    Args:
+        base_type: registered name of the model to build.
+        teacher: arguments of :class:`csg_seg.mm.teacher.Teacher`, ``model`` included.
+        base: all that ``base_type`` takes.
+
+    Raises:
+        CSGError: a setting is wrong.
+    """
+    if teacher is None or base_type is None:
+        raise CSGError('TaughtModel needs base_type and teacher=dict(checkpoint=..., model=...)')
+    return _teach(MODELS.build(dict(type=base_type, **base)), teacher)
+
+
+def retrofit_for_runner(model: nn.Module, csg: CSG) -> nn.Module:
+    """Retrofit a model so that weights which a Runner loads are fitted on all ranks alike."""
+    bank = find_bank(retrofit(model, csg))
+    assert bank is not None
+    bank.after_fit = _share_fit
+    return model
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -49,3 +88,27 @@ def build_model(cfg: Config) -> nn.Module:
         if hook and hook.get('type') == 'CSGHook':
             HOOKS.build(hook).retrofit(model)
     return model
+
+
+def _start_from(base: dict[str, Any], teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """Let a model start from its teacher's weights, which hold all that ``pretrained`` would bring."""
+    start = {'init_cfg': dict(type='Pretrained', checkpoint=teacher.get('checkpoint'))}
+    if 'pretrained' in base:
+        start['pretrained'] = None
+    return {**base, **start}
+
+
+def _teach(model: nn.Module, teacher: Mapping[str, Any], architecture: dict[str, Any] | None = None) -> nn.Module:
+    """Attach a teacher, by default of the model's own architecture."""
+    try:
+        return Teacher(**{'model': architecture, **teacher}).attach(model)
+    except TypeError as error:
+        raise CSGError(f'teacher: {error}; see csg_seg.mm.teacher.Teacher') from None
+
+
+def _share_fit(bank: GeneratorBank, errors: Mapping[str, float]) -> None:
+    """Take over the first rank's fit, which another machine's libraries may have rounded otherwise."""
+    for tensor in [*bank.parameters(), *(conv.code for conv in bank.fed.values())]:
+        broadcast(tensor.data)
+    mean = sum(errors.values()) / len(errors)
+    print_log(f'CSG: fitted {len(errors)} layers to dense weights, mean relative error {mean:.3f}', logger='current')

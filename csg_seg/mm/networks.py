@@ -18,8 +18,8 @@ from ..errors import CSGError
 class CIFARResNet(models.CIFARResNet, BaseModule):
     """:class:`csg_seg.models.CIFARResNet` with mmengine's ``init_cfg``."""
 
-    def __init__(self, depth: int, zeros: str = 'after', init_cfg: dict | None = None):
-        super().__init__(depth, zeros)
+    def __init__(self, depth: int, zeros: str = 'after', base_channels: int = 16, init_cfg: dict | None = None):
+        super().__init__(depth, zeros, base_channels)
         self.init_cfg = init_cfg
 
 

@@ -35,7 +35,7 @@ class BasicBlock(nn.Module):
 
 
 class CIFARResNet(nn.Module):
-    """ResNet-20, -32, -44, -56, -110 with 16, 32 and 64 channels, without the classifier.
+    """ResNet-20, -32, -44, -56, -110, without the classifier.
 
     He et al., CVPR 2016, section 4.2.
 
@@ -43,29 +43,31 @@ class CIFARResNet(nn.Module):
         depth: ``6 n + 2``, two convs in each of ``n`` blocks of three stages.
         zeros: where a shortcut gets its new channels: 'after' the old ones, as the
             paper's authors have it, or 'around' them, half on each side.
+        base_channels: of the first stage; each later stage has twice as many.
 
     Raises:
         CSGError: there is no network of such a depth.
     """
 
-    def __init__(self, depth: int, zeros: str = 'after'):
+    def __init__(self, depth: int, zeros: str = 'after', base_channels: int = 16):
         super().__init__()
         if zeros not in ('after', 'around'):
             raise CSGError(f"zeros must be 'after' or 'around'; got {zeros!r}")
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
             raise CSGError(f'depth {depth}: a CIFAR ResNet has 6 n + 2 layers; take 20, 32, 44, 56 or 110')
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _stage(blocks, 16, 16, stride=1, zeros=zeros)
-        self.layer2 = _stage(blocks, 16, 32, stride=2, zeros=zeros)
-        self.layer3 = _stage(blocks, 32, 64, stride=2, zeros=zeros)
+        first, second, third = (base_channels * factor for factor in (1, 2, 4))
+        self.conv1 = nn.Conv2d(3, first, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
+        self.layer1 = _stage(blocks, first, first, stride=1, zeros=zeros)
+        self.layer2 = _stage(blocks, first, second, stride=2, zeros=zeros)
+        self.layer3 = _stage(blocks, second, third, stride=2, zeros=zeros)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
-        """Map images ``(n, 3, h, w)`` to one feature map ``(n, 64, h / 4, w / 4)``, in a tuple."""
+        """Map images ``(n, 3, h, w)`` to one feature map ``(n, 4 * base_channels, h / 4, w / 4)``, in a tuple."""
         x = functional.relu(self.bn1(self.conv1(x)))
         return (self.layer3(self.layer2(self.layer1(x))),)
 

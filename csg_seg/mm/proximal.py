@@ -1,0 +1,56 @@
+"""Dense training that pulls weights to where a generator can follow."""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import Tensor
+
+from ..conv import find_bank
+from ..errors import CSGError
+from ..retrofit import CSG, retrofit
+from .hooks import bare_model
+
+
+@HOOKS.register_module()
+class ProximalHook(Hook):
+    """Pull a dense network's weights to the nearest generated ones while it trains.
+
+    A proximal step after each optimizer step, decoupled from the learning rate; the
+    result is fitted with a smaller error and trained on as a generated network.
+
+    Args:
+        csg: one dict of generator settings, or a list of them.
+        strength: share of the distance to the generated weight that a step goes at
+            the end of training; it grows linearly from zero.
+        interval: steps after which generators and codes are fitted anew.
+    """
+
+    priority = 'LOW'
+
+    def __init__(self, csg: CSG, strength: float = 0.05, interval: int = 40):
+        if not 0 < strength <= 1 or interval < 1:
+            raise CSGError(f'ProximalHook: strength is from 0 to 1, interval at least 1; got {strength}, {interval}')
+        self.csg, self.strength, self.interval = csg, strength, interval
+        self._nearest: dict[str, Tensor] = {}
+
+    def before_train(self, runner: Runner) -> None:
+        """Make the generated twin whose weights are the nearest."""
+        self._twin = retrofit(deepcopy(bare_model(runner.model)), self.csg)
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Go part of the way to the nearest generated weights."""
+        model, bank = bare_model(runner.model), find_bank(self._twin)
+        assert bank is not None
+        if runner.iter % self.interval == 0 or not self._nearest:
+            for name, conv in bank.fed.items():
+                conv.loaded = model.get_submodule(name).weight.detach()
+            bank.fit_loaded()
+            self._nearest = {name: conv.generate_weight().detach() for name, conv in bank.fed.items()}
+        share = self.strength * min(1.0, (runner.iter + 1) / runner.max_iters)
+        with torch.no_grad():
+            for name, nearest in self._nearest.items():
+                model.get_submodule(name).weight.lerp_(nearest, share)
