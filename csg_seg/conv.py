@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CSGError
-from .generator import Generator, check_meaning
+from .generator import Generator, check_meaning, row_length
 from .slices import grid, join
 
 BANK = 'csg'
@@ -23,10 +23,14 @@ class CSGConv2d(nn.Conv2d):
 
     Attributes:
         code: ``(rows * cols, code_dim)``, one code for each slice of the grid.
+        residual_out: ``(out, residual)``, only if the settings ask for a residual.
+        residual_in: ``(residual, in * kh * kw)``, likewise.
         generator: shared by many convs and registered on the model's root alone.
     """
 
     code: nn.Parameter
+    residual_out: nn.Parameter
+    residual_in: nn.Parameter
     generator: Generator
 
     @property
@@ -34,12 +38,20 @@ class CSGConv2d(nn.Conv2d):
         """``(out, in, kh, kw)`` of the generated weight."""
         return torch.Size((self.out_channels, self.in_channels, *self.kernel_size))
 
+    def stored(self) -> dict[str, nn.Parameter]:
+        """Return, by name, the parameters that stand in for the weight."""
+        names = ('code', 'residual_out', 'residual_in') if self.generator.settings.residual else ('code',)
+        return {name: getattr(self, name) for name in names}
+
     def generate_weight(self) -> Tensor:
-        """Return the weight ``(out, in, kh, kw)`` of the current code and generator."""
+        """Return the weight ``(out, in, kh, kw)`` of the current code, generator and residual."""
         # Half-precision generation nearly doubles the rounding error: let the conv cast instead.
         with torch.autocast(self.code.device.type, enabled=False):
             slices = self.generator(self.code)
-            return join(slices, self.weight_shape, layout=self.generator.settings.layout)
+            weight = join(slices, self.weight_shape, layout=self.generator.settings.layout)
+            if not self.generator.settings.residual:
+                return weight
+            return weight + (self.residual_out @ self.residual_in).view(self.weight_shape)
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``(n, in, h, w)`` with the generated weight."""
@@ -91,8 +103,7 @@ def swap_in(conv: nn.Conv2d, generator: Generator, rng: torch.Generator) -> None
     """
     weight = conv.weight
     rows, cols = grid(weight.shape, generator.settings.slice_shape)
-    code = torch.empty(rows * cols, generator.settings.code_dim, device='cpu')
-    code.normal_(mean=0.0, std=generator.code_std(kaiming_std(weight.shape)), generator=rng)
+    code = generator.draw_code(rows * cols, weight_std=kaiming_std(weight.shape), rng=rng)
     conv.__class__ = CSGConv2d  # type: ignore[assignment]
     conv.register_parameter('weight', None)
     conv.code = nn.Parameter(code.to(weight), requires_grad=weight.requires_grad)
@@ -101,11 +112,33 @@ def swap_in(conv: nn.Conv2d, generator: Generator, rng: torch.Generator) -> None
     object.__setattr__(conv, 'generator', generator)
 
 
+def add_residual(conv: CSGConv2d, rng: torch.Generator) -> None:
+    """Give a generated conv the residual that its generator's settings ask for.
+
+    ``residual_out`` starts at zero, so the weight stays what it is; the rows of
+    ``residual_in`` start at the generator's :func:`csg_seg.generator.row_length`, so
+    that both learn at one pace.
+
+    Args:
+        conv: just swapped in.
+        rng: draws ``residual_in``, on the CPU.
+    """
+    settings, weight_shape = conv.generator.settings, conv.weight_shape
+    if settings.residual:
+        fan_in = weight_shape[1:].numel()
+        residual_in = torch.empty(settings.residual, fan_in, device='cpu')
+        residual_in.normal_(mean=0.0, std=row_length(settings) / math.sqrt(fan_in), generator=rng)
+        residual_out = torch.zeros(weight_shape[0], settings.residual, device='cpu')
+        conv.residual_out = nn.Parameter(residual_out.to(conv.code), requires_grad=conv.code.requires_grad)
+        conv.residual_in = nn.Parameter(residual_in.to(conv.code), requires_grad=conv.code.requires_grad)
+
+
 def swap_out(conv: CSGConv2d) -> None:
     """Turn a generated conv into a plain dense one in place."""
     weight = conv.generate_weight().detach().clone(memory_format=torch.contiguous_format)
     conv.weight = nn.Parameter(weight, requires_grad=conv.code.requires_grad)
-    del conv.code
+    for name in conv.stored():
+        delattr(conv, name)
     object.__delattr__(conv, 'generator')
     conv.__class__ = nn.Conv2d  # type: ignore[assignment]
 
@@ -159,7 +192,7 @@ def check_state_dict(root: nn.Module, state_dict: Mapping[str, Tensor], prefix: 
         state = state_dict.get(f'{prefix}{BANK}.{position}._extra_state')
         if state is not None:
             check_meaning(generator.settings, state)
-    wanted = {f'{name}.code': conv.code for name, conv in generated_convs(root)}
+    wanted = {f'{name}.{key}': tensor for name, conv in generated_convs(root) for key, tensor in conv.stored().items()}
     wanted |= {f'{BANK}.{name}': tensor for name, tensor in bank.state_dict().items()}
     missing = [name for name in wanted if prefix + name not in state_dict]
     if missing:

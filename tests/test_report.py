@@ -37,6 +37,9 @@ CSGS = {
     'linear': ODD_CSG,
     'frozen': ODD_CSG | {'freeze_generator': True},
     'binary': ODD_CSG | {'generator': 'binary'},
+    'mlp': ODD_CSG | {'generator': 'mlp', 'hidden': 5},
+    'tensor ring': ODD_CSG | {'generator': 'tensor_ring', 'rank': 3},
+    'residual': ODD_CSG | {'residual': 2},
     'two': [ODD_CSG | {'include': ['widen']}, ODD_CSG | {'code_dim': 9, 'generator': 'binary'}],
 }
 
