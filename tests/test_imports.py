@@ -15,7 +15,7 @@ ORDER = [
     {'slices', 'drawing'},
     {'settings'},
     {'generator'},
-    {'conv'},
+    {'conv', 'descent'},
     {'retrofit'},
     {'checkpoint', 'report'},
     {'coco'},
