@@ -1,12 +1,14 @@
 """Generator and codes by gradient descent, where no closed form fits them."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from .errors import CSGError
 from .generator import Generator
 
-# Of a tensor's root mean square, moved at most in Adam's first step.
+# Adam's first step, as a share of a tensor's root mean square.
 _PACE = 0.1
 
 
@@ -28,10 +30,10 @@ def fit_by_descent(generator: Generator, slices: Tensor, *, steps: int, rng: tor
     Raises:
         CSGError: the slices have another size than the generator's, or are all zero.
     """
-    size = generator.settings.slice_shape
-    if slices.ndim != 2 or slices.shape[1] != torch.Size(size).numel():
+    shape = generator.settings.slice_shape
+    if slices.ndim != 2 or slices.shape[1] != math.prod(shape):
         raise CSGError(
-            f'slices of shape {tuple(slices.shape)} do not fit a generator of {size}; flatten them to (n, values)'
+            f'slices of shape {tuple(slices.shape)} do not fit a generator of {shape}; flatten them to (n, values)'
         )
     weight_std = _root_mean_square(slices)
     if weight_std == 0:
@@ -47,13 +49,11 @@ def fit_by_descent(generator: Generator, slices: Tensor, *, steps: int, rng: tor
         error = generator(code).flatten(1) - slices
         # Relative, because Adam's epsilon is not.
         loss = error.square().mean() / weight_std**2
-        gradients = torch.autograd.grad(loss, [code, *trained])
-        for parameter, gradient in zip([code, *trained], gradients, strict=True):
-            parameter.grad = gradient
+        optimizer.zero_grad()
+        loss.backward()
         optimizer.step()
         schedule.step()
-    for parameter in trained:
-        parameter.grad = None
+    optimizer.zero_grad()
     return code.detach()
 
 

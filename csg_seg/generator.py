@@ -141,11 +141,11 @@ class MLPGenerator(Generator):
     of ``weight`` start at zero: the start is a linear generator, at its variance and
     with its pace of learning, and so is any that :meth:`Generator.set_linear` made.
 
-    A step on those rows is what must not run away. relu has a positive mean, so
-    hidden units agree on all slices, and their common row learns at the sum of their
-    paces. For codes of unit variance and nearly orthogonal columns of length ``l``,
-    ``E[h h^T]`` holds ``l^2 / 2`` on its diagonal and ``l^2 / (2 pi)`` elsewhere (Cho and Saul,
-    NeurIPS 2009); its largest eigenvalue is 1, that of the codes themselves, for
+    Steps on those rows must not run away: relu has a positive mean, so all slices
+    share what the hidden units learn, and the units' paces add up. For codes of
+    unit variance and nearly orthogonal columns of length ``l``, ``E[h h^T]`` holds
+    ``l^2 / 2`` on its diagonal and ``l^2 / (2 pi)`` elsewhere (Cho and Saul, NeurIPS 2009).
+    Its largest eigenvalue is 1, that of the codes themselves, for
     ``l^2 = 2 pi / (hidden + pi - 1)``, at which the columns start.
 
     Attributes:
@@ -205,14 +205,15 @@ class TensorRingGenerator(Generator):
     def _scale(self) -> float:
         """Return the fixed factor on codes that sets the pace of learning.
 
-        Let slices of ``size`` values start at std ``s``, codes at ``c``, ``B`` basis tensors at
-        ``t``. A code's entry then moves its slice by ``size * s^2 / (B * c^2)``, squared, and
-        a basis entry by ``K * size * s^2 / (B * rank^2 * mode * t^2)``. The first is
-        :func:`row_length` squared, the second what an entry of a linear generator
-        moves, for ``c = s * sqrt(size / B) / row_length`` and basis tensors of length
-        ``K * row_length``; ``s = scale^K * (c * t * sqrt(B * rank))^K`` gives the factor. It takes
-        ``s`` from a layer as wide as a slice: wider ones have smaller weights and
-        codes that move less.
+        Let slices of ``size`` values have std ``s``, codes ``c``, the entries of ``B`` basis
+        tensors ``t``. The slice's derivative by an entry of its code has the squared
+        length ``size * s^2 / (B * c^2)``, by an entry of the basis
+        ``K * size * s^2 / (B * rank^2 * mode * t^2)``. The first is the square of
+        :func:`row_length`, the second what it is for a linear generator of that
+        code length, if ``c = s * sqrt(size / B) / row_length`` and a basis tensor is
+        ``K * row_length`` long; the factor follows from ``s = (scale * c * t * sqrt(B * rank))^K``.
+        ``s`` is that of a layer as wide as a slice; codes of wider layers, whose
+        weights are smaller, move less.
         """
         rank, mode, cores = self._ring()
         s_out, _, kh, kw = self.settings.slice_shape
