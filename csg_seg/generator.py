@@ -140,6 +140,7 @@ class MLPGenerator(Generator):
     The future work that Omidvar et al., AISTATS 2021, name. The hidden units' rows
     of ``weight`` start at zero: the start is a linear generator, at its variance and
     with its pace of learning, and so is any that :meth:`Generator.set_linear` made.
+    Frozen there, it stays one: freeze a trained one only.
 
     Steps on those rows must not run away: relu has a positive mean, so all slices
     share what the hidden units learn, and the units' paces add up. For codes of
