@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .conv import BANK, find_bank, find_roots, generated_convs
 from .errors import CSGError
-from .generator import encode_meaning
+from .generator import MEANING, build_generator, encode_meaning
 from .retrofit import check_root, swap_layers
 from .settings import Settings
 from .slices import grid
@@ -194,7 +194,7 @@ def _shapes(model: nn.Module, compact: Compact) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a retrofitted model's state dict, once its settings are found to agree."""
     bank = find_bank(model)
     assert bank is not None
-    for key in ('generator', 'slice_shape', 'code_dim', 'layout'):
+    for key in MEANING:
         stored = [getattr(each, key) for each in compact.settings]
         wanted = [getattr(generator.settings, key) for generator in bank]
         if stored != wanted:
@@ -223,11 +223,12 @@ def _shapes_when_retrofitted(model: nn.Module, compact: Compact) -> dict[str, tu
         for alias in [alias for alias, module in everywhere if module is convs[name]]:
             shapes.pop(f'{alias}.weight', None)
             shapes[f'{alias}.code'] = (rows * cols, settings.code_dim)
+            if settings.residual:
+                shapes[f'{alias}.residual_out'] = (weight_shape[0], settings.residual)
+                shapes[f'{alias}.residual_in'] = (settings.residual, math.prod(weight_shape[1:]))
     for position, settings in enumerate(compact.settings):
-        if settings.generator == 'linear':
-            shapes[f'{BANK}.{position}.weight'] = (settings.code_dim, math.prod(settings.slice_shape))
-        name = f'{BANK}.{position}.{_EXTRA}'
-        shapes[name] = tuple(compact.tensors[name].shape)
+        state = build_generator(settings, torch.Generator()).state_dict()
+        shapes |= {f'{BANK}.{position}.{name}': tuple(tensor.shape) for name, tensor in state.items()}
     return shapes
 
 

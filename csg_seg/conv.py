@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .errors import CSGError, abridge
 from .fit import fit_generator
-from .generator import Generator, check_meaning
+from .generator import Generator, check_meaning, row_length
 from .slices import grid, join
 
 BANK = 'csg'
@@ -25,12 +25,16 @@ class CSGConv2d(nn.Conv2d):
 
     Attributes:
         code: ``(rows * cols, code_dim)``, one code for each slice of the grid.
+        residual_out: ``(out, residual)``, only if the settings ask for a residual.
+        residual_in: ``(residual, in * kh * kw)``, likewise.
         generator: shared by many convs and registered on the model's root alone.
         blend: a dense weight that takes part in training still, and the share of the generated one.
         loaded: a dense weight that was loaded and waits to be fitted.
     """
 
     code: nn.Parameter
+    residual_out: nn.Parameter
+    residual_in: nn.Parameter
     generator: Generator
     blend: tuple[Tensor, float] | None = None
     loaded: Tensor | None = None
@@ -40,12 +44,20 @@ class CSGConv2d(nn.Conv2d):
         """``(out, in, kh, kw)`` of the generated weight."""
         return torch.Size((self.out_channels, self.in_channels, *self.kernel_size))
 
+    def stored(self) -> dict[str, nn.Parameter]:
+        """Return, by name, the parameters that stand in for the weight."""
+        names = ('code', 'residual_out', 'residual_in') if self.generator.settings.residual else ('code',)
+        return {name: getattr(self, name) for name in names}
+
     def generate_weight(self) -> Tensor:
-        """Return the weight ``(out, in, kh, kw)`` of the current code and generator."""
+        """Return the weight ``(out, in, kh, kw)`` of the current code, generator and residual."""
         # Half-precision generation nearly doubles the rounding error: let the conv cast instead.
         with torch.autocast(self.code.device.type, enabled=False):
             slices = self.generator(self.code)
-            return join(slices, self.weight_shape, layout=self.generator.settings.layout)
+            weight = join(slices, self.weight_shape, layout=self.generator.settings.layout)
+            if not self.generator.settings.residual:
+                return weight
+            return weight + (self.residual_out @ self.residual_in).view(self.weight_shape)
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``(n, in, h, w)`` with the generated weight."""
@@ -60,7 +72,7 @@ class CSGConv2d(nn.Conv2d):
         if dense is not None:
             check_dense(prefix[:-1], self, dense)
             self.loaded = dense.detach()
-            state_dict[f'{prefix}code'] = self.code.detach()
+            state_dict.update({f'{prefix}{key}': tensor.detach() for key, tensor in self.stored().items()})
         # Set by check_state_dict when the load began at the root, generators included.
         whole = self.__dict__.pop('_loading_whole', False)
         if dense is None and f'{prefix}code' in state_dict and not whole:
@@ -148,20 +160,39 @@ def swap_in(conv: nn.Conv2d, generator: Generator, rng: torch.Generator) -> None
     object.__setattr__(conv, 'generator', generator)
 
 
-def draw_code(weight_shape: Iterable[int], generator: Generator, rng: torch.Generator) -> Tensor:
+def draw_code(weight_shape: Sequence[int], generator: Generator, rng: torch.Generator) -> Tensor:
     """Draw the codes ``(rows * cols, code_dim)`` of a weight at its Kaiming variance, on the CPU."""
-    out_channels, in_channels, *kernel = weight_shape
-    rows, cols = grid((out_channels, in_channels, *kernel), generator.settings.slice_shape)
-    code = torch.empty(rows * cols, generator.settings.code_dim, device='cpu')
-    std = generator.code_std(kaiming_std((out_channels, in_channels, *kernel)))
-    return code.normal_(mean=0.0, std=std, generator=rng)
+    rows, cols = grid(weight_shape, generator.settings.slice_shape)
+    return generator.draw_code(rows * cols, weight_std=kaiming_std(weight_shape), rng=rng)
+
+
+def add_residual(conv: CSGConv2d, rng: torch.Generator) -> None:
+    """Give a generated conv the residual that its generator's settings ask for.
+
+    ``residual_out`` starts at zero, so the weight stays what it is; the rows of
+    ``residual_in`` start at the generator's :func:`csg_seg.generator.row_length`, so
+    that both learn at one pace.
+
+    Args:
+        conv: just swapped in.
+        rng: draws ``residual_in``, on the CPU.
+    """
+    settings, weight_shape = conv.generator.settings, conv.weight_shape
+    if settings.residual:
+        fan_in = weight_shape[1:].numel()
+        residual_in = torch.empty(settings.residual, fan_in, device='cpu')
+        residual_in.normal_(mean=0.0, std=row_length(settings) / math.sqrt(fan_in), generator=rng)
+        residual_out = torch.zeros(weight_shape[0], settings.residual, device='cpu')
+        conv.residual_out = nn.Parameter(residual_out.to(conv.code), requires_grad=conv.code.requires_grad)
+        conv.residual_in = nn.Parameter(residual_in.to(conv.code), requires_grad=conv.code.requires_grad)
 
 
 def swap_out(conv: CSGConv2d) -> None:
     """Turn a generated conv into a plain dense one in place."""
     weight = conv.generate_weight().detach().clone(memory_format=torch.contiguous_format)
     conv.weight = nn.Parameter(weight, requires_grad=conv.code.requires_grad)
-    del conv.code
+    for name in conv.stored():
+        delattr(conv, name)
     object.__delattr__(conv, 'generator')
     conv.__class__ = nn.Conv2d  # type: ignore[assignment]
 
@@ -235,7 +266,9 @@ def check_state_dict(root: nn.Module, state_dict: dict[str, Tensor], prefix: str
         state = state_dict.get(f'{prefix}{BANK}.{position}._extra_state')
         if state is not None:
             check_meaning(generator.settings, state)
-    wanted = {f'{prefix}{name}.code': conv.code for name, conv in convs.items()} | stored_bank
+    wanted: dict[str, Tensor] = dict(stored_bank)
+    for name, conv in convs.items():
+        wanted |= {f'{prefix}{name}.{key}': tensor for key, tensor in conv.stored().items()}
     missing = [name for name in wanted if name not in state_dict]
     if missing:
         raise CSGError(
@@ -307,8 +340,21 @@ def _fit(generator: Generator, fed: Mapping[str, CSGConv2d]) -> dict[str, float]
         code = codes[name] if name in codes else draw_code(conv.weight_shape, generator, rng)
         with torch.no_grad():
             conv.code.copy_(code)
-        if name in loaded:
-            dense = loaded[name].to(conv.code)
-            errors[name] = ((conv.generate_weight().detach() - dense).norm() / dense.norm()).item()
+            if name in loaded:
+                dense = loaded[name].to(conv.code)
+                _fit_residual(conv, dense)
+                errors[name] = ((conv.generate_weight() - dense).norm() / dense.norm()).item()
         conv.loaded = None
     return errors
+
+
+def _fit_residual(conv: CSGConv2d, dense: Tensor) -> None:
+    """Set a conv's residual, if it has one, to the best of its rank: a truncated SVD of what the generator leaves."""
+    rank = conv.generator.settings.residual
+    if rank:
+        conv.residual_out.zero_()
+        left = (dense - conv.generate_weight()).flatten(1)
+        out, scale, into = torch.linalg.svd(left, full_matrices=False)
+        # Shared alike between the factors, so that both learn at one pace.
+        conv.residual_out.copy_(out[:, :rank] * scale[:rank].sqrt())
+        conv.residual_in.copy_(scale[:rank, None].sqrt() * into[:rank])

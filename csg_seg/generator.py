@@ -3,12 +3,14 @@
 import hashlib
 import json
 import math
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .errors import CSGError
-from .settings import Settings
+from .settings import OPTIONAL, Settings
 
 
 class Generator(nn.Module):
@@ -33,7 +35,10 @@ class Generator(nn.Module):
         size = math.prod(self.settings.slice_shape)
         weight = torch.empty(self.settings.code_dim, size, device='cpu')
         weight.normal_(mean=0.0, std=row_length(self.settings) / math.sqrt(size), generator=rng)
-        self.weight = nn.Parameter(weight, requires_grad=not self.settings.freeze_generator)
+        self.weight = self._parameter(weight)
+
+    def _parameter(self, values: Tensor) -> nn.Parameter:
+        return nn.Parameter(values, requires_grad=not self.settings.freeze_generator)
 
     def forward(self, code: Tensor) -> Tensor:
         """Map codes ``(n, code_dim)`` to slices ``(n, s_out, s_in, kh, kw)``."""
@@ -48,9 +53,34 @@ class Generator(nn.Module):
         squared_norm = self.weight.detach().double().square().sum().item()
         return weight_std * math.sqrt(math.prod(self.settings.slice_shape) / squared_norm)
 
+    def draw_code(self, n: int, *, weight_std: float, rng: torch.Generator) -> Tensor:
+        """Draw start codes ``(n, code_dim)`` on the CPU, whose slices have the given std."""
+        code = torch.empty(n, self.settings.code_dim, device='cpu')
+        return code.normal_(mean=0.0, std=self.code_std(weight_std), generator=rng)
+
+    def set_linear(self, basis: Tensor) -> None:
+        """Make the generator ``slice = code @ basis``, in place.
+
+        Args:
+            basis: ``(code_dim, s_out * s_in * kh * kw)``.
+
+        Raises:
+            CSGError: the shape is another, or this kind of generator has no linear part to set.
+        """
+        kind, wanted = self.settings.generator, (self.settings.code_dim, math.prod(self.settings.slice_shape))
+        if kind not in ('linear', 'mlp'):
+            raise CSGError(f"a {kind} generator cannot be set to a basis; use generator='linear' or 'mlp'")
+        if basis.shape != wanted:
+            raise CSGError(f'a basis of shape {tuple(basis.shape)} came, this generator wants {wanted}')
+        with torch.no_grad():
+            self.weight.zero_()
+            self.weight[: len(basis)] = basis
+
     def extra_repr(self) -> str:
         """Describe the generator in ``print(model)``."""
-        return f'code_dim={self.settings.code_dim}, slice_shape={self.settings.slice_shape}'
+        settings = self.settings.to_dict()
+        extras = [f'{key}={settings[key]}' for key in OPTIONAL if key in settings]
+        return ', '.join([f'code_dim={self.settings.code_dim}', f'slice_shape={self.settings.slice_shape}', *extras])
 
     def get_extra_state(self) -> Tensor:
         """Return :func:`encode_meaning` of the settings.
@@ -63,7 +93,7 @@ class Generator(nn.Module):
         """Refuse another generator's state.
 
         Raises:
-            CSGError: slice shape, code length, layout or kind differ.
+            CSGError: one of the settings in ``MEANING`` differs.
         """
         check_meaning(self.settings, state)
 
@@ -93,7 +123,7 @@ class BinaryGenerator(Generator):
         """Take over the seed of a stored generator and draw its signs again.
 
         Raises:
-            CSGError: slice shape, code length, layout or kind differ.
+            CSGError: one of the settings in ``MEANING`` differs.
         """
         super().set_extra_state(state)
         stored = read_meaning(state)
@@ -102,6 +132,147 @@ class BinaryGenerator(Generator):
             self.settings = Settings.from_dict({**self.settings.to_dict(), 'seed': stored['seed']})
             self._rebuild_signs()
             self.weight = self.weight.to(like)
+
+
+class MLPGenerator(Generator):
+    """A non-linear generator: ``slice = [code, relu(code @ hidden_weight + hidden_bias)] @ weight``.
+
+    The future work that Omidvar et al., AISTATS 2021, name. The hidden units' rows
+    of ``weight`` start at zero: the start is a linear generator, at its variance and
+    with its pace of learning, and so is any that :meth:`Generator.set_linear` made.
+    Frozen there, it stays one: freeze a trained one only.
+
+    Steps on those rows must not run away: relu has a positive mean, so all slices
+    share what the hidden units learn, and the units' paces add up. For codes of
+    unit variance and nearly orthogonal columns of length ``l``, ``E[h h^T]`` holds
+    ``l^2 / 2`` on its diagonal and ``l^2 / (2 pi)`` elsewhere (Cho and Saul, NeurIPS 2009).
+    Its largest eigenvalue is 1, that of the codes themselves, for
+    ``l^2 = 2 pi / (hidden + pi - 1)``, at which the columns start.
+
+    Attributes:
+        weight: ``(code_dim + hidden, s_out * s_in * kh * kw)``.
+        hidden_weight: ``(code_dim, hidden)``.
+        hidden_bias: ``(hidden,)``, zero at the start.
+    """
+
+    def _draw_weight(self, rng: torch.Generator) -> None:
+        super()._draw_weight(rng)
+        code_dim, hidden = self.settings.code_dim, self.settings.hidden
+        assert hidden is not None
+        columns = torch.empty(code_dim, hidden, device='cpu')
+        length = math.sqrt(2 * math.pi / (hidden + math.pi - 1))
+        columns.normal_(mean=0.0, std=length / math.sqrt(code_dim), generator=rng)
+        self.weight = self._parameter(F.pad(self.weight.detach(), (0, 0, 0, hidden)))
+        self.hidden_weight = self._parameter(columns)
+        self.hidden_bias = self._parameter(torch.zeros(hidden, device='cpu'))
+
+    def forward(self, code: Tensor) -> Tensor:
+        """Map codes ``(n, code_dim)`` to slices ``(n, s_out, s_in, kh, kw)``."""
+        hidden = F.relu(code @ self.hidden_weight + self.hidden_bias)
+        return super().forward(torch.cat((code, hidden), dim=1))
+
+
+class TensorRingGenerator(Generator):
+    """Slices as tensor rings over shared basis tensors.
+
+    Obukhov et al., "T-Basis: a Compact Representation for Neural Networks", ICML
+    2020. The index of a slice's value, written with ``K = settings.cores`` digits in
+    base ``mode``, picks one matrix of each core by its digits ``i_1 ... i_K``:
+    ``value = trace(C_1[i_1] ... C_K[i_K])``, ``C_k = scale * sum_b code[k, b] * weight[b]``.
+    Indices from the slice's size on are cropped.
+
+    Not carried over: there a ring makes a layer's whole weight, a digit stands for
+    an output and an input channel's digit together, and rank adapters (``rank``
+    factors for each core, stored beside the coefficients) scale the cores.
+
+    A product of cores leaves its start free but for the product's size. Codes and
+    basis start so that both keep the linear generator's pace: see :meth:`_scale`.
+
+    Attributes:
+        weight: ``(basis tensors, rank, mode, rank)``; their number is ``code_dim / K``.
+    """
+
+    def _draw_weight(self, rng: torch.Generator) -> None:
+        rank, mode, cores = self._ring()
+        weight = torch.empty(self.settings.code_dim // cores, rank, mode, rank, device='cpu')
+        std = cores * row_length(self.settings) / (rank * math.sqrt(mode))
+        self.weight = self._parameter(weight.normal_(mean=0.0, std=std, generator=rng))
+
+    def _ring(self) -> tuple[int, int, int]:
+        rank, mode = self.settings.rank, self.settings.mode
+        assert rank is not None and mode is not None
+        return rank, mode, self.settings.cores
+
+    def _scale(self) -> float:
+        """Return the fixed factor on codes that sets the pace of learning.
+
+        Let slices of ``size`` values have std ``s``, codes ``c``, the entries of ``B`` basis
+        tensors ``t``. The slice's derivative by an entry of its code has the squared
+        length ``size * s^2 / (B * c^2)``, by an entry of the basis
+        ``K * size * s^2 / (B * rank^2 * mode * t^2)``. The first is the square of
+        :func:`row_length`, the second what it is for a linear generator of that
+        code length, if ``c = s * sqrt(size / B) / row_length`` and a basis tensor is
+        ``K * row_length`` long; the factor follows from ``s = (scale * c * t * sqrt(B * rank))^K``.
+        ``s`` is that of a layer as wide as a slice; codes of wider layers, whose
+        weights are smaller, move less.
+        """
+        rank, mode, cores = self._ring()
+        s_out, _, kh, kw = self.settings.slice_shape
+        weight_std = math.sqrt(2.0 / (s_out * kh * kw))
+        size = math.prod(self.settings.slice_shape)
+        return math.sqrt(rank * mode / size) / cores * weight_std ** (1 / cores - 1)
+
+    def forward(self, code: Tensor) -> Tensor:
+        """Map codes ``(n, code_dim)`` to slices ``(n, s_out, s_in, kh, kw)``."""
+        cores, size = self.settings.cores, math.prod(self.settings.slice_shape)
+        coefficients = (code * self._scale()).unflatten(1, (cores, -1))
+        ring = torch.einsum('nkb,bpiq->knpiq', coefficients, self.weight).unbind()
+        left, right = reduce(_merge, ring[: cores // 2]), reduce(_merge, ring[cores // 2 :])
+        # Cropped as far as can be before the largest product.
+        left = left[:, :, : -(-size // right.shape[2])]
+        values = torch.einsum('npiq,nqjp->nij', left, right).flatten(1)
+        return values[:, :size].unflatten(1, self.settings.slice_shape)
+
+    def code_std(self, weight_std: float) -> float:
+        """Return the std of zero-mean codes whose slices have the given std.
+
+        A value sums products of ``K`` independent coefficients: its variance goes
+        with the ``K``-th power of theirs.
+        """
+        return (weight_std / math.sqrt(self._mean_square())) ** (1 / self.settings.cores) / self._scale()
+
+    def draw_code(self, n: int, *, weight_std: float, rng: torch.Generator) -> Tensor:
+        """Draw start codes ``(n, code_dim)`` on the CPU, whose slices have the given std.
+
+        The coefficients of each core have one length. If it varied, a product of
+        ``K`` lengths would leave a few slices far above all others.
+        """
+        cores = self.settings.cores
+        code = torch.empty(n, cores, self.settings.code_dim // cores, device='cpu')
+        directions = F.normalize(code.normal_(mean=0.0, std=1.0, generator=rng), dim=2)
+        return directions.flatten(1) * (self.code_std(weight_std) * math.sqrt(code.shape[2]))
+
+    def _mean_square(self) -> float:
+        """Return the mean square of a slice's values for coefficients of unit variance.
+
+        That of one value is ``trace(M[i_1] ... M[i_K])``, ``M[i] = sum_b T_b[i] (x) T_b[i]``; the sum
+        over all indices below the slice's size is taken digit by digit, the last one first.
+        """
+        # float64: the powers of the cores span many magnitudes.
+        basis = self.weight.detach().double()
+        by_digit = torch.einsum('bpiq,bsit->ipsqt', basis, basis).flatten(3).flatten(1, 2)
+        size, mode = math.prod(self.settings.slice_shape), len(by_digit)
+        up_to_last = every = torch.eye(by_digit.shape[1], dtype=torch.float64, device=basis.device)
+        for place in range(self.settings.cores):
+            digit = (size - 1) // mode**place % mode
+            up_to_last = by_digit[:digit].sum(dim=0) @ every + by_digit[digit] @ up_to_last
+            every = by_digit.sum(dim=0) @ every
+        return up_to_last.trace().item() / size
+
+
+def _merge(left: Tensor, right: Tensor) -> Tensor:
+    """Merge two cores ``(n, p, i, q)`` and ``(n, q, j, r)`` into one ``(n, p, i * j, r)``."""
+    return torch.einsum('npiq,nqjr->npijr', left, right).flatten(2, 3)
 
 
 def row_length(settings: Settings) -> float:
@@ -121,16 +292,23 @@ def sign_value(settings: Settings) -> float:
     return row_length(settings) / math.sqrt(math.prod(settings.slice_shape))
 
 
-_MEANING = ('generator', 'slice_shape', 'code_dim', 'layout')
+MEANING = ('generator', 'slice_shape', 'code_dim', 'layout', *OPTIONAL)
+
+_KINDS = {
+    'linear': Generator,
+    'binary': BinaryGenerator,
+    'mlp': MLPGenerator,
+    'tensor_ring': TensorRingGenerator,
+}
 
 
 def build_generator(settings: Settings, rng: torch.Generator) -> Generator:
-    """Build the generator that the settings name; ``rng`` draws a linear one's start values."""
-    return {'linear': Generator, 'binary': BinaryGenerator}[settings.generator](settings, rng)
+    """Build the generator that the settings name; ``rng`` draws its start values, unless it is binary."""
+    return _KINDS[settings.generator](settings, rng)
 
 
 def encode_meaning(settings: Settings) -> Tensor:
-    """Encode, as JSON bytes ``(n,)`` in uint8, the settings that decide what a code means."""
+    """Encode, as JSON bytes ``(n,)`` in uint8, the settings that decide what a layer's stored values mean."""
     return torch.frombuffer(bytearray(json.dumps(_meaning(settings)).encode()), dtype=torch.uint8)
 
 
@@ -142,8 +320,9 @@ def read_meaning(state: Tensor) -> dict:
     """
     try:
         stored = json.loads(bytes(state.tolist()))
-        keys = _MEANING if stored['generator'] == 'linear' else (*_MEANING, 'value', 'seed')
-        return {key: stored[key] for key in keys}
+        required = [key for key in MEANING if key not in OPTIONAL]
+        required += ['value', 'seed'] if stored['generator'] == 'binary' else []
+        return {key: stored[key] for key in required} | {key: stored[key] for key in OPTIONAL if key in stored}
     except (ValueError, KeyError, TypeError) as error:
         raise CSGError(f"the checkpoint's generator settings are damaged ({error}); use another copy of it") from None
 
@@ -152,19 +331,22 @@ def check_meaning(settings: Settings, state: Tensor) -> None:
     """Compare a model's generator with the one a checkpoint was made with.
 
     Raises:
-        CSGError: slice shape, code length, layout or kind differ.
+        CSGError: one of the settings in ``MEANING`` differs.
     """
     wanted, stored = _meaning(settings), read_meaning(state)
-    for key in [key for key in stored if key != 'seed']:
-        if wanted.get(key) != stored[key]:
+    for key in [key for key in wanted | stored if key != 'seed']:
+        # A setting that is not stored has its default.
+        came, want = (each.get(key, getattr(Settings, key, None)) for each in (stored, wanted))
+        if came != want:
             raise CSGError(
-                f'the checkpoint was made with {key}={stored[key]!r}, this model has {key}={wanted[key]!r}; '
+                f'the checkpoint was made with {key}={came!r}, this model has {key}={want!r}; '
                 "set the config's csg to the checkpoint's, or take another checkpoint"
             )
 
 
 def _meaning(settings: Settings) -> dict:
-    meaning = {key: settings.to_dict()[key] for key in _MEANING}
+    values = settings.to_dict()
+    meaning = {key: values[key] for key in MEANING if key in values}
     if settings.generator == 'binary':
         # Stored, so that codes are never read with signs of another size.
         meaning |= {'value': sign_value(settings), 'seed': settings.seed}

@@ -131,7 +131,7 @@ def summarise(model: nn.Module) -> Summary:
     generator_params = sum(_count(generator) for generator in generators)
     stored_bytes = sum(_bytes(tensor) for tensor in model.state_dict().values())
     generator_bytes = sum(_bytes(tensor) for generator in generators for tensor in generator.state_dict().values())
-    saved_bytes = sum((conv.weight_shape.numel() - conv.code.numel()) * conv.code.element_size() for conv in generated)
+    saved_bytes = sum((conv.weight_shape.numel() - _stored(conv)) * conv.code.element_size() for conv in generated)
     return Summary(
         dense_params=stored - generator_params + saved,
         stored_params=stored,
@@ -153,7 +153,7 @@ def _layer(name: str, conv: nn.Conv2d, generators: Sequence[nn.Module], left_den
         grid=grid(conv.weight_shape, conv.generator.settings.slice_shape),
         generator=next(i for i, each in enumerate(generators) if each is conv.generator) if generators else None,
         dense_params=conv.weight_shape.numel(),
-        stored_params=conv.code.numel(),
+        stored_params=_stored(conv),
         left_dense=None,
     )
 
@@ -171,6 +171,10 @@ def _generator(generator: Generator, generated: Sequence[CSGConv2d]) -> Generato
         layers=len(fed),
         slices=sum(len(conv.code) for conv in fed),
     )
+
+
+def _stored(conv: CSGConv2d) -> int:
+    return sum(parameter.numel() for parameter in conv.stored().values())
 
 
 def _count(module: nn.Module) -> int:

@@ -11,7 +11,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .conv import (
     BANK,
+    CSGConv2d,
     GeneratorBank,
+    add_residual,
     attach_bank,
     detach_bank,
     find_bank,
@@ -127,12 +129,12 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
 
 def _dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the state-dict shapes of a retrofitted model's dense twin."""
-    convs = {f'{name}.code': (f'{name}.weight', conv.weight_shape) for name, conv in generated_convs(model)}
-    shapes = {}
+    convs = dict(generated_convs(model))
+    stored = {f'{name}.{key}' for name, conv in convs.items() for key in conv.stored()}
+    shapes = {f'{name}.weight': tuple(conv.weight_shape) for name, conv in convs.items()}
     for name, tensor in model.state_dict().items():
-        if not name.startswith(f'{BANK}.'):
-            dense_name, shape = convs.get(name, (name, tensor.shape))
-            shapes[dense_name] = tuple(shape)
+        if name not in stored and not name.startswith(f'{BANK}.'):
+            shapes[name] = tuple(tensor.shape)
     return shapes
 
 
@@ -157,6 +159,9 @@ def swap_layers(
     generators = [build_generator(each, rng) for each, rng in zip(settings, rngs, strict=True)]
     for name, position in taken.items():
         swap_in(convs[name], generators[position], rngs[position])
+    # After all codes, which are then the same with and without it.
+    for name, position in taken.items():
+        add_residual(cast(CSGConv2d, convs[name]), rngs[position])
     attach_bank(model, GeneratorBank(generators, left_dense).to(first))
 
 
@@ -208,8 +213,9 @@ def _reason_to_pass(name: str, conv: nn.Conv2d, settings: Settings, *, is_first:
     if isinstance(conv.weight, nn.Parameter) and not conv.weight.requires_grad:
         return 'frozen (requires_grad is False)'
     rows, cols = grid((conv.out_channels, conv.in_channels, *conv.kernel_size), settings.slice_shape)
-    generated = rows * cols * settings.code_dim
-    dense = conv.out_channels * conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
+    fan_in = conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
+    generated = rows * cols * settings.code_dim + settings.residual * (conv.out_channels + fan_in)
+    dense = conv.out_channels * fan_in
     if generated >= dense:
         return f'costs more generated: {generated:,} against {dense:,}'
     return None

@@ -20,6 +20,10 @@ CSGS = {
     'frozen': CSG | {'freeze_generator': True},
     'binary': CSG | {'generator': 'binary', 'seed': 5},
     'flat': CSG | {'layout': 'flat'},
+    'mlp': CSG | {'generator': 'mlp', 'hidden': 5},
+    'tensor ring': CSG | {'generator': 'tensor_ring', 'rank': 3, 'mode': 7},
+    'residual': CSG | {'residual': 2},
+    'binary with residual': CSG | {'generator': 'binary', 'residual': 2},
     'two generators': [CSG | {'include': ['body.3']}, CSG | {'code_dim': 9, 'generator': 'binary'}],
 }
 
@@ -407,6 +411,7 @@ def test_a_grouped_conv_is_not_the_files(tmp_path):
         ({'slice_shape': (20, 12, 3, 3)}, r'made with slice_shape .*; load it into the dense network'),
         ({'layout': 'flat'}, r"made with layout \['block'\], the model has \['flat'\]; load it into the dense network"),
         ({'generator': 'binary'}, r"made with generator \['linear'\], .*; load it into the dense network"),
+        ({'residual': 1}, r'made with residual \[0\], the model has \[1\]; load it into the dense network'),
         ({'include': ['body.0']}, r'body.3 is generated otherwise in the file; load it into the dense network'),
     ],
 )

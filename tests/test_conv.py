@@ -17,7 +17,8 @@ from csg_seg.slices import split
 
 CSG = {'slice_shape': (12, 20, 3, 3), 'code_dim': 24}
 RESNET_CSG = {'slice_shape': (16, 16, 3, 3), 'code_dim': 128}
-KINDS = [{}, {'generator': 'binary'}, {'freeze_generator': True}, {'layout': 'flat'}]
+BEYOND = [{'generator': 'mlp', 'hidden': 5}, {'generator': 'tensor_ring', 'rank': 3}, {'residual': 2}]
+KINDS = [{}, {'generator': 'binary'}, {'freeze_generator': True}, {'layout': 'flat'}, *BEYOND]
 
 
 class Net(nn.Module):
@@ -77,7 +78,25 @@ def gradients(model):
 # --- start values ---
 
 
-@pytest.mark.parametrize('kind', ['linear', 'binary'])
+def assert_starts_at_kaiming_variance(csg):
+    out_channels, in_channels, kernel = 17, 31, csg['slice_shape'][2:]
+    wanted = 2 / (out_channels * kernel[0] * kernel[1])  # He et al., ICCV 2015, fan out
+    variances = []
+    for seed in range(60):
+        model = nn.Module()
+        model.first = nn.Conv2d(3, 3, 1)
+        model.conv = nn.Conv2d(in_channels, out_channels, kernel)
+        retrofit(model, csg | {'seed': seed})
+        weight = model.conv.generate_weight().detach().double()
+        assert weight.shape == (out_channels, in_channels, *kernel)
+        variances.append(weight.square().mean().item())
+    ratio = statistics.mean(variances) / wanted
+    error = statistics.stdev(variances) / wanted / len(variances) ** 0.5
+    assert error < 0.08
+    assert ratio == pytest.approx(1.0, abs=max(0.03, 3.5 * error))
+
+
+@pytest.mark.parametrize('kind', [{}, {'generator': 'binary'}, {'generator': 'mlp', 'hidden': 7}])
 @pytest.mark.parametrize(
     ('slice_shape', 'code_dim'),
     [
@@ -93,21 +112,24 @@ def gradients(model):
     ],
 )
 def test_a_generated_weight_starts_at_its_layers_kaiming_variance(kind, slice_shape, code_dim):
-    out_channels, in_channels, kernel = 17, 31, slice_shape[2:]
-    wanted = 2 / (out_channels * kernel[0] * kernel[1])  # He et al., ICCV 2015, fan out
-    variances = []
-    for seed in range(60):
-        model = nn.Module()
-        model.first = nn.Conv2d(3, 3, 1)
-        model.conv = nn.Conv2d(in_channels, out_channels, kernel)
-        retrofit(model, {'slice_shape': slice_shape, 'code_dim': code_dim, 'generator': kind, 'seed': seed})
-        weight = model.conv.generate_weight().detach().double()
-        assert weight.shape == (out_channels, in_channels, *kernel)
-        variances.append(weight.square().mean().item())
-    ratio = statistics.mean(variances) / wanted
-    error = statistics.stdev(variances) / wanted / len(variances) ** 0.5
-    assert error < 0.08
-    assert ratio == pytest.approx(1.0, abs=max(0.03, 3.5 * error))
+    assert_starts_at_kaiming_variance({'slice_shape': slice_shape, 'code_dim': code_dim, **kind})
+
+
+@pytest.mark.parametrize(
+    ('slice_shape', 'code_dim', 'rank', 'mode'),
+    [
+        ((12, 20, 3, 3), 72, 8, 4),
+        ((12, 20, 3, 3), 24, 3, 7),
+        ((16, 16, 3, 3), 120, 16, 4),
+        ((16, 16, 3, 3), 10, 2, 48),
+        ((16, 16, 1, 1), 60, 5, 4),
+        ((1, 1, 3, 3), 8, 4, 3),
+        ((12, 20, 1, 5), 6, 6, 4),
+    ],
+)
+def test_a_tensor_rings_weight_starts_at_its_layers_kaiming_variance(slice_shape, code_dim, rank, mode):
+    ring = {'generator': 'tensor_ring', 'rank': rank, 'mode': mode}
+    assert_starts_at_kaiming_variance({'slice_shape': slice_shape, 'code_dim': code_dim, **ring})
 
 
 def test_the_kaiming_std_is_torchs_fan_out():
@@ -412,6 +434,9 @@ OTHERS = {
     'other code length': {'code_dim': 25},
     'other layout': {'layout': 'flat'},
     'other generator': {'generator': 'binary'},
+    'mlp': {'generator': 'mlp', 'hidden': 5},
+    'tensor ring': {'generator': 'tensor_ring', 'rank': 3},
+    'residual': {'residual': 1},
     'fewer layers': {'include': ['narrow']},
 }
 

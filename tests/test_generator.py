@@ -207,6 +207,22 @@ def test_code_std_gives_slices_the_wanted_std(kind, weight_std):
     assert generator(code).std().item() == pytest.approx(weight_std, rel=0.05)
 
 
+def test_a_linear_generator_can_be_set_to_a_basis():
+    generator = build()
+    basis = torch.randn(CSG['code_dim'], SIZE, generator=torch.Generator().manual_seed(0))
+    weight = generator.weight
+    generator.set_linear(basis.double())
+    assert generator.weight is weight
+    assert torch.equal(generator.weight, basis)
+    with pytest.raises(CSGError, match=r'a basis of shape \(2160, 7\) came, this generator wants \(7, 2160\)'):
+        generator.set_linear(basis.T)
+
+
+def test_random_signs_cannot_be_set():
+    with pytest.raises(CSGError, match="a binary generator cannot be set to a basis; use generator='linear' or 'mlp'"):
+        build(generator='binary').set_linear(torch.zeros(7, SIZE))
+
+
 @pytest.mark.parametrize(
     'change',
     [
@@ -215,12 +231,21 @@ def test_code_std_gives_slices_the_wanted_std(kind, weight_std):
         {'code_dim': 8},
         {'layout': 'flat'},
         {'generator': 'binary'},
+        {'residual': 1},
     ],
 )
 def test_anothers_state_is_refused_by_the_key_that_differs(change):
     (key,) = change
     with pytest.raises(CSGError, match=f"made with {key}=.*set the config's csg to the checkpoint's"):
         build().load_state_dict(build(**change).state_dict(), strict=False)
+
+
+def test_settings_bytes_of_the_papers_generators_are_as_ever():
+    # Checkpoints that were written before the other kinds were there.
+    stored = b'{"generator": "linear", "slice_shape": [12, 20, 3, 3], "code_dim": 7, "layout": "block"}'
+    assert bytes(build().get_extra_state().tolist()) == stored
+    build().set_extra_state(torch.tensor(list(stored), dtype=torch.uint8))
+    assert read_meaning(build(generator='binary').get_extra_state()).keys() >= {'value', 'seed'}
 
 
 @pytest.mark.parametrize('text', [b'', b'{', b'[]', b'7', b'{"seed": 3}', b'\xff\xfe'])

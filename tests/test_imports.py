@@ -15,6 +15,7 @@ ORDER = [
     {'slices', 'drawing'},
     {'settings'},
     {'generator'},
+    {'descent'},
     {'fit'},
     {'conv'},
     {'retrofit'},

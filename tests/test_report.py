@@ -7,6 +7,7 @@ from torch import nn
 from torchvision import models
 
 from csg_seg import materialise, retrofit, summarise
+from csg_seg.models import CIFARResNet
 
 CSG = {'slice_shape': (16, 16, 3, 3), 'code_dim': 128}
 ODD_CSG = {'slice_shape': (12, 20, 3, 3), 'code_dim': 24}
@@ -37,6 +38,9 @@ CSGS = {
     'linear': ODD_CSG,
     'frozen': ODD_CSG | {'freeze_generator': True},
     'binary': ODD_CSG | {'generator': 'binary'},
+    'mlp': ODD_CSG | {'generator': 'mlp', 'hidden': 5},
+    'tensor ring': ODD_CSG | {'generator': 'tensor_ring', 'rank': 3},
+    'residual': ODD_CSG | {'residual': 2},
     'two': [ODD_CSG | {'include': ['widen']}, ODD_CSG | {'code_dim': 9, 'generator': 'binary'}],
 }
 
@@ -81,6 +85,30 @@ def test_counts_are_the_models_own(csg, dtype):
     assert summary.compression_ratio == pytest.approx(count(dense) / count(model))
     weights = {name: tuple(m.weight.shape) for name, m in dense.named_modules() if isinstance(m, nn.Conv2d)}
     assert {layer.name: layer.weight_shape for layer in summary.layers} == weights
+
+
+class ResNet20(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = CIFARResNet(20)
+        self.head = nn.Linear(64, 10)
+
+
+@pytest.mark.parametrize(
+    ('csg', 'stored_params', 'generator'),
+    [
+        ({'code_dim': 72}, 115_426, 72 * 1296),  # counted from the authors' code too
+        ({'code_dim': 56, 'generator': 'mlp', 'hidden': 18}, 114_676, (56 + 18) * 1296 + 56 * 18 + 18),
+        ({'code_dim': 330, 'generator': 'tensor_ring', 'rank': 10}, 114_548, 55 * 10 * 4 * 10),
+        ({'code_dim': 232, 'generator': 'tensor_ring', 'rank': 12, 'mode': 6}, 115_906, 58 * 12 * 6 * 12),
+        ({'code_dim': 68, 'residual': 1}, 115_438, 68 * 1296),
+    ],
+)
+def test_resnet20_in_one_size_with_each_generator(csg, stored_params, generator):
+    summary = summarise(retrofit(ResNet20(), {'slice_shape': (12, 12, 3, 3), **csg}))
+    assert summary.dense_params == 269_722
+    assert summary.stored_params == summary.trainable_params == stored_params
+    assert summary.generators[0].stored_params == generator
 
 
 def test_frozen_and_binary_generators_differ_in_what_they_store():

@@ -12,6 +12,7 @@ SEED = 'seed must be an integer of at least 0'
 FREEZE = 'freeze_generator must be True or False'
 INCLUDE = r"include must be patterns on module names, such as \['backbone\.\*'\]"
 EXCLUDE = r"exclude must be patterns on module names, such as \['backbone\.\*'\]"
+RING = {'generator': 'tensor_ring', 'rank': 4, 'code_dim': 12}
 
 BAD_VALUES = [
     ({'slice_shape': (16, 16, 3)}, SLICE_SHAPE),
@@ -34,8 +35,26 @@ BAD_VALUES = [
     ({'layout': 'Block'}, "layout must be one of 'block', 'flat'; got 'Block'"),
     ({'layout': None}, "layout must be one of 'block', 'flat'"),
     ({'layout': ['flat']}, "layout must be one of 'block', 'flat'"),
-    ({'generator': 'mlp'}, "generator must be one of 'linear', 'binary'; got 'mlp'"),
-    ({'generator': None}, "generator must be one of 'linear', 'binary'"),
+    ({'generator': 'cnn'}, "generator must be one of 'linear', 'binary', 'mlp', 'tensor_ring'; got 'cnn'"),
+    ({'generator': None}, "generator must be one of 'linear', 'binary', 'mlp', 'tensor_ring'"),
+    ({'hidden': 8}, "'hidden' is a key of generator='mlp', not of 'linear'; drop it"),
+    ({'rank': 8}, "'rank' is a key of generator='tensor_ring', not of 'linear'; drop it"),
+    ({'mode': 4}, "'mode' is a key of generator='tensor_ring', not of 'linear'; drop it"),
+    ({'generator': 'binary', 'hidden': 8}, "'hidden' is a key of generator='mlp', not of 'binary'; drop it"),
+    ({'generator': 'mlp'}, "'hidden' is missing; generator='mlp' needs it, try hidden=8"),
+    ({'generator': 'mlp', 'hidden': 0}, 'hidden must be an integer of at least 1'),
+    ({'generator': 'mlp', 'hidden': 8, 'rank': 2}, "'rank' is a key of generator='tensor_ring', not of 'mlp'"),
+    ({'generator': 'tensor_ring'}, "'rank' is missing; generator='tensor_ring' needs it, try rank=8"),
+    (RING | {'rank': 0}, 'rank must be an integer of at least 1'),
+    (RING | {'rank': 2.0}, 'rank must be an integer of at least 1'),
+    (RING | {'mode': 1}, 'mode must be an integer of at least 2'),
+    (RING | {'mode': 2304}, 'mode must be less than the 2304 values of a slice; got 2304'),
+    (RING | {'code_dim': 128}, 'code_dim must be a multiple of 6, such as 126 or 132; got 128'),
+    (RING | {'code_dim': 3}, 'code_dim must be a multiple of 6, such as 6 or 12; got 3'),
+    (RING | {'mode': 48, 'code_dim': 5}, 'with 2 cores, so code_dim must be a multiple of 2, such as 4 or 6; got 5'),
+    ({'residual': -1}, 'residual must be an integer of at least 0'),
+    ({'residual': None}, 'residual must be an integer of at least 0'),
+    ({'residual': True}, 'residual must be an integer of at least 0'),
     ({'freeze_generator': 1}, FREEZE),
     ({'freeze_generator': 'yes'}, FREEZE),
     ({'freeze_generator': None}, FREEZE),
@@ -68,6 +87,10 @@ ROUND_TRIPS = [
     {'layout': 'flat', 'freeze_generator': True, 'seed': 2**40},
     {'generator': 'binary', 'include': ['layer*.conv2', 'head'], 'exclude': ['layer4']},
     {'generator': 'binary', 'freeze_generator': True, 'include': []},
+    {'generator': 'mlp', 'hidden': 16, 'residual': 2},
+    {'generator': 'mlp', 'hidden': 16, 'rank': None, 'freeze_generator': True},
+    RING,
+    RING | {'mode': 7, 'code_dim': 8},
 ]
 
 
@@ -107,6 +130,39 @@ def test_the_defaults_are_the_papers():
     settings = Settings.from_dict(GOOD)
     assert (settings.layout, settings.generator, settings.freeze_generator) == ('block', 'linear', False)
     assert (settings.include, settings.exclude, settings.kernel) == (None, (), (3, 3))
+
+
+def test_settings_without_the_optional_keys_are_written_as_ever():
+    written = [
+        'slice_shape',
+        'code_dim',
+        'layout',
+        'generator',
+        'freeze_generator',
+        'include',
+        'exclude',
+        'seed',
+    ]
+    assert list(Settings.from_dict(GOOD | {'hidden': None, 'residual': 0}).to_dict()) == written
+
+
+@pytest.mark.parametrize(
+    ('slice_shape', 'mode', 'cores'),
+    [
+        ((16, 16, 3, 3), 4, 6),
+        ((16, 16, 1, 1), 4, 4),
+        ((16, 16, 1, 1), 255, 2),
+        ((12, 12, 3, 3), 6, 4),
+        ((5, 1, 1, 1), 4, 2),
+    ],
+)
+def test_the_cores_of_a_ring_are_the_fewest_that_reach_every_value(slice_shape, mode, cores):
+    csg = RING | {'slice_shape': slice_shape, 'mode': mode}
+    assert Settings.from_dict(csg).cores == cores
+
+
+def test_a_rings_mode_is_four_unless_given():
+    assert Settings.from_dict(GOOD | RING).mode == 4
 
 
 def test_the_seed_is_the_position_unless_given():
