@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .descent import fit_by_descent
-from .generator import Generator, row_length
+from .generator import Generator, build_generator, row_length
 from .settings import Settings
 from .slices import grid, split
 
@@ -76,16 +76,25 @@ def _fit_linear(generator: Generator, slices: Tensor, overhangs: Sequence['_Over
 
 
 def _descend(generator: Generator, slices: Tensor) -> Tensor:
+    """Fit from the start values of the settings' seed, not from what the generator has become."""
     rng = torch.Generator().manual_seed(generator.settings.seed)
-    return fit_by_descent(generator, slices.to(generator.weight), steps=STEPS, rng=rng).to('cpu', torch.float64)
+    fresh = build_generator(generator.settings, rng)
+    if generator.settings.freeze_generator:
+        fresh.load_state_dict(generator.state_dict())
+    code = fit_by_descent(fresh, slices.float(), steps=STEPS, rng=rng)
+    generator.load_state_dict(fresh.state_dict())
+    return code.double()
 
 
 def _nearest_basis(slices: Tensor, overhangs: Sequence['_Overhang'], code_dim: int) -> Tensor:
     """Return orthonormal rows ``(code_dim, size)`` that span the best approximation of slices ``(n, size)``."""
-    # Of the Gram matrix in float64: in float32 the tail of the spectrum is lost.
-    _, vectors = torch.linalg.eigh(slices.T @ slices)
-    # The last are the largest. Of a code longer than a slice the rest has nothing to do.
-    best = vectors.T.flip(0)[:code_dim]
+    # In float64: in float32 the tail of the spectrum is lost.
+    if len(slices) < slices.shape[1]:
+        vectors = torch.linalg.svd(slices, full_matrices=False).Vh
+    else:
+        vectors = torch.linalg.eigh(slices.T @ slices).eigenvectors.T.flip(0)
+    best = vectors[:code_dim]
+    # Where codes are longer than there are slices, the rest has nothing to do.
     basis = torch.zeros(code_dim, slices.shape[1], dtype=torch.float64, device='cpu')
     basis[: len(best)] = best
     if not all(inside.all() for inside, _ in overhangs):
