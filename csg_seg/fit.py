@@ -27,7 +27,9 @@ def gram(weights: Sequence[Tensor], settings: Settings, shares: Sequence[float])
     total: Tensor | None = None
     for weight, share in zip(weights, shares, strict=True):
         # float64: in float32 the tail of the spectrum is lost.
-        slices = split(weight.detach().to('cpu', torch.float64), settings.slice_shape, layout=settings.layout).flatten(1)
+        slices = split(weight.detach().to('cpu', torch.float64), settings.slice_shape, layout=settings.layout).flatten(
+            1
+        )
         product = share * (slices.T @ slices)
         total = product if total is None else total.add_(product)
     assert total is not None, first.shape
