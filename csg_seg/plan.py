@@ -133,7 +133,7 @@ def plan(
     _check_weights(convs)
     unit = next(iter(convs.values())).weight.element_size() if bytes is not None else None
     frontier = _search(convs, slice_shapes, unit, track)
-    curve = tuple(_point(*each, summary) for each in zip(frontier.error.tolist(), frontier.choices, strict=True))
+    curve = _curve(frontier, summary)
     rest = budget.dense - sum(conv.weight.numel() for conv in convs.values()) * (unit or 1)
     stored = frontier.size + rest
     affordable = int((stored <= budget.limit).sum())
@@ -144,6 +144,20 @@ def plan(
         )
     csg = [_to_csg(choice, model, {*convs, *refused}) for choice in frontier.choices[affordable - 1]]
     return replace(predict(model, csg), curve=curve)
+
+
+def trade_off(
+    model: nn.Module, *, slice_shapes: Sequence[Sequence[int]] | None = None, track: Track = iter
+) -> tuple[Point, ...]:
+    """Return the curve of a :func:`plan`, without a budget.
+
+    Raises:
+        CSGError: the network cannot be compressed.
+    """
+    check_root(model)
+    convs, _ = generable(model)
+    _check_weights(convs)
+    return _curve(_search(convs, slice_shapes, None, track), summarise(model))
 
 
 def predict(model: nn.Module, csg: CSG) -> Plan:
@@ -322,7 +336,8 @@ def _one_group(group: Layers, spectra: Spectra, convs: Convs, unit: int | None) 
         if not set(layers) <= set(group):
             continue
         chosen = {name: convs[name] for name in layers}
-        choices = [_choice(chosen, shape, code_dim) for code_dim in range(1, _longest(chosen, shape) + 1)]
+        first = _choice(chosen, shape, 1)
+        choices = [replace(first, code_dim=length) for length in range(1, _longest(chosen, shape) + 1)]
         if choices:
             dense = whole - sum(size[name] for name in layers)
             sizes = torch.tensor([dense + each.size(unit) for each in choices])
@@ -341,9 +356,11 @@ def _choice(convs: Convs, slice_shape: Shape, code_dim: int) -> Choice:
     return Choice(tuple(convs), slice_shape, code_dim, slices, sum(weight.numel() for weight in weights))
 
 
-def _point(squares: float, choices: Iterable[Choice], summary: Summary) -> Point:
-    stored = summary.stored_params + sum(each.size() - each.weights for each in choices)
-    return Point(stored, summary.dense_params / stored, _mean(squares, summary))
+def _curve(frontier: Frontier, summary: Summary) -> tuple[Point, ...]:
+    changes = [sum(each.size() - each.weights for each in choices) for choices in frontier.choices]
+    stored = [summary.stored_params + change for change in changes]
+    errors = [_mean(squares, summary) for squares in frontier.error.tolist()]
+    return tuple(Point(n, summary.dense_params / n, error) for n, error in zip(stored, errors, strict=True))
 
 
 def _mean(squares: float, summary: Summary) -> float:
