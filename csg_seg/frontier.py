@@ -42,7 +42,7 @@ def together(frontiers: Iterable[Frontier]) -> Frontier:
 
 
 def _sum(left: Frontier, right: Frontier) -> Frontier:
-    left, right = _thin(left), _thin(right)
+    left, right = thin(left, SIZES_PER_FACTOR), thin(right, SIZES_PER_FACTOR)
     size = (left.size[:, None] + right.size).flatten()
     error = (left.error[:, None] + right.error).flatten()
     kept = _undominated(size, error)
@@ -50,9 +50,14 @@ def _sum(left: Frontier, right: Frontier) -> Frontier:
     return Frontier(size[kept], error[kept], choices)
 
 
-def _thin(frontier: Frontier) -> Frontier:
-    """Keep the smallest, and the best of those that are nearly of one size."""
-    step = (frontier.size.double().log() * SIZES_PER_FACTOR).floor()
+def thin(frontier: Frontier, sizes_per_factor: int) -> Frontier:
+    """Keep the smallest, and the best of those that are nearly of one size.
+
+    Args:
+        frontier: of positive sizes.
+        sizes_per_factor: how many to tell apart for each factor e of size.
+    """
+    step = (frontier.size.double().log() * sizes_per_factor).floor()
     last = torch.ones_like(step, dtype=torch.bool)
     last[:-1] = step[1:] > step[:-1]
     last[0] = True

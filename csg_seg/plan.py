@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .errors import CSGError
 from .fit import gram
-from .frontier import Frontier, either, together
+from .frontier import Frontier, either, thin, together
 from .generator import encode_meaning
 from .report import Summary, summarise
 from .retrofit import CSG, check_root, choose_layers, generable
@@ -40,8 +40,20 @@ FEWEST_VALUES, MOST_VALUES = 64, 16 * 16 * 3 * 3
 MOST_VALUES_PER_SLICE = 16
 # Modules side by side that may have their own generators; if there are more, none has.
 MOST_PARTS = 6
+# Points of a curve for each factor e of size.
+POINTS_PER_FACTOR = 100
 # Layers are of like size within this factor; so many sizes are told apart.
 SIZE_FACTOR, MOST_SIZES = 4, 4
+
+
+def importance(params: int) -> float:
+    """Return what the squared relative error of a conv counts, the square root of its parameters.
+
+    Between two extremes: if each layer counted alike, large layers would bear all the
+    loss; if each parameter did, small ones, such as the classifier of a decode head,
+    would be spoilt to save next to nothing.
+    """
+    return math.sqrt(params)
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,7 @@ class Plan:
 
     Attributes:
         csg: for :func:`csg_seg.retrofit`.
-        relative_error: root mean square over all convs, each weighed by its parameters.
+        relative_error: root mean square over all convs, weighed by :func:`importance`.
         layers: name of each conv, and its relative error; 0 where it stays dense.
         curve: the smallest error of each size, the smallest network first; an upper
             bound where slices overhang. Empty if the settings were given.
@@ -182,7 +194,7 @@ def predict(model: nn.Module, csg: CSG) -> Plan:
     for group, each in zip(groups, settings, strict=True):
         errors.update(_fit_errors(group, each))
     summary = summarise(model)
-    squares = sum(convs[name].weight.numel() * error**2 for name, error in errors.items())
+    squares = sum(importance(convs[name].weight.numel()) * error**2 for name, error in errors.items())
     unit = next(iter(convs.values())).weight.element_size()
     return Plan(
         csg=dicts,
@@ -320,10 +332,12 @@ def _shared_gram(layers: Layers, shape: Shape, convs: Convs, grams: dict[tuple[L
 
 
 def _gram(convs: Convs, settings: Settings) -> Tensor:
-    """Return the Gram matrix whose eigenvalues sum to the parameters of the convs."""
+    """Return the Gram matrix whose eigenvalues are squared relative errors times importance."""
     weights = [conv.weight for conv in convs.values()]
     squares = [weight.detach().double().square().sum().item() for weight in weights]
-    shares = [weight.numel() / square if square else 0.0 for weight, square in zip(weights, squares, strict=True)]
+    shares = [
+        importance(each.numel()) / square if square else 0.0 for each, square in zip(weights, squares, strict=True)
+    ]
     return gram(weights, settings, shares)
 
 
@@ -357,6 +371,7 @@ def _choice(convs: Convs, slice_shape: Shape, code_dim: int) -> Choice:
 
 
 def _curve(frontier: Frontier, summary: Summary) -> tuple[Point, ...]:
+    frontier = thin(frontier, POINTS_PER_FACTOR)
     changes = [sum(each.size() - each.weights for each in choices) for choices in frontier.choices]
     stored = [summary.stored_params + change for change in changes]
     errors = [_mean(squares, summary) for squares in frontier.error.tolist()]
@@ -364,8 +379,8 @@ def _curve(frontier: Frontier, summary: Summary) -> tuple[Point, ...]:
 
 
 def _mean(squares: float, summary: Summary) -> float:
-    """Return the root mean square over all convs of relative errors, given squared times parameters."""
-    return math.sqrt(squares / sum(layer.dense_params for layer in summary.layers))
+    """Return the root mean square over all convs, given the sum of squared relative errors times importance."""
+    return math.sqrt(squares / sum(importance(layer.dense_params) for layer in summary.layers))
 
 
 def _fit_errors(convs: Convs, settings: Settings) -> dict[str, float]:

@@ -36,15 +36,21 @@ def parse_args() -> argparse.Namespace:
 def print_table(planned, summary) -> None:
     """Print each generator, and the totals."""
     table = Table()
-    for column in ('layers', 'slices of', 'code length', 'convs', 'parameters stored', 'relative error'):
+    for column in ('layers', 'slices of', 'code length', 'convs', 'parameters stored', 'relative errors'):
         table.add_column(column, justify='left' if column == 'layers' else 'right')
     for position, (csg, generator) in enumerate(zip(planned.csg, summary.generators, strict=True)):
         fed = [layer for layer in summary.layers if layer.generator == position]
-        squares = sum(layer.dense_params * planned.layers[layer.name] ** 2 for layer in fed)
-        error = (squares / sum(layer.dense_params for layer in fed)) ** 0.5
+        errors = [planned.layers[layer.name] for layer in fed]
         stored = generator.stored_params + sum(layer.stored_params for layer in fed)
         shape = 'x'.join(map(str, csg['slice_shape']))
-        table.add_row(describe_layers(csg), shape, str(csg['code_dim']), str(len(fed)), f'{stored:,}', f'{error:.3f}')
+        table.add_row(
+            describe_layers(csg),
+            shape,
+            str(csg['code_dim']),
+            str(len(fed)),
+            f'{stored:,}',
+            f'{min(errors):.2f} to {max(errors):.2f}',
+        )
     Console(width=None if sys.stdout.isatty() else 110).print(table)
     print(summary.headline())
     print(f'predicted relative error over all convs, before training: {planned.relative_error:.3f}')
