@@ -42,18 +42,11 @@ MOST_VALUES_PER_SLICE = 16
 MOST_PARTS = 6
 # Points of a curve for each factor e of size.
 POINTS_PER_FACTOR = 100
+# Layers of a smaller share of all weights stay dense: weighed by their parameters they
+# would be spoilt, as classifiers are, to save next to nothing.
+SMALLEST_SHARE = 1 / 1000
 # Layers are of like size within this factor; so many sizes are told apart.
 SIZE_FACTOR, MOST_SIZES = 4, 4
-
-
-def importance(params: int) -> float:
-    """Return what the squared relative error of a conv counts, the square root of its parameters.
-
-    Between two extremes: if each layer counted alike, large layers would bear all the
-    loss; if each parameter did, small ones, such as the classifier of a decode head,
-    would be spoilt to save next to nothing.
-    """
-    return math.sqrt(params)
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,7 @@ class Plan:
 
     Attributes:
         csg: for :func:`csg_seg.retrofit`.
-        relative_error: root mean square over all convs, weighed by :func:`importance`.
+        relative_error: root mean square over all convs, each weighed by its parameters.
         layers: name of each conv, and its relative error; 0 where it stays dense.
         curve: the smallest error of each size, the smallest network first; an upper
             bound where slices overhang. Empty if the settings were given.
@@ -141,8 +134,7 @@ def plan(
     check_root(model)
     summary = summarise(model)
     budget = _read_budget({'ratio': ratio, 'params': params, 'bytes': bytes}, summary)
-    convs, refused = generable(model)
-    _check_weights(convs)
+    convs, others = _candidates(model)
     unit = next(iter(convs.values())).weight.element_size() if bytes is not None else None
     frontier = _search(convs, slice_shapes, unit, track)
     curve = _curve(frontier, summary)
@@ -154,7 +146,7 @@ def plan(
             f'{budget.name} is out of reach: the smallest this network can be is '
             f'{int(stored[0]):,} {budget.counts}, {curve[0].compression_ratio:.1f}x'
         )
-    csg = [_to_csg(choice, model, {*convs, *refused}) for choice in frontier.choices[affordable - 1]]
+    csg = [_to_csg(choice, model, {*convs, *others}) for choice in frontier.choices[affordable - 1]]
     return replace(predict(model, csg), curve=curve)
 
 
@@ -167,8 +159,7 @@ def trade_off(
         CSGError: the network cannot be compressed.
     """
     check_root(model)
-    convs, _ = generable(model)
-    _check_weights(convs)
+    convs, _ = _candidates(model)
     return _curve(_search(convs, slice_shapes, None, track), summarise(model))
 
 
@@ -194,7 +185,7 @@ def predict(model: nn.Module, csg: CSG) -> Plan:
     for group, each in zip(groups, settings, strict=True):
         errors.update(_fit_errors(group, each))
     summary = summarise(model)
-    squares = sum(importance(convs[name].weight.numel()) * error**2 for name, error in errors.items())
+    squares = sum(convs[name].weight.numel() * error**2 for name, error in errors.items())
     unit = next(iter(convs.values())).weight.element_size()
     return Plan(
         csg=dicts,
@@ -247,6 +238,15 @@ def _check_weights(convs: Convs) -> None:
     for name, conv in convs.items():
         if not conv.weight.isfinite().all():
             raise CSGError(f'{name}: its weight holds NaN or infinity; give a checkpoint of a training that converged')
+
+
+def _candidates(model: nn.Module) -> tuple[Convs, set[str]]:
+    """Return the convs to plan for, and the names of those that a generator would take but should not."""
+    convs, refused = generable(model)
+    _check_weights(convs)
+    least = SMALLEST_SHARE * sum(conv.weight.numel() for conv in convs.values())
+    large = {name: conv for name, conv in convs.items() if conv.weight.numel() >= least}
+    return large, {*refused, *convs} - {*large}
 
 
 def _search(convs: Convs, slice_shapes: Sequence[Sequence[int]] | None, unit: int | None, track: Track) -> Frontier:
@@ -332,12 +332,10 @@ def _shared_gram(layers: Layers, shape: Shape, convs: Convs, grams: dict[tuple[L
 
 
 def _gram(convs: Convs, settings: Settings) -> Tensor:
-    """Return the Gram matrix whose eigenvalues are squared relative errors times importance."""
+    """Return the Gram matrix whose eigenvalues are squared relative errors times parameters."""
     weights = [conv.weight for conv in convs.values()]
     squares = [weight.detach().double().square().sum().item() for weight in weights]
-    shares = [
-        importance(each.numel()) / square if square else 0.0 for each, square in zip(weights, squares, strict=True)
-    ]
+    shares = [each.numel() / square if square else 0.0 for each, square in zip(weights, squares, strict=True)]
     return gram(weights, settings, shares)
 
 
@@ -379,8 +377,8 @@ def _curve(frontier: Frontier, summary: Summary) -> tuple[Point, ...]:
 
 
 def _mean(squares: float, summary: Summary) -> float:
-    """Return the root mean square over all convs, given the sum of squared relative errors times importance."""
-    return math.sqrt(squares / sum(importance(layer.dense_params) for layer in summary.layers))
+    """Return the root mean square over all convs, given the sum of squared relative errors times parameters."""
+    return math.sqrt(squares / sum(layer.dense_params for layer in summary.layers))
 
 
 def _fit_errors(convs: Convs, settings: Settings) -> dict[str, float]:

@@ -50,7 +50,7 @@ def build(name):
 
 
 def shapes_for(name):
-    return None if name in ('odd', 'resnet20') else SHAPES
+    return {'odd': None, 'resnet20': None, 'resnet56': SHAPES}.get(name, [(8, 8, 3, 3), (16, 16, 1, 1)])
 
 
 def check_counts(dense, planned):
@@ -81,12 +81,12 @@ def test_a_plan_keeps_to_its_budget_and_counts_as_retrofit_does(name):
 
 
 def error_by_hand(weights, slice_shape, code_dim):
-    """Squared relative errors, times importance, that a truncated SVD of all slices leaves."""
+    """Squared relative errors, times parameters, that a truncated SVD of all slices leaves."""
     s_out, s_in, _, _ = slice_shape
     rows = []
     for weight in weights:
         weight = weight.detach().double()
-        scaled = weight * weight.numel() ** 0.25 / weight.norm()
+        scaled = weight * weight.numel() ** 0.5 / weight.norm()
         rows += [
             scaled[r : r + s_out, c : c + s_in].flatten()
             for r in range(0, weight.shape[0], s_out)
@@ -107,10 +107,10 @@ def test_the_predicted_error_is_what_a_truncated_svd_leaves():
         names = [name for name, each in retrofitted.named_modules() if getattr(each, 'generator', None) is generator]
         settings = generator.settings
         by_hand = error_by_hand([convs[name].weight for name in names], settings.slice_shape, settings.code_dim)
-        told = sum(convs[name].weight.numel() ** 0.5 * planned.layers[name] ** 2 for name in names)
+        told = sum(convs[name].weight.numel() * planned.layers[name] ** 2 for name in names)
         assert told == pytest.approx(by_hand, rel=1e-9)
         left += by_hand
-    everything = sum(conv.weight.numel() ** 0.5 for conv in convs.values())
+    everything = sum(conv.weight.numel() for conv in convs.values())
     assert planned.relative_error == pytest.approx(math.sqrt(left / everything), rel=1e-9)
     nearest = min(planned.curve, key=lambda point: abs(point.stored_params - planned.stored_params))
     assert nearest.relative_error == pytest.approx(planned.relative_error, rel=0.01)
@@ -149,6 +149,13 @@ def test_slices_of_few_directions_are_found_out():
     planned = csg_seg.plan(dense, params=predict(dense, csg).stored_params, slice_shapes=SHAPES)
     assert planned.csg == [csg] and planned.compression_ratio > 30
     assert planned.relative_error < 1e-6
+
+
+def test_layers_that_save_next_to_nothing_stay_dense():
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(3, 64, 3), nn.Conv2d(64, 256, 3), nn.Conv2d(256, 256, 3), nn.Conv2d(256, 2, 1)]
+    planned = csg_seg.plan(nn.Sequential(*convs), ratio=8)
+    assert [error > 0 for error in planned.layers.values()] == [False, True, True, False]
 
 
 def test_the_overhang_is_no_error():
