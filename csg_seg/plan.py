@@ -218,7 +218,7 @@ def _read_budget(given: Mapping[str, Any], summary: Summary) -> _Budget:
             raise CSGError(f'ratio must be a number above 1, dense over stored parameters; got {value!r}')
         # Exactly: a float quotient may round up to one parameter too many.
         return _Budget(
-            f'ratio={value}', int(summary.dense_params // Fraction(value)), summary.dense_params, 'parameters'
+            f'ratio={value:g}', int(summary.dense_params // Fraction(value)), summary.dense_params, 'parameters'
         )
     dense = summary.stored_params if key == 'params' else summary.stored_bytes
     counts = 'parameters' if key == 'params' else 'bytes'

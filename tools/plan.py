@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def print_table(planned, summary) -> None:
-    """Print each generator, and the totals."""
+    """Print each generator and the totals."""
     table = Table()
     for column in ('layers', 'slices of', 'code length', 'convs', 'parameters stored', 'relative errors'):
         table.add_column(column, justify='left' if column == 'layers' else 'right')
@@ -42,15 +42,9 @@ def print_table(planned, summary) -> None:
         fed = [layer for layer in summary.layers if layer.generator == position]
         errors = [planned.layers[layer.name] for layer in fed]
         stored = generator.stored_params + sum(layer.stored_params for layer in fed)
-        shape = 'x'.join(map(str, csg['slice_shape']))
-        table.add_row(
-            describe_layers(csg),
-            shape,
-            str(csg['code_dim']),
-            str(len(fed)),
-            f'{stored:,}',
-            f'{min(errors):.2f} to {max(errors):.2f}',
-        )
+        shape, code = 'x'.join(map(str, csg['slice_shape'])), str(csg['code_dim'])
+        numbers = (shape, code, str(len(fed)), f'{stored:,}', f'{min(errors):.2f} to {max(errors):.2f}')
+        table.add_row(describe_layers(csg), *numbers)
     Console(width=None if sys.stdout.isatty() else 110).print(table)
     print(summary.headline())
     print(f'predicted relative error over all convs, before training: {planned.relative_error:.3f}')
@@ -60,8 +54,8 @@ def main() -> None:
     args = parse_args()
     out = Path(args.out)
     with one_line_errors():
-        if out.suffix != '.py' or out.is_dir():
-            raise CSGError(f'--out {out}: a config is a file that ends in .py')
+        if out.suffix != '.py':
+            raise CSGError(f'--out {out}: a config ends in .py')
         if out.exists() and not args.overwrite:
             raise CSGError(f'{out} exists; choose another --out, or give --overwrite')
         cfg = read_config(args.config)
@@ -75,9 +69,9 @@ def main() -> None:
         write_whole(out, lambda partial_path: partial_path.write_text(text))
     if args.json:
         print(json.dumps({**planned.to_dict(), 'trained': bool(args.checkpoint), 'config': str(out)}))
-        return
-    print_table(planned, summarise(retrofit(model, planned.csg)))
-    print(f'config: {out}')
+    else:
+        print_table(planned, summarise(retrofit(model, planned.csg)))
+        print(f'config: {out}')
 
 
 if __name__ == '__main__':
