@@ -9,6 +9,7 @@ import warnings
 from importlib.util import find_spec
 
 from .checkpoint import load_compact, save_compact
+from .plan import plan
 from .report import summarise
 from .retrofit import fit, materialise, retrofit
 
@@ -19,4 +20,4 @@ if find_spec('mmengine') is not None:
         warnings.warn(f'mmengine is installed but does not import: {error}', stacklevel=2)
 
 __version__ = '0.1.0'
-__all__ = ['fit', 'load_compact', 'materialise', 'retrofit', 'save_compact', 'summarise']
+__all__ = ['fit', 'load_compact', 'materialise', 'plan', 'retrofit', 'save_compact', 'summarise']

@@ -195,6 +195,31 @@ def choose_layers(model: nn.Module, settings: Sequence[Settings]) -> tuple[dict[
     return taken, left_dense
 
 
+def generable(model: nn.Module) -> tuple[dict[str, nn.Conv2d], dict[str, str]]:
+    """Find the convs that a generator takes without being named in full.
+
+    Returns:
+        ``convs``, layer name to conv, and ``refused``, the layers that would be
+        taken too but cannot be generated: layer name to reason.
+    """
+    everything = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    first = next(iter(everything), None)
+    convs: dict[str, nn.Conv2d] = {}
+    refused: dict[str, str] = {}
+    for name, conv in everything.items():
+        one_slice = (max(1, conv.out_channels), max(1, conv.in_channels), *conv.kernel_size)
+        widest = Settings(slice_shape=cast(tuple[int, int, int, int], one_slice), code_dim=1)
+        if _reason_to_pass(name, conv, widest, is_first=name == first) is not None:
+            continue
+        try:
+            _check_can_generate({name: conv})
+            _check_no_sharing(model, {name: conv})
+            convs[name] = conv
+        except CSGError as error:
+            refused[name] = str(error)
+    return convs, refused
+
+
 _OTHER_KERNEL = 'no generator of its kernel size'
 
 

@@ -12,7 +12,7 @@ PACKAGE = Path(csg_seg.__file__).parent
 # Who may import whom: a module imports only what stands on a line above its own.
 ORDER = [
     {'errors'},
-    {'slices', 'drawing'},
+    {'slices', 'drawing', 'frontier'},
     {'settings'},
     {'generator'},
     {'descent'},
@@ -20,6 +20,7 @@ ORDER = [
     {'conv'},
     {'retrofit'},
     {'checkpoint', 'report'},
+    {'plan'},
     {'coco'},
     {'mm'},
     {'__init__'},
@@ -91,7 +92,7 @@ def test_the_order_knows_every_module():
 
 
 def test_the_parser_sees_imports_of_every_form():
-    assert own_imports(PACKAGE / '__init__.py') == {'checkpoint', 'report', 'retrofit', 'mm'}
+    assert own_imports(PACKAGE / '__init__.py') == {'checkpoint', 'plan', 'report', 'retrofit', 'mm'}
     assert 'errors' in own_imports(PACKAGE / 'retrofit.py')
     assert 'csg_seg' not in foreign_imports(PACKAGE / 'drawing.py')
     assert 'errors' in own_imports(PACKAGE / 'drawing.py')
@@ -119,7 +120,15 @@ def test_no_function_imports(path):
 
 
 def test_the_public_names_are_these():
-    assert sorted(csg_seg.__all__) == ['fit', 'load_compact', 'materialise', 'retrofit', 'save_compact', 'summarise']
+    assert sorted(csg_seg.__all__) == [
+        'fit',
+        'load_compact',
+        'materialise',
+        'plan',
+        'retrofit',
+        'save_compact',
+        'summarise',
+    ]
     assert all(callable(getattr(csg_seg, name)) for name in csg_seg.__all__)
 
 

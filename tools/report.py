@@ -2,25 +2,46 @@
 
 import argparse
 import json
+from functools import partial
+from pathlib import Path
 
 from csg_seg import summarise
 from csg_seg.cli import one_line_errors
 
 with one_line_errors():
     from mmengine.config import DictAction
+    from rich.console import Console
+    from rich.progress import track
 
+    from csg_seg.errors import CSGError
     from csg_seg.mm.checkpoint import load_weights, read_checkpoint
+    from csg_seg.mm.curve import draw_curve, mark_settings
     from csg_seg.mm.launch import read_config
     from csg_seg.mm.model import build_model
+    from csg_seg.mm.plan import build_dense
+    from csg_seg.plan import trade_off
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('--checkpoint', help='also check that this checkpoint fits the config')
+    parser.add_argument('--curve', help='of a dense config: draw size against predicted error into this file (.png)')
+    parser.add_argument('--overwrite', action='store_true', help='replace CURVE when it exists')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings: key=value ...')
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
     return parser.parse_args()
+
+
+def draw(cfg, args: argparse.Namespace) -> None:
+    """Draw the trade-off curve of the dense network and its trained weights."""
+    if not args.checkpoint:
+        raise CSGError('--curve needs trained weights; give --checkpoint, of the dense config')
+    if Path(args.curve).exists() and not args.overwrite:
+        raise CSGError(f'{args.curve} exists; choose another --curve, or give --overwrite')
+    model = build_dense(cfg, args.checkpoint)
+    curve = trade_off(model, track=partial(track, description='spectra', console=Console(stderr=True), transient=True))
+    draw_curve(curve, mark_settings(model), args.curve, title=Path(args.config).stem)
 
 
 def main() -> None:
@@ -32,6 +53,8 @@ def main() -> None:
         if args.checkpoint:
             load_weights(model, read_checkpoint(args.checkpoint)['state_dict'])
         summary = summarise(model)
+        if args.curve:
+            draw(cfg, args)
     print(json.dumps(summary.to_dict()) if args.json else summary)
 
 
