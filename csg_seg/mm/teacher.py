@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -36,7 +37,9 @@ class Teacher:
             Shu et al., "Channel-Wise Knowledge Distillation for Dense Prediction", ICCV 2021.
         features: factor on the squared difference of feature maps over the squared
             teacher's, mean over maps. Romero et al., "FitNets", ICLR 2015.
-        layers: names of modules, the same in both networks, whose outputs ``features`` compares.
+        layers: patterns of module names, the same in both networks, whose outputs
+            ``features`` compares; ``*`` stands for part of one name between dots, as in
+            'backbone.layer*.*', all blocks of a ResNet.
         logits_layer: name of the module that gives class scores; found by itself in
             mmpretrain's and mmseg's common heads.
         anneal: share of the training over which generated layers pass from the
@@ -70,7 +73,8 @@ class Teacher:
         self.model = model
         self.factors = factors
         self.temperature = temperature
-        self.layers = list(layers)
+        self.patterns = list(layers)
+        self.layers: list[str] = []
         self.logits_layer = logits_layer
         self.anneal = anneal
         self._network: nn.Module | None = None
@@ -82,17 +86,17 @@ class Teacher:
         Raises:
             CSGError: the student has none of the named layers.
         """
-        self.logits_layer = self.logits_layer or _find_logits_layer(student)
+        if self.factors['logits'] or self.factors['channels']:
+            self.logits_layer = self.logits_layer or _find_logits_layer(student)
+        if self.factors['features']:
+            self.layers = _match(student, self.patterns)
         self._watch('student', student)
         student.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         student.register_forward_hook(self._after_forward, with_kwargs=True)
         return student
 
     def _watch(self, who: str, network: nn.Module) -> None:
-        wanted = self.layers if self.factors['features'] else []
-        if self.factors['logits'] or self.factors['channels']:
-            wanted = [*wanted, self.logits_layer]
-        for name in wanted:
+        for name in [*self.layers, *filter(None, [self.logits_layer])]:
             try:
                 module = network.get_submodule(name)
             except AttributeError:
@@ -191,6 +195,22 @@ def _find_logits_layer(network: nn.Module) -> str:
 
 def _is_channels_last(weight: Tensor) -> bool:
     return weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _match(network: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Return the names of the modules that patterns stand for, each in the network's order."""
+    names = [name for name, _ in network.named_modules()]
+    found: list[str] = []
+    for pattern in patterns:
+        fitting = [name for name in names if name.count('.') == pattern.count('.') and _fits(name, pattern)]
+        if not fitting:
+            raise CSGError(f'teacher: layers pattern {pattern!r} names no module; names look like {names[-1]!r}')
+        found += [name for name in fitting if name not in found]
+    return found
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return all(map(fnmatchcase, name.split('.'), pattern.split('.')))
 
 
 def _as_list(output: Any) -> list[Tensor]:
