@@ -75,6 +75,25 @@ def benchmark(
     return {'metric': metric, 'networks': networks, 'made_with': {**versions, 'threads_of_a_run': threads}}
 
 
+def evaluate(
+    cfg: Config, checkpoint: str, folder: str | Path, *, tools: Path, metric: str = 'accuracy/top1', jobs: int = 1
+) -> dict[str, Any]:
+    """Test a checkpoint under a config, in a process of its own, unless that is done.
+
+    Returns:
+        the score, and the metric's name.
+    """
+    folder = Path(folder)
+    _prepare(cfg, 0, folder)
+    if not (folder / 'result.json').exists():
+        threads = max(1, torch.get_num_threads() // jobs)
+        printed = _call(
+            tools / 'test.py', _config(folder), checkpoint, '--json', log=folder / 'test.txt', threads=threads
+        )
+        write_whole(folder / 'result.json', lambda partial: partial.write_text(printed))
+    return {'metric': metric, 'score': _score(folder, metric)}
+
+
 def _prepare(cfg: Config, seed: int, folder: Path) -> None:
     """Write a run's whole config beside its folder, or find it there."""
     cfg = deepcopy(cfg)

@@ -1,0 +1,143 @@
+"""Several ways from a trained dense network to a generated one, at equal training steps."""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+
+from ..errors import CSGError
+from ..plan import Plan, plan
+from ..report import summarise
+from .benchmark import benchmark, evaluate
+from .model import build_model
+from .plan import build_dense
+
+# What the teacher of each way compares; without one, a network is on its own.
+LOGITS = dict(labels=0.0, logits=0.1)
+FEATURES = dict(labels=0.0, logits=0.1, features=3.0)
+WAYS: dict[str, dict[str, Any]] = {
+    'scratch': {},
+    'fine-tune': {},
+    'logits': LOGITS,
+    'features': FEATURES,
+    'features+labels': {**FEATURES, 'labels': 1.0},
+    'features+channels': {**FEATURES, 'channels': 0.1},
+    'anneal': {**FEATURES, 'anneal': 0.6},
+    'anneal logits': {**LOGITS, 'anneal': 0.6},
+    'proximal': FEATURES,
+    'narrow': LOGITS,
+}
+
+
+def carry_over(
+    dense: Config,
+    checkpoint: str,
+    ratios: Sequence[float],
+    ways: Sequence[str],
+    work_dir: str | Path,
+    *,
+    layers: Sequence[str],
+    seeds: Sequence[int] = (0,),
+    **options: Any,
+) -> dict[str, Any]:
+    """Plan a network for each ratio and train it in each way, for as long as the config says.
+
+    Args:
+        dense: the trained network's config, with the schedule of the fine-tuning.
+        checkpoint: its weights.
+        ratios: dense over stored parameters.
+        ways: of :data:`WAYS`.
+        work_dir: a folder for each run goes into it.
+        layers: what ways with features compare, see :class:`csg_seg.mm.teacher.Teacher`.
+        seeds: of data order, augmentation and start values.
+        options: ``tools``, ``metric`` and ``jobs`` of :func:`csg_seg.mm.benchmark.benchmark`.
+
+    Returns:
+        the dense network's score; and for each ratio the settings, the score
+        after the fit alone, and what ``benchmark`` returns of each way.
+
+    Raises:
+        CSGError: a ratio is out of reach, a way is unknown, or a run failed.
+    """
+    unknown = [way for way in ways if way not in WAYS]
+    if unknown:
+        raise CSGError(f'there is no way {unknown[0]!r}; take some of {", ".join(WAYS)}')
+    work_dir, checkpoint = Path(work_dir), str(Path(checkpoint).resolve())
+    network = build_dense(dense, checkpoint)
+    scores = evaluate(dense, checkpoint, work_dir / 'dense', **options)
+    result: dict[str, Any] = {'dense': {'stored_params': summarise(network).stored_params, **scores}, 'ratios': {}}
+    for ratio in ratios:
+        planned = plan(network, ratio=ratio)
+        folder = work_dir / f'{ratio:g}x'
+        configs = {way: _config(way, dense, checkpoint, planned, layers, folder) for way in ways}
+        if 'proximal' in configs:
+            benchmark({'proximal start': _proximal_start(dense, checkpoint, planned, layers)}, seeds, folder, **options)
+        fitted = evaluate(_generated(dense, planned), checkpoint, folder / 'fitted', **options)
+        trained = benchmark(configs, seeds, folder, **options)
+        result['ratios'][f'{ratio:g}'] = {'csg': planned.csg, 'fitted': fitted, **trained}
+    return result
+
+
+def _config(way: str, dense: Config, checkpoint: str, planned: Plan, layers: Sequence[str], folder: Path) -> Config:
+    """Return the config of one way."""
+    teacher = {'checkpoint': checkpoint, **WAYS[way]}
+    if 'features' in teacher:
+        teacher['layers'] = list(layers)
+    if way == 'narrow':
+        return _narrower(dense, teacher, planned.stored_params)
+    cfg = _generated(dense, planned)
+    if way == 'fine-tune':
+        cfg.model.init_cfg = dict(type='Pretrained', checkpoint=checkpoint)
+    elif way != 'scratch':
+        cfg.model.teacher = teacher
+    if way == 'proximal':
+        start = folder.resolve() / 'proximal start' / 'seed0'
+        cfg.model.init_cfg = dict(type='Pretrained', checkpoint=str(start / f'epoch_{_first_epochs(dense)}.pth'))
+        cfg.model.teacher.model = dense.model.to_dict()
+        _shorten(cfg, dense.train_cfg.max_epochs - _first_epochs(dense))
+    return cfg
+
+
+def _generated(dense: Config, planned: Plan) -> Config:
+    cfg = deepcopy(dense)
+    cfg.model = ConfigDict(dense.model, type='CSGModel', base_type=dense.model.type, csg=list(planned.csg))
+    return cfg
+
+
+def _proximal_start(dense: Config, checkpoint: str, planned: Plan, layers: Sequence[str]) -> Config:
+    """Return the first two thirds of the proximal way: the dense network, pulled to where a generator can follow."""
+    cfg = deepcopy(dense)
+    teacher = {'checkpoint': checkpoint, 'model': dense.model.to_dict(), 'layers': list(layers), **FEATURES}
+    start = dict(type='Pretrained', checkpoint=checkpoint)
+    cfg.model = ConfigDict(dense.model, type='TaughtModel', base_type=dense.model.type, teacher=teacher, init_cfg=start)
+    cfg.default_hooks.proximal = dict(type='ProximalHook', csg=list(planned.csg))
+    _shorten(cfg, _first_epochs(dense))
+    return cfg
+
+
+def _first_epochs(dense: Config) -> int:
+    return max(1, round(dense.train_cfg.max_epochs * 2 / 3))
+
+
+def _shorten(cfg: Config, epochs: int) -> None:
+    """Let a config train for fewer epochs, its last scheduler ending with them."""
+    cfg.train_cfg.max_epochs = epochs
+    last = cfg.param_scheduler[-1]
+    last.update(end=epochs, T_max=epochs - last.get('begin', 0))
+
+
+def _narrower(dense: Config, teacher: Mapping[str, Any], params: int) -> Config:
+    """Return a dense network of fewer channels, the widest of at most so many parameters."""
+    if dense.model.backbone.type != 'CIFARResNet':
+        raise CSGError(f"the way 'narrow' knows CIFARResNet alone, not {dense.model.backbone.type}; leave it out")
+    cfg = deepcopy(dense)
+    for base_channels in range(16, 0, -1):
+        cfg.model.backbone.base_channels = base_channels
+        cfg.model.head.in_channels = 4 * base_channels
+        if summarise(build_model(cfg)).stored_params <= params:
+            break
+    settings = dict(teacher, model=dense.model.to_dict())
+    cfg.model = ConfigDict(cfg.model, type='TaughtModel', base_type=dense.model.type, teacher=settings)
+    return cfg
