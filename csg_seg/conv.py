@@ -90,8 +90,8 @@ class GeneratorBank(nn.ModuleList):
         left_dense: name of each conv that stayed dense, and why.
         fed: name and conv of each generated layer; the bank does not register them.
         after_fit: called with the bank and :meth:`fit_loaded`'s result.
-        fits_at_init: whether weights that ``init_weights`` of the network loaded are
-            fitted, or dropped because a training checkpoint follows.
+        fits: whether dense weights that are loaded are fitted, or dropped because a
+            training checkpoint follows.
     """
 
     def __init__(self, generators: Iterable[Generator], left_dense: Mapping[str, str]):
@@ -99,7 +99,7 @@ class GeneratorBank(nn.ModuleList):
         self.left_dense = dict(left_dense)
         self.fed: dict[str, CSGConv2d] = {}
         self.after_fit: Callable[[GeneratorBank, dict[str, float]], None] | None = None
-        self.fits_at_init = True
+        self.fits = True
 
     def forward(self, input: Any) -> Any:
         """Return the input: a root that runs its children in turn, as ``nn.Sequential`` does, runs the bank too."""
@@ -110,9 +110,6 @@ class GeneratorBank(nn.ModuleList):
 
     def init_weights(self) -> None:
         """Fit what was loaded into parts of the network; mmengine calls it last, after all other children's."""
-        if not self.fits_at_init:
-            for conv in self.fed.values():
-                conv.loaded = None
         self.fit_loaded()
 
     def fit_loaded(self) -> dict[str, float]:
@@ -123,6 +120,9 @@ class GeneratorBank(nn.ModuleList):
         Returns:
             the relative error of each fitted layer's weight, by name.
         """
+        if not self.fits:
+            for conv in self.fed.values():
+                conv.loaded = None
         by_generator: dict[int, list[str]] = defaultdict(list)
         for name, conv in self.fed.items():
             by_generator[id(conv.generator)].append(name)

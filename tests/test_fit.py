@@ -232,7 +232,7 @@ def test_a_new_head_may_be_missing_as_a_whole():
 def test_what_a_resumed_run_loads_at_init_is_not_fitted():
     model = build(seed=1)
     kept = snapshot(model)
-    find_bank(model).fits_at_init = False
+    find_bank(model).fits = False
     model.narrow.load_state_dict({'weight': torch.zeros(17, 31, 3, 3)})
     find_bank(model).init_weights()
     assert_same_state(model, kept)

@@ -85,7 +85,7 @@ def main() -> None:
             runner.register_hook(bars)
             scores = runner.test()
     if args.json and runner.rank == 0:
-        print(json.dumps(scores))
+        print(json.dumps(scores, default=float))  # mmseg's scores are NumPy's
 
 
 if __name__ == '__main__':

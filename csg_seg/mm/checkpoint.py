@@ -15,6 +15,7 @@ from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
 from ..checkpoint import read_compact
+from ..conv import find_bank
 from ..errors import CSGError
 
 
@@ -104,8 +105,13 @@ def load_weights(model: nn.Module, state_dict: dict) -> None:
     """Load a whole state dict into a bare model, strictly.
 
     Raises:
-        CSGError: names or shapes differ.
+        CSGError: names or shapes differ, or the weights are dense and the model is retrofitted.
     """
+    if find_bank(model) is not None and not any(name.endswith('.code') for name in state_dict):
+        raise CSGError(
+            'a dense checkpoint, and the config is a CSG config: use it with the dense config, '
+            'or train this config from it (load_from)'
+        )
     try:
         load_state_dict(model, state_dict, strict=True)
     except RuntimeError as error:

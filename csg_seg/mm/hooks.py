@@ -65,6 +65,10 @@ class CSGHook(Hook):
         retrofit_for_runner(model, self.csg)
         return True
 
+    def before_train(self, runner: Runner) -> None:
+        """Let weights be fitted again that are loaded later."""
+        find_bank(bare_model(runner.model)).fits = True
+
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Refuse to resume from a dense checkpoint, which mmengine does when ``load_from`` names one."""
         if runner._resume and not any(f'{BANK}.0.' in name for name in checkpoint['state_dict']):
@@ -79,7 +83,7 @@ class CSGHook(Hook):
         if self.retrofit(model):
             _rewrap(runner)
         if runner._resume and (runner._load_from or find_latest_checkpoint(runner.work_dir)):
-            find_bank(model).fits_at_init = False
+            find_bank(model).fits = False
         runner.logger.info(f'CSG: {summarise(model).headline()}')
         if self.save_compact and not any(isinstance(hook, CompactCheckpointHook) for hook in runner.hooks):
             runner.register_hook(CompactCheckpointHook())
