@@ -22,7 +22,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', help="dense config file, with the fine-tuning's schedule")
     parser.add_argument('checkpoint', help='its trained weights')
     parser.add_argument('--ratios', type=float, nargs='+', default=[2.3, 5.0], help='compression (default: 2.3 5)')
-    parser.add_argument('--ways', nargs='+', default=list(WAYS), help=f'(default: {" ".join(map(repr, WAYS))})')
+    parser.add_argument('--ways', nargs='+', help=f'some of {", ".join(map(repr, WAYS))} (default: all that fit)')
     parser.add_argument('--layers', nargs='+', default=['backbone.layer*.*'], help='features (default: %(default)s)')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0], help='(default: 0)')
     parser.add_argument('--work-dir', required=True, help='folder for the runs; finished ones are not repeated')

@@ -35,7 +35,7 @@ def carry_over(
     dense: Config,
     checkpoint: str,
     ratios: Sequence[float],
-    ways: Sequence[str],
+    ways: Sequence[str] | None,
     work_dir: str | Path,
     *,
     layers: Sequence[str],
@@ -48,7 +48,7 @@ def carry_over(
         dense: the trained network's config, with the schedule of the fine-tuning.
         checkpoint: its weights.
         ratios: dense over stored parameters.
-        ways: of :data:`WAYS`.
+        ways: of :data:`WAYS`; None for all that the config allows.
         work_dir: a folder for each run goes into it.
         layers: what ways with features compare, see :class:`csg_seg.mm.teacher.Teacher`.
         seeds: of data order, augmentation and start values.
@@ -61,9 +61,11 @@ def carry_over(
     Raises:
         CSGError: a ratio is out of reach, a way is unknown, or a run failed.
     """
-    unknown = [way for way in ways if way not in WAYS]
+    possible = _possible_ways(dense)
+    ways = possible if ways is None else ways
+    unknown = [way for way in ways if way not in possible]
     if unknown:
-        raise CSGError(f'there is no way {unknown[0]!r}; take some of {", ".join(WAYS)}')
+        raise CSGError(f'the way {unknown[0]!r} is not possible here; take some of {", ".join(possible)}')
     work_dir, checkpoint = Path(work_dir), str(Path(checkpoint).resolve())
     network = build_dense(dense, checkpoint)
     scores = evaluate(dense, checkpoint, work_dir / 'dense', **options)
@@ -78,6 +80,16 @@ def carry_over(
         trained = benchmark(configs, seeds, folder, **options)
         result['ratios'][f'{ratio:g}'] = {'csg': planned.csg, 'fitted': fitted, **trained}
     return result
+
+
+def _possible_ways(dense: Config) -> list[str]:
+    """Leave out what needs a segmentation network, a schedule by epochs, or a width that can be set."""
+    needs = {
+        'features+channels': 'decode_head' in dense.model,
+        'proximal': bool(dense.train_cfg.get('by_epoch')),
+        'narrow': dense.model.backbone.type == 'CIFARResNet',
+    }
+    return [way for way in WAYS if needs.get(way, True)]
 
 
 def _config(way: str, dense: Config, checkpoint: str, planned: Plan, layers: Sequence[str], folder: Path) -> Config:
@@ -130,8 +142,6 @@ def _shorten(cfg: Config, epochs: int) -> None:
 
 def _narrower(dense: Config, teacher: Mapping[str, Any], params: int) -> Config:
     """Return a dense network of fewer channels, the widest of at most so many parameters."""
-    if dense.model.backbone.type != 'CIFARResNet':
-        raise CSGError(f"the way 'narrow' knows CIFARResNet alone, not {dense.model.backbone.type}; leave it out")
     cfg = deepcopy(dense)
     for base_channels in range(16, 0, -1):
         cfg.model.backbone.base_channels = base_channels

@@ -144,6 +144,8 @@ class Teacher:
             if factors['logits']:
                 yield 'logits', factors['logits'] * divergence(*pair, temperature, dim=1)
             if factors['channels']:
+                if pair[0].ndim != 4:
+                    raise CSGError('teacher: channels compares pixels, this network classifies; set channels=0')
                 flat = [each.flatten(2) for each in pair]
                 yield 'channels', factors['channels'] * divergence(*flat, temperature, dim=2)
         if factors['features']:
