@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SMALL_MODEL, cfg_options, run_program
+from mmengine.config import Config
 
 from csg_seg.mm.checkpoint import read_checkpoint
+from csg_seg.mm.model import build_model
 
 CONFIGS = ROOT / 'configs' / 'deeplabv3'
 DENSE = CONFIGS / 'deeplabv3_r18-d8_4xb4-20k_voc12-512x512.py'
@@ -153,6 +155,16 @@ def test_activation_checkpointing_under_ddp_changes_nothing(launch, two):
     assert seen['identical']
     assert seen['losses'] == pytest.approx(two[0]['losses'], rel=1e-5)
     assert_close(weights, two[1])
+
+
+def test_two_processes_share_one_fit_and_learn_from_one_teacher(launch, tmp_path):
+    cfg = Config.fromfile(DENSE)
+    cfg.merge_from_dict(SMALL_MODEL)
+    torch.save({'state_dict': build_model(cfg).state_dict()}, tmp_path / 'dense.pth')
+    extra = f"model['teacher'] = dict(checkpoint={str(tmp_path / 'dense.pth')!r}, features=1.0, anneal=0.5)\n"
+    seen, weights = launch('taught', CSG, processes=2, batch_size=2, extra=extra)
+    assert seen['kind'] == 'MMDistributedDataParallel' and seen['identical']
+    assert not any('teacher' in name for name in weights)
 
 
 def test_slurm_script_trains_two_cpu_processes(drawn, tmp_path):

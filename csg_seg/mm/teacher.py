@@ -1,6 +1,6 @@
 """From a trained dense network to a generated one: distillation, and dense weights that fade out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from fnmatch import fnmatchcase
 from functools import partial
@@ -136,7 +136,7 @@ class Teacher:
         self._outputs.clear()
         return taught
 
-    def _compare(self):
+    def _compare(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each kind of difference between the two networks that has a factor, and its loss."""
         factors, temperature = self.factors, self.temperature
         if factors['logits'] or factors['channels']:
@@ -150,7 +150,7 @@ class Teacher:
                 yield 'channels', factors['channels'] * divergence(*flat, temperature, dim=2)
         if factors['features']:
             maps = [pair for name in self.layers for pair in zip(*map(_as_list, self._pair(name)), strict=True)]
-            errors = [(mine - wanted).square().sum() / wanted.square().sum() for mine, wanted in maps]
+            errors = [relative_squared_error(*pair) for pair in maps]
             yield 'features', factors['features'] * torch.stack(errors).mean()
 
     def _pair(self, name: str) -> tuple[Any, Any]:
@@ -185,6 +185,12 @@ def divergence(logits: Tensor, wanted: Tensor, temperature: float, *, dim: int) 
     mine, wanted = (functional.log_softmax(each / temperature, dim=dim) for each in (logits, wanted))
     pointwise = functional.kl_div(mine, wanted, log_target=True, reduction='none')
     return temperature**2 * pointwise.sum(dim).mean()
+
+
+def relative_squared_error(values: Tensor, wanted: Tensor) -> Tensor:
+    """Return the squared difference of two tensors over the second's squares, both summed in float32."""
+    wanted = wanted.float()
+    return (values.float() - wanted).square().sum() / wanted.square().sum()
 
 
 def _find_logits_layer(network: nn.Module) -> str:
