@@ -126,6 +126,13 @@ def test_hidden_channels_may_come_in_any_order(network, layers):
     assert torch.allclose(twin(images, mode='tensor')[0], network(images, mode='tensor')[0], atol=1e-5)
 
 
+def test_a_dead_layer_is_named(network, layers):
+    name = next(iter(layers))
+    dead = with_weights(network, {name: torch.zeros_like(layers[name].weight)})
+    with pytest.raises(CSGError, match=f'{name} gives zero for all images'):
+        read_layers(dead, [name], {name: layers[name].moments})
+
+
 def test_settings_are_read_from_their_names(network):
     assert read_settings('s12-d72', network) == {'slice_shape': [12, 12, 3, 3], 'code_dim': 72}
     csg = read_settings('s8x4-3x', network)

@@ -1,7 +1,8 @@
-"""Ways to fit one linear generator to trained weights, compared: those that csg_seg.fit uses and those it does not.
+"""Ways to fit one linear generator to trained weights, compared: that of csg_seg.fit, and others beside it.
 
-All of them store the same: a way only decides which error is made small. Weights
-are in float64, as in :mod:`csg_seg.fit`.
+All of them store the same: a way only decides which error is made small. A scale for
+each slice is not among them, because a code absorbs it; one for each filter is, which
+the BatchNorm behind a conv absorbs. Weights are in float64, as in :mod:`csg_seg.fit`.
 """
 
 import math
@@ -55,6 +56,7 @@ class Layer:
 Layers = Mapping[str, Layer]
 Weights = dict[str, Tensor]
 Fit = Callable[[Layers, Settings], Weights]
+Map = Callable[[Tensor], Tensor]
 
 
 # --- which error is made small ---
@@ -255,18 +257,27 @@ def read_settings(text: str, network: nn.Module) -> dict[str, Any]:
         return {**csg, 'code_dim': int(length)}
     if float(ratio) <= 1:
         raise CSGError(f'{text}: a compression must be above 1, dense over stored parameters')
-    one, two = (predict(network, {**csg, 'code_dim': length}).stored_params for length in (1, 2))
-    dense = predict(network, {**csg, 'code_dim': 1}).dense_params
-    longest = (int(dense / float(ratio)) - one) // (two - one) + 1
+    one, two = (predict(network, {**csg, 'code_dim': length}) for length in (1, 2))
+    budget = int(one.dense_params / float(ratio))
+    longest = (budget - one.stored_params) // (two.stored_params - one.stored_params) + 1
     if longest < 1:
-        raise CSGError(f'{text}: {ratio}x is out of reach; codes of length 1 give {dense / one:.1f}x')
+        raise CSGError(f'{text}: {ratio}x is out of reach; codes of length 1 give {one.compression_ratio:.1f}x')
     return {**csg, 'code_dim': longest}
 
 
 def read_layers(network: nn.Module, names: list[str], moments: Mapping[str, Tensor]) -> Layers:
-    """Gather what the ways need of the named convs."""
-    weights = {name: network.get_submodule(name).weight.detach().double() for name in names}
-    return {name: Layer(weight, moments[name].double(), _reader(network, name)) for name, weight in weights.items()}
+    """Gather what the ways need of the named convs.
+
+    Raises:
+        CSGError: a layer's outputs are all zero.
+    """
+    layers = {}
+    for name in names:
+        weight = network.get_submodule(name).weight.detach().double()
+        layers[name] = Layer(weight, moments[name].double(), _reader(network, name))
+        if not _output_energies(weight, layers[name]).any():
+            raise CSGError(f'{name} gives zero for all images; take a checkpoint of a network that is trained')
+    return layers
 
 
 def _reader(network: nn.Module, name: str) -> str | None:
@@ -440,19 +451,24 @@ def _improve(basis: Tensor, groups: Sequence[_Group], codes: Sequence[Tensor]) -
     def precondition(residual: Tensor) -> Tensor:
         return (left @ residual.flatten(1)).view(residual.shape) @ right
 
-    residual = wanted - apply(basis)
+    return _conjugate_gradients(apply, precondition, wanted, start=basis)
+
+
+def _conjugate_gradients(apply: Map, precondition: Map, wanted: Tensor, *, start: Tensor) -> Tensor:
+    """Go :data:`STEPS` steps towards the ``x`` for which ``apply(x)`` is what is wanted."""
+    residual = wanted - apply(start)
     direction = steepest = precondition(residual)
     size = (residual * steepest).sum()
     for _ in range(STEPS):
-        if size == 0:
+        if size == 0:  # it is there
             break
         change = apply(direction)
         length = size / (direction * change).sum()
-        basis, residual = basis + length * direction, residual - length * change
+        start, residual = start + length * direction, residual - length * change
         steepest = precondition(residual)
         size, before = (residual * steepest).sum(), size
         direction = steepest + size / before * direction
-    return basis
+    return start
 
 
 # --- small parts ---
