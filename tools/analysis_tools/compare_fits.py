@@ -1,0 +1,74 @@
+"""Compare ways to fit generators to a trained classifier: errors and accuracy before any training."""
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+from csg_seg.checkpoint import write_whole
+from csg_seg.cli import one_line_errors
+
+with one_line_errors():
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from csg_seg.errors import CSGError
+    from csg_seg.mm.compare import made_with
+    from csg_seg.mm.fits import compare_fits
+    from csg_seg.mm.launch import read_config
+
+SETTINGS = ['s12-d72', 's8-2.3x', 's8-5x']
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='dense config file')
+    parser.add_argument('checkpoint', help='its trained weights')
+    parser.add_argument(
+        '--settings',
+        nargs='+',
+        default=SETTINGS,
+        help='3x3 slices and code length, or compression, such as s12-d72 s8x16-2.3x (default: %(default)s)',
+    )
+    parser.add_argument('--images', type=int, default=300, help='of the train split, to calibrate on (default: 300)')
+    parser.add_argument('--out', help='also write the result to this JSON file')
+    parser.add_argument('--overwrite', action='store_true', help='replace OUT when it exists')
+    parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
+    return parser.parse_args()
+
+
+def print_table(result: dict) -> None:
+    """Print a row for each setting and way."""
+    table = Table('settings', 'way', 'weight error', 'output error', 'accuracy', 'BatchNorm renewed')
+    dense = result['dense']
+    table.add_row('dense', '', '', '', f'{dense["accuracy"]:.2f}', f'{dense["accuracy_bn"]:.2f}')
+    for text, found in result['settings'].items():
+        table.add_section()
+        for way, each in found['ways'].items():
+            errors = f'{each["weight_error"]:.3f}', f'{each["output_error"]:.3f}'
+            table.add_row(text, way, *errors, f'{each["accuracy"]:.2f}', f'{each["accuracy_bn"]:.2f}')
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def main() -> None:
+    args = parse_args()
+    with one_line_errors():
+        if args.out and Path(args.out).exists() and not args.overwrite:
+            raise CSGError(f'{args.out} exists; choose another --out, or give --overwrite')
+        cfg = read_config(args.config)
+        progress = partial(track, description='fits', console=Console(stderr=True), transient=True)
+        figures = compare_fits(cfg, args.checkpoint, args.settings, images=args.images, track=progress)
+        command = ' '.join(['python', *sys.argv])
+        result = {'command': command, 'images': args.images, **figures, 'made_with': made_with(seed=0)}
+        if args.out:
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(
+                Path(args.out), lambda partial_path: partial_path.write_text(json.dumps(result, indent=2) + '\n')
+            )
+    print(json.dumps(result)) if args.json else print_table(result)
+
+
+if __name__ == '__main__':
+    main()
