@@ -11,7 +11,7 @@ from csg_seg import materialise, summarise
 from csg_seg.mm.model import build_model
 
 CONFIGS = sorted(path for path in (ROOT / 'configs').glob('*/*.py') if path.parent.name != '_base_')
-CSG = [path for path in CONFIGS if path.name.startswith('csg-')]
+CSG = [path for path in CONFIGS if path.name.startswith(('csg-', 'taught-csg-'))]
 # One of each family: the rest differ in data and schedule alone.
 BUILT = [path for path in CSG if '-40k_voc12-' not in path.name]
 

@@ -143,6 +143,7 @@ def test_settings_are_read_from_their_names(network):
     assert dense - generated + (csg['code_dim'] + 1) * (288 + generated // 288) > dense / 3
 
 
+@pytest.mark.full
 def test_all_ways_are_compared(config, checkpoint):
     result = compare_fits(deepcopy(config), str(checkpoint), ['s8-d30'], images=20)
     assert list(result['settings']['s8-d30']['ways']) == list(WAYS)
@@ -173,6 +174,7 @@ def test_other_networks_are_refused(config, checkpoint):
         compare_fits(other, str(checkpoint), ['s8-d30'], images=20)
 
 
+@pytest.mark.full
 def test_the_tool_ends_in_one_line(checkpoint):
     tool = ('analysis_tools/compare_fits.py', CIFAR10 / f'csg-s12-d72_{NAME}.py', checkpoint)
     done = run_tool(*tool, check=False)
