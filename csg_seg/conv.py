@@ -50,7 +50,16 @@ class CSGConv2d(nn.Conv2d):
         return {name: getattr(self, name) for name in names}
 
     def generate_weight(self) -> Tensor:
-        """Return the weight ``(out, in, kh, kw)`` of the current code, generator and residual."""
+        """Return the weight ``(out, in, kh, kw)`` of the current code, generator and residual.
+
+        Raises:
+            CSGError: a dense weight was loaded into this part of the network and not fitted.
+        """
+        if self.loaded is not None:
+            raise CSGError(
+                'a dense weight was loaded into a part of the network and not fitted yet; load it into the whole '
+                'network, or call model.csg.fit_loaded()'
+            )
         # Half-precision generation nearly doubles the rounding error: let the conv cast instead.
         with torch.autocast(self.code.device.type, enabled=False):
             slices = self.generator(self.code)
@@ -112,25 +121,32 @@ class GeneratorBank(nn.ModuleList):
         """Fit what was loaded into parts of the network; mmengine calls it last, after all other children's."""
         self.fit_loaded()
 
+    def forget_loaded(self) -> None:
+        """Drop dense weights that were loaded and not fitted."""
+        for conv in self.fed.values():
+            conv.loaded = None
+
     def fit_loaded(self) -> dict[str, float]:
         """Fit generators and codes to the dense weights that were loaded, in place.
 
-        Layers without one get new codes, because their generator has changed.
+        Layers without one get new codes if their generator changes.
 
         Returns:
             the relative error of each fitted layer's weight, by name.
         """
         if not self.fits:
-            for conv in self.fed.values():
-                conv.loaded = None
+            self.forget_loaded()
         by_generator: dict[int, list[str]] = defaultdict(list)
         for name, conv in self.fed.items():
             by_generator[id(conv.generator)].append(name)
         errors: dict[str, float] = {}
         for generator in self:
             fed = {name: self.fed[name] for name in by_generator[id(generator)]}
-            if any(conv.loaded is not None for conv in fed.values()):
-                errors |= _fit(generator, fed)
+            loaded = {name: conv.loaded for name, conv in fed.items() if conv.loaded is not None}
+            for conv in fed.values():
+                conv.loaded = None
+            if loaded:
+                errors |= _fit(generator, fed, loaded)
         if errors and self.after_fit is not None:
             self.after_fit(self, errors)
         return errors
@@ -194,6 +210,8 @@ def swap_out(conv: CSGConv2d) -> None:
     for name in conv.stored():
         delattr(conv, name)
     object.__delattr__(conv, 'generator')
+    for name in ('blend', 'loaded'):
+        conv.__dict__.pop(name, None)
     conv.__class__ = nn.Conv2d  # type: ignore[assignment]
 
 
@@ -256,6 +274,7 @@ def check_state_dict(root: nn.Module, state_dict: dict[str, Tensor], prefix: str
     """
     bank = find_bank(root)
     assert bank is not None
+    bank.forget_loaded()
     convs = dict(generated_convs(root))
     stored_bank = {f'{prefix}{BANK}.{name}': tensor for name, tensor in bank.state_dict().items()}
     if _is_dense(state_dict, prefix, convs) and not stored_bank.keys() & state_dict.keys():
@@ -330,21 +349,22 @@ def _part(name: str) -> str:
     return name.split('.')[0]
 
 
-def _fit(generator: Generator, fed: Mapping[str, CSGConv2d]) -> dict[str, float]:
-    """Fit one generator and the convs it feeds to the weights that were loaded into them."""
-    loaded = {name: conv.loaded for name, conv in fed.items() if conv.loaded is not None}
+def _fit(generator: Generator, fed: Mapping[str, CSGConv2d], loaded: Mapping[str, Tensor]) -> dict[str, float]:
+    """Fit one generator, and the convs it feeds, to dense weights of some of them."""
     codes = dict(zip(loaded, fit_generator(generator, list(loaded.values())), strict=True))
     rng = torch.Generator().manual_seed(generator.settings.seed)
     errors = {}
     for name, conv in fed.items():
+        if name not in loaded and generator.settings.freeze_generator:
+            continue
         code = codes[name] if name in codes else draw_code(conv.weight_shape, generator, rng)
         with torch.no_grad():
             conv.code.copy_(code)
             if name in loaded:
                 dense = loaded[name].to(conv.code)
                 _fit_residual(conv, dense)
-                errors[name] = ((conv.generate_weight() - dense).norm() / dense.norm()).item()
-        conv.loaded = None
+                norm = dense.norm().item()
+                errors[name] = (conv.generate_weight() - dense).norm().item() / norm if norm else 0.0
     return errors
 
 

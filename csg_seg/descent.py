@@ -12,6 +12,7 @@ from .generator import Generator
 _PACE = 0.1
 
 
+@torch.enable_grad()
 def fit_by_descent(generator: Generator, slices: Tensor, *, steps: int, rng: torch.Generator) -> Tensor:
     """Fit codes, and in place the generator unless it is frozen, to slices.
 

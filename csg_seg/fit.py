@@ -147,7 +147,7 @@ def _overhangs(weight_shapes: Iterable[Sequence[int]], settings: Settings) -> li
             chosen = patterns.setdefault(tuple(row.tolist()), [])
             chosen.extend(range(position, position + count))
             position += count
-    return [(torch.tensor(row), torch.tensor(chosen)) for row, chosen in patterns.items()]
+    return [(torch.tensor(row, device='cpu'), torch.tensor(chosen, device='cpu')) for row, chosen in patterns.items()]
 
 
 def _split(weight: Tensor, settings: Settings) -> Tensor:

@@ -398,8 +398,11 @@ def _fit_errors(convs: Convs, settings: Settings) -> dict[str, float]:
 def _to_csg(choice: Choice, model: nn.Module, reachable: Iterable[str]) -> dict[str, Any]:
     """Return the dict that gives the layers of a choice, and no others, to a generator."""
     kernel = choice.slice_shape[2:]
+    # Sorted, because a set's order changes from process to process.
     others = [
-        name for name in reachable if name not in choice.layers and model.get_submodule(name).kernel_size == kernel
+        name
+        for name in sorted(reachable)
+        if name not in choice.layers and model.get_submodule(name).kernel_size == kernel
     ]
     settings: dict[str, Any] = {'slice_shape': list(choice.slice_shape), 'code_dim': choice.code_dim}
     include, exclude = _cover(choice.layers, others), _cover(others, choice.layers)

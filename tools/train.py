@@ -45,11 +45,11 @@ def use_amp(cfg) -> None:
 
 def resume_latest(cfg, *, named: bool) -> None:
     """Go on from the checkpoint that the user named, or the work folder's latest; a config's own is to begin with."""
-    if str(cfg.get('load_from')).endswith('.safetensors'):
-        raise CSGError('a compact checkpoint has no training state to resume; give the .pth beside it')
     if not named and cfg.get('load_from') is not None:
         cfg.resume = find_latest_checkpoint(cfg.work_dir) is not None
         cfg.load_from = None if cfg.resume else cfg.load_from
+    if cfg.resume and str(cfg.get('load_from')).endswith('.safetensors'):
+        raise CSGError('a compact checkpoint has no training state to resume; give the .pth beside it')
 
 
 def main() -> None:

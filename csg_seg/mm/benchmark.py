@@ -83,7 +83,8 @@ def evaluate(
     Returns:
         the score, and the metric's name.
     """
-    folder = Path(folder)
+    folder, cfg = Path(folder), deepcopy(cfg)
+    cfg.load_from = str(checkpoint)  # so that a folder of another checkpoint's scores is refused
     _prepare(cfg, 0, folder)
     if not (folder / 'result.json').exists():
         threads = max(1, torch.get_num_threads() // jobs)

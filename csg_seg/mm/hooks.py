@@ -71,7 +71,7 @@ class CSGHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Refuse to resume from a dense checkpoint, which mmengine does when ``load_from`` names one."""
-        if runner._resume and not any(f'{BANK}.0.' in name for name in checkpoint['state_dict']):
+        if runner._resume and not any(f'{BANK}.0.' in name for name in checkpoint.get('state_dict', checkpoint)):
             raise CSGError(
                 'the run would resume from a dense checkpoint, the load_from of the config; resume with '
                 'load_from=None, or start without --resume'

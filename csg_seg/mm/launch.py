@@ -90,7 +90,9 @@ def check_starts(cfg: Config) -> None:
     """
     model = cfg.model
     paths = [cfg.get('load_from'), (model.get('teacher') or {}).get('checkpoint'), model.get('pretrained')]
-    paths += [(part.get('init_cfg') or {}).get('checkpoint') for part in (model, model.get('backbone') or {})]
+    for part in (model, model.get('backbone') or {}):
+        starts = part.get('init_cfg') or []
+        paths += [each.get('checkpoint') for each in (starts if isinstance(starts, (list, tuple)) else [starts])]
     for path in paths:
         if path and '://' not in path:
             check_file(path)

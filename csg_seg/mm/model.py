@@ -108,7 +108,7 @@ def _teach(model: nn.Module, teacher: Mapping[str, Any], architecture: dict[str,
 
 def _share_fit(bank: GeneratorBank, errors: Mapping[str, float]) -> None:
     """Take over the first rank's fit, which another machine's libraries may have rounded otherwise."""
-    for tensor in [*bank.parameters(), *(conv.code for conv in bank.fed.values())]:
+    for tensor in [*bank.parameters(), *(each for conv in bank.fed.values() for each in conv.stored().values())]:
         broadcast(tensor.data)
     mean = sum(errors.values()) / len(errors)
     print_log(f'CSG: fitted {len(errors)} layers to dense weights, mean relative error {mean:.3f}', logger='current')

@@ -1,14 +1,14 @@
 """From a dense config and its checkpoint to a plan, and to the config that it makes."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 from torch import nn
 
-from ..errors import CSGError
+from ..errors import CSGError, abridge
 from ..plan import Plan
 from .checkpoint import load_weights, read_checkpoint
 from .model import build_model
@@ -64,13 +64,9 @@ def _base(dense: Path, out: Path) -> str:
         return dense.as_posix()
 
 
-def describe_layers(csg: Mapping[str, Any], *, most: int = 4) -> str:
+def describe_layers(csg: Mapping[str, Any]) -> str:
     """Say in a few words which layers a dict of settings takes."""
     if csg.get('include'):
-        return _abridge(csg['include'], most)
-    without = f', without {_abridge(csg["exclude"], most)}' if csg.get('exclude') else ''
+        return abridge(csg['include'])
+    without = f', without {abridge(csg["exclude"])}' if csg.get('exclude') else ''
     return 'all of this kernel' + without
-
-
-def _abridge(names: Sequence[str], most: int) -> str:
-    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')

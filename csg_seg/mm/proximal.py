@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..conv import find_bank
 from ..errors import CSGError
-from ..retrofit import CSG, retrofit
+from ..retrofit import CSG
 from .hooks import bare_model
+from .model import retrofit_for_runner
 
 
 @HOOKS.register_module()
@@ -39,7 +40,12 @@ class ProximalHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Make the generated twin whose weights are the nearest."""
-        self._twin = retrofit(deepcopy(bare_model(runner.model)), self.csg)
+        self._twin = retrofit_for_runner(deepcopy(bare_model(runner.model)), self.csg)
+
+    def after_train(self, runner: Runner) -> None:
+        """Let go of the twin."""
+        del self._twin
+        self._nearest = {}
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Go part of the way to the nearest generated weights."""

@@ -67,6 +67,8 @@ class Teacher:
                 raise CSGError(f'teacher: {name} must not be negative; got {factor}')
         if not 0 <= anneal <= 1:
             raise CSGError(f'teacher: anneal is a share of the training, from 0 to 1; got {anneal}')
+        if '://' in str(checkpoint):
+            raise CSGError(f'teacher: {checkpoint} is no local file; download it first')
         if temperature <= 0:
             raise CSGError(f'teacher: temperature must be above 0; got {temperature}')
         self.checkpoint = checkpoint
@@ -79,6 +81,11 @@ class Teacher:
         self.anneal = anneal
         self._network: nn.Module | None = None
         self._outputs: dict[tuple[str, str], Any] = {}
+        self._watching = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the student, such as its average, needs no copy of the dense network.
+        return {**self.__dict__, '_network': None, '_outputs': {}}
 
     def attach(self, student: nn.Module) -> nn.Module:
         """Let every training step of the student go past the teacher; return the student.
@@ -104,12 +111,13 @@ class Teacher:
             module.register_forward_hook(partial(self._keep, who, name))
 
     def _keep(self, who: str, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        if module.training or who == 'teacher':
+        if self._watching:
             self._outputs[who, name] = output
 
     def _before_forward(self, student: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if kwargs.get('mode') != 'loss':
             return
+        self._watching = True
         images = kwargs.get('inputs', args[0] if args else None)
         if self._network is None:
             self._network = self._build(student).to(images.device)
@@ -134,6 +142,7 @@ class Teacher:
         taught = {name: _scale(value, labels) if 'loss' in name else value for name, value in losses.items()}
         taught |= {f'loss_teacher_{name}': value for name, value in self._compare()}
         self._outputs.clear()
+        self._watching = False
         return taught
 
     def _compare(self) -> Iterator[tuple[str, Tensor]]:
@@ -164,13 +173,24 @@ class Teacher:
         return mine, wanted
 
     def _build(self, student: nn.Module) -> nn.Module:
-        network = MODELS.build(deepcopy({**self.model, 'init_cfg': None}))
+        # Random numbers drawn here would be missing from a run that resumes.
+        with torch.random.fork_rng(devices=[]):
+            network = MODELS.build(deepcopy({**self.model, 'init_cfg': None}))
         load_weights(network, read_checkpoint(self.checkpoint)['state_dict'])
         network.eval().requires_grad_(False)
         if any(_is_channels_last(parameter) for parameter in student.parameters()):
             network.to(memory_format=torch.channels_last)
         self._watch('teacher', network)
+        if self.anneal:
+            _check_dense_twin(student, network)
         return network
+
+
+def _check_dense_twin(student: nn.Module, network: nn.Module) -> None:
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    for name, conv in generated_convs(student):
+        if shapes.get(f'{name}.weight') != conv.weight_shape:
+            raise CSGError(f"teacher: anneal wants the student's dense twin, and {name} differs; set anneal=0")
 
 
 def divergence(logits: Tensor, wanted: Tensor, temperature: float, *, dim: int) -> Tensor:
