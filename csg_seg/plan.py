@@ -168,14 +168,17 @@ def predict(model: nn.Module, csg: CSG) -> Plan:
 
     Args:
         model: dense, with trained weights; left as it is.
-        csg: as for :func:`csg_seg.retrofit`.
+        csg: as for :func:`csg_seg.retrofit`, of linear generators without residual.
 
     Raises:
-        CSGError: as :func:`csg_seg.retrofit`; or a weight is not finite.
+        CSGError: as :func:`csg_seg.retrofit`; or a weight is not finite, or a generator is of another kind.
     """
     check_root(model)
     dicts = [dict(csg)] if isinstance(csg, Mapping) else [dict(each) for each in csg]
     settings = [Settings.from_dict(each, position=position) for position, each in enumerate(dicts)]
+    for position, each in enumerate(settings):
+        if each.generator != 'linear' or each.residual:
+            raise CSGError(f'csg[{position}]: what is lost is known of linear generators without residual alone')
     taken, _ = choose_layers(model, settings)
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     _check_weights(convs)

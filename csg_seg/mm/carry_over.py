@@ -51,7 +51,8 @@ def carry_over(
         ways: of :data:`WAYS`; None for all that the config allows.
         work_dir: a folder for each run goes into it.
         layers: what ways with features compare, see :class:`csg_seg.mm.teacher.Teacher`.
-        seeds: of data order, augmentation and start values.
+        seeds: of data order, augmentation and start values; the first phase of the
+            proximal way has the first of them alone.
         options: ``tools``, ``metric`` and ``jobs`` of :func:`csg_seg.mm.benchmark.benchmark`.
 
     Returns:
@@ -73,9 +74,11 @@ def carry_over(
     for ratio in ratios:
         planned = plan(network, ratio=ratio)
         folder = work_dir / f'{ratio:g}x'
-        configs = {way: _config(way, dense, checkpoint, planned, layers, folder) for way in ways}
+        start = folder.resolve() / 'proximal start' / f'seed{seeds[0]}' / f'epoch_{_first_epochs(dense)}.pth'
+        configs = {way: _config(way, dense, checkpoint, planned, layers, start) for way in ways}
         if 'proximal' in configs:
-            benchmark({'proximal start': _proximal_start(dense, checkpoint, planned, layers)}, seeds, folder, **options)
+            first_phase = _proximal_start(dense, checkpoint, planned, layers)
+            benchmark({'proximal start': first_phase}, seeds[:1], folder, **options)
         fitted = evaluate(_generated(dense, planned), checkpoint, folder / 'fitted', **options)
         trained = benchmark(configs, seeds, folder, **options)
         result['ratios'][f'{ratio:g}'] = {'csg': planned.csg, 'fitted': fitted, **trained}
@@ -86,13 +89,18 @@ def _possible_ways(dense: Config) -> list[str]:
     """Leave out what needs a segmentation network, a schedule by epochs, or a width that can be set."""
     needs = {
         'features+channels': 'decode_head' in dense.model,
-        'proximal': bool(dense.train_cfg.get('by_epoch')),
+        'proximal': dense.train_cfg.get('max_epochs', 0) > 1 and _ends_with_cosine(dense),
         'narrow': dense.model.backbone.type == 'CIFARResNet',
     }
     return [way for way in WAYS if needs.get(way, True)]
 
 
-def _config(way: str, dense: Config, checkpoint: str, planned: Plan, layers: Sequence[str], folder: Path) -> Config:
+def _ends_with_cosine(dense: Config) -> bool:
+    schedulers = dense.get('param_scheduler')
+    return isinstance(schedulers, list) and schedulers[-1].type == 'CosineAnnealingLR'
+
+
+def _config(way: str, dense: Config, checkpoint: str, planned: Plan, layers: Sequence[str], start: Path) -> Config:
     """Return the config of one way."""
     teacher = {'checkpoint': checkpoint, **WAYS[way]}
     if 'features' in teacher:
@@ -105,8 +113,7 @@ def _config(way: str, dense: Config, checkpoint: str, planned: Plan, layers: Seq
     elif way != 'scratch':
         cfg.model.teacher = teacher
     if way == 'proximal':
-        start = folder.resolve() / 'proximal start' / 'seed0'
-        cfg.model.init_cfg = dict(type='Pretrained', checkpoint=str(start / f'epoch_{_first_epochs(dense)}.pth'))
+        cfg.model.init_cfg = dict(type='Pretrained', checkpoint=str(start))
         cfg.model.teacher.model = dense.model.to_dict()
         _shorten(cfg, dense.train_cfg.max_epochs - _first_epochs(dense))
     return cfg
@@ -130,7 +137,7 @@ def _proximal_start(dense: Config, checkpoint: str, planned: Plan, layers: Seque
 
 
 def _first_epochs(dense: Config) -> int:
-    return max(1, round(dense.train_cfg.max_epochs * 2 / 3))
+    return max(1, round(dense.train_cfg.get('max_epochs', 0) * 2 / 3))
 
 
 def _shorten(cfg: Config, epochs: int) -> None:
