@@ -1,7 +1,6 @@
 """The generated convolution, and the bank of generators that feeds it."""
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -136,15 +135,13 @@ class GeneratorBank(nn.ModuleList):
         """
         if not self.fits:
             self.forget_loaded()
-        by_generator: dict[int, list[str]] = defaultdict(list)
-        for name, conv in self.fed.items():
-            by_generator[id(conv.generator)].append(name)
+        waiting = {name: conv.loaded for name, conv in self.fed.items() if conv.loaded is not None}
+        # First, so that none is left behind where a fit fails.
+        self.forget_loaded()
         errors: dict[str, float] = {}
         for generator in self:
-            fed = {name: self.fed[name] for name in by_generator[id(generator)]}
-            loaded = {name: conv.loaded for name, conv in fed.items() if conv.loaded is not None}
-            for conv in fed.values():
-                conv.loaded = None
+            fed = {name: conv for name, conv in self.fed.items() if conv.generator is generator}
+            loaded = {name: waiting[name] for name in fed if name in waiting}
             if loaded:
                 errors |= _fit(generator, fed, loaded)
         if errors and self.after_fit is not None:
