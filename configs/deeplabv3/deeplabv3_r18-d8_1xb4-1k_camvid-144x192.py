@@ -4,6 +4,7 @@ _base_ = __import__('csg_seg') and [
     'mmseg::_base_/models/deeplabv3_r50-d8.py',
     '../_base_/datasets/camvid_half.py',
     'mmseg::_base_/default_runtime.py',
+    'mmseg::_base_/schedules/schedule_20k.py',
 ]
 custom_imports = dict(imports=['csg_seg'])
 norm_cfg = dict(type='BN', requires_grad=True)
@@ -15,21 +16,15 @@ model = dict(
     auxiliary_head=dict(in_channels=256, channels=64, num_classes=11, norm_cfg=norm_cfg),
 )
 max_iters = 1000
-optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.01))
+optim_wrapper = dict(optimizer=dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.01))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, begin=0, end=50, by_epoch=False),
     dict(type='PolyLR', power=0.9, eta_min=1e-5, begin=50, end=max_iters, by_epoch=False),
 ]
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters + 1)  # tested afterwards
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
+train_cfg = dict(max_iters=max_iters, val_interval=max_iters + 1)  # tested afterwards
 randomness = dict(seed=0)
 default_hooks = dict(
-    timer=dict(type='IterTimerHook'),
-    logger=dict(type='LoggerHook', interval=20, log_metric_by_epoch=False),
-    param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=250, max_keep_ckpts=1),
-    sampler_seed=dict(type='DistSamplerSeedHook'),
-    visualization=dict(type='SegVisualizationHook'),
+    logger=dict(interval=20),
+    checkpoint=dict(interval=250, max_keep_ckpts=1),
     channels_last=dict(type='ChannelsLastHook'),
 )
