@@ -1,6 +1,7 @@
 """Long checks, run by ``make check-full``."""
 
 import json
+import sys
 import time
 
 import pytest
@@ -20,3 +21,29 @@ def test_demo_keeps_its_promises(tmp_path):
     for file in result['files'].values():
         assert (ROOT / file['path']).stat().st_size == file['bytes']
         assert file['path'] in printed
+
+
+FIT = """
+import json, resource, time
+from csg_seg import fit, materialise
+from csg_seg.mm.launch import read_config
+from csg_seg.mm.model import build_model
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+cfg = read_config('configs/deeplabv3/csg-s16-d128_deeplabv3_r101-d8_4xb4-20k_voc12-512x512.py')
+cfg.model.pretrained = None
+weights = materialise(build_model(cfg)).state_dict()
+model = build_model(cfg)
+before, start = peak(), time.monotonic()
+layers = len(fit(model, weights))
+print(json.dumps(dict(layers=layers, seconds=time.monotonic() - start, bytes=peak() - before)))
+"""
+
+
+def test_the_fit_of_deeplabv3_r101_takes_a_minute_and_two_gigabytes_at_most():
+    found = json.loads(run_program(sys.executable, '-c', FIT).stdout.splitlines()[-1])
+    assert found['layers'] == 40
+    assert found['seconds'] < 60
+    assert found['bytes'] < 2e9
