@@ -15,6 +15,7 @@ with one_line_errors():
     from csg_seg.errors import CSGError
     from csg_seg.mm.benchmark import benchmark
     from csg_seg.mm.launch import read_config
+    from csg_seg.mm.results import add_result_options, check_out, write_result
 
 
 def parse_args() -> argparse.Namespace:
@@ -25,9 +26,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--metric', default='accuracy/top1', help='score to gather (default: %(default)s)')
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time; they share the cores (default: 1)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings of all: key=value ...')
-    parser.add_argument('--out', help='also write the result to this JSON file')
-    parser.add_argument('--overwrite', action='store_true', help='replace OUT when it exists')
-    parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
+    add_result_options(parser)
     return parser.parse_args()
 
 
@@ -46,8 +45,7 @@ def print_table(result: dict) -> None:
 def main() -> None:
     args = parse_args()
     with one_line_errors():
-        if args.out and Path(args.out).exists() and not args.overwrite:
-            raise CSGError(f'{args.out} exists; choose another --out, or give --overwrite')
+        check_out(args)
         configs: dict[str, Config] = {}
         for path in args.configs:
             name = Path(path).stem
@@ -57,10 +55,7 @@ def main() -> None:
             configs[name].merge_from_dict(args.cfg_options or {})
         options = dict(tools=Path(__file__).parent, metric=args.metric, jobs=args.jobs)
         figures = benchmark(configs, args.seeds, args.work_dir, **options)
-        result = {'command': ' '.join(['python', *sys.argv]), **figures}
-        if args.out:
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.out).write_text(json.dumps(result, indent=2) + '\n')
+        result = write_result(args, figures)
     print(json.dumps(result)) if args.json else print_table(result)
 
 

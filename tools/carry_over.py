@@ -12,9 +12,9 @@ with one_line_errors():
     from rich.console import Console
     from rich.table import Table
 
-    from csg_seg.errors import CSGError
     from csg_seg.mm.carry_over import WAYS, carry_over
     from csg_seg.mm.launch import read_config
+    from csg_seg.mm.results import add_result_options, check_out, write_result
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,9 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--metric', default='accuracy/top1', help='score to gather (default: %(default)s)')
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time; they share the cores (default: 1)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings: key=value ...')
-    parser.add_argument('--out', help='also write the result to this JSON file')
-    parser.add_argument('--overwrite', action='store_true', help='replace OUT when it exists')
-    parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
+    add_result_options(parser)
     return parser.parse_args()
 
 
@@ -51,17 +49,13 @@ def print_table(result: dict) -> None:
 def main() -> None:
     args = parse_args()
     with one_line_errors():
-        if args.out and Path(args.out).exists() and not args.overwrite:
-            raise CSGError(f'{args.out} exists; choose another --out, or give --overwrite')
+        check_out(args)
         cfg = read_config(args.config)
         cfg.merge_from_dict(args.cfg_options or {})
         options = dict(tools=Path(__file__).parent, metric=args.metric, jobs=args.jobs)
         names = dict(layers=args.layers, seeds=args.seeds)
         figures = carry_over(cfg, args.checkpoint, args.ratios, args.ways, args.work_dir, **names, **options)
-        result = {'command': ' '.join(['python', *sys.argv]), **figures}
-        if args.out:
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.out).write_text(json.dumps(result, indent=2) + '\n')
+        result = write_result(args, figures)
     print(json.dumps(result)) if args.json else print_table(result)
 
 

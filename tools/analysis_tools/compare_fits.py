@@ -4,9 +4,7 @@ import argparse
 import json
 import sys
 from functools import partial
-from pathlib import Path
 
-from csg_seg.checkpoint import write_whole
 from csg_seg.cli import one_line_errors
 
 with one_line_errors():
@@ -14,10 +12,10 @@ with one_line_errors():
     from rich.progress import track
     from rich.table import Table
 
-    from csg_seg.errors import CSGError
     from csg_seg.mm.compare import made_with
     from csg_seg.mm.fits import compare_fits
     from csg_seg.mm.launch import read_config
+    from csg_seg.mm.results import add_result_options, check_out, write_result
 
 SETTINGS = ['s12-d72', 's8-2.3x', 's8-5x']
 
@@ -33,9 +31,7 @@ def parse_args() -> argparse.Namespace:
         help='3x3 slices and code length, or compression, such as s12-d72 s8x16-2.3x (default: %(default)s)',
     )
     parser.add_argument('--images', type=int, default=300, help='of the train split, to calibrate on (default: 300)')
-    parser.add_argument('--out', help='also write the result to this JSON file')
-    parser.add_argument('--overwrite', action='store_true', help='replace OUT when it exists')
-    parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
+    add_result_options(parser)
     return parser.parse_args()
 
 
@@ -55,18 +51,11 @@ def print_table(result: dict) -> None:
 def main() -> None:
     args = parse_args()
     with one_line_errors():
-        if args.out and Path(args.out).exists() and not args.overwrite:
-            raise CSGError(f'{args.out} exists; choose another --out, or give --overwrite')
+        check_out(args)
         cfg = read_config(args.config)
         progress = partial(track, description='fits', console=Console(stderr=True), transient=True)
         figures = compare_fits(cfg, args.checkpoint, args.settings, images=args.images, track=progress)
-        command = ' '.join(['python', *sys.argv])
-        result = {'command': command, 'images': args.images, **figures, 'made_with': made_with(seed=0)}
-        if args.out:
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            write_whole(
-                Path(args.out), lambda partial_path: partial_path.write_text(json.dumps(result, indent=2) + '\n')
-            )
+        result = write_result(args, {'images': args.images, **figures, 'made_with': made_with(seed=0)})
     print(json.dumps(result)) if args.json else print_table(result)
 
 

@@ -1,0 +1,38 @@
+"""Results of the comparing tools: their options, and the file they go to."""
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import write_whole
+from ..errors import CSGError
+
+
+def add_result_options(parser: ArgumentParser) -> None:
+    """Add ``--out``, ``--overwrite`` and ``--json``."""
+    parser.add_argument('--out', help='also write the result to this JSON file')
+    parser.add_argument('--overwrite', action='store_true', help='replace OUT when it exists')
+    parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
+
+
+def check_out(args: Namespace) -> None:
+    """Refuse, before anything is computed, to replace a result unasked.
+
+    Raises:
+        CSGError: the file exists.
+    """
+    if args.out and Path(args.out).exists() and not args.overwrite:
+        raise CSGError(f'{args.out} exists; choose another --out, or give --overwrite')
+
+
+def write_result(args: Namespace, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the command before the figures, and write both to the file that was asked for, if one was."""
+    result = {'command': ' '.join(['python', *sys.argv]), **figures}
+    if args.out:
+        out = Path(args.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(out, lambda partial: partial.write_text(json.dumps(result, indent=2) + '\n'))
+    return result
