@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 # The maintained line of OpenMMLab's packages; import names mmcv, mmengine, mmseg, mmpretrain.
-MM = ['onedl-mmcv', 'onedl-mmengine', 'onedl-mmsegmentation', 'onedl-mmpretrain', 'matplotlib', 'rich']
+MM = ['onedl-mmcv', 'onedl-mmengine', 'onedl-mmsegmentation', 'onedl-mmpretrain', 'matplotlib', 'rich', 'scipy']
 
 setup(
     name='csg_seg',
