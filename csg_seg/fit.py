@@ -22,7 +22,7 @@ ROUNDS = 8
 STEPS = 300
 
 
-def gram(weights: Sequence[Tensor], settings: Settings, shares: Sequence[float]) -> Tensor:
+def gram(weights: Iterable[Tensor], settings: Settings) -> Tensor:
     """Return the Gram matrix of the slices of several weights, in float64.
 
     Its eigenvalues say what any linear generator of these slices loses: the squared
@@ -31,16 +31,15 @@ def gram(weights: Sequence[Tensor], settings: Settings, shares: Sequence[float])
     Args:
         weights: each ``(out, in, kh, kw)``.
         settings: ``slice_shape`` and ``layout`` are used.
-        shares: factor on the squared error of each weight.
 
     Returns:
         ``(size, size)``, where size is ``s_out * s_in * kh * kw``.
     """
     size = math.prod(settings.slice_shape)
     total = torch.zeros(size, size, dtype=torch.float64, device='cpu')
-    for weight, share in zip(weights, shares, strict=True):
+    for weight in weights:
         slices = _split(weight, settings)
-        total.addmm_(slices.T, slices, alpha=share)
+        total.addmm_(slices.T, slices)
     return total
 
 

@@ -1,4 +1,4 @@
-"""Choose slice shapes, code lengths and generators under a budget, by what a fit would lose.
+"""Choose slice shapes, code lengths and generators under a budget, by what :func:`csg_seg.fit` would lose.
 
 What the best linear generator of some layers loses is known before it is made: the
 eigenvalues of the Gram matrix of their slices, beyond the largest ``code_dim``. An overhang
@@ -8,6 +8,7 @@ counts as zeros to be met, though it is free: where slices overhang, this is an 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from glob import escape
@@ -22,9 +23,9 @@ from .fit import gram
 from .frontier import Frontier, either, thin, together
 from .generator import encode_meaning
 from .report import Summary, summarise
-from .retrofit import CSG, check_root, choose_layers, generable
+from .retrofit import CSG, check_root, fit, generable, retrofit
 from .settings import Settings, matches
-from .slices import grid, join, split
+from .slices import grid
 
 Shape = tuple[int, int, int, int]
 Layers = tuple[str, ...]
@@ -42,8 +43,8 @@ MOST_VALUES_PER_SLICE = 16
 MOST_PARTS = 6
 # Points of a curve for each factor e of size.
 POINTS_PER_FACTOR = 100
-# Layers of a smaller share of all weights stay dense: weighed by their parameters they
-# would be spoilt, as classifiers are, to save next to nothing.
+# Layers of a smaller share of all weights stay dense, as classifiers do: they could be
+# spoilt to save next to nothing.
 SMALLEST_SHARE = 1 / 1000
 # Layers are of like size within this factor; so many sizes are told apart.
 SIZE_FACTOR, MOST_SIZES = 4, 4
@@ -64,7 +65,7 @@ class Plan:
 
     Attributes:
         csg: for :func:`csg_seg.retrofit`.
-        relative_error: root mean square over all convs, each weighed by its parameters.
+        relative_error: ``norm(W - W') / norm(W)`` over the weights of all convs together.
         layers: name of each conv, and its relative error; 0 where it stays dense.
         curve: the smallest error of each size, the smallest network first; an upper
             bound where slices overhang. Empty if the settings were given.
@@ -137,7 +138,7 @@ def plan(
     convs, others = _candidates(model)
     unit = next(iter(convs.values())).weight.element_size() if bytes is not None else None
     frontier = _search(convs, slice_shapes, unit, track)
-    curve = _curve(frontier, summary)
+    curve = _curve(frontier, _convs(model).values(), summary)
     rest = budget.dense - sum(conv.weight.numel() for conv in convs.values()) * (unit or 1)
     stored = frontier.size + rest
     affordable = int((stored <= budget.limit).sum())
@@ -160,43 +161,33 @@ def trade_off(
     """
     check_root(model)
     convs, _ = _candidates(model)
-    return _curve(_search(convs, slice_shapes, None, track), summarise(model))
+    return _curve(_search(convs, slice_shapes, None, track), _convs(model).values(), summarise(model))
 
 
 def predict(model: nn.Module, csg: CSG) -> Plan:
-    """Say what given settings store, and what a fit with linear generators would lose.
+    """Say what given settings store, and what a fit with them loses.
 
     Args:
         model: dense, with trained weights; left as it is.
-        csg: as for :func:`csg_seg.retrofit`, of linear generators without residual.
+        csg: as for :func:`csg_seg.retrofit`.
 
     Raises:
-        CSGError: as :func:`csg_seg.retrofit`; or a weight is not finite, or a generator is of another kind.
+        CSGError: as :func:`csg_seg.retrofit`, or a weight is not finite.
     """
     check_root(model)
-    dicts = [dict(csg)] if isinstance(csg, Mapping) else [dict(each) for each in csg]
-    settings = [Settings.from_dict(each, position=position) for position, each in enumerate(dicts)]
-    for position, each in enumerate(settings):
-        if each.generator != 'linear' or each.residual:
-            raise CSGError(f'csg[{position}]: what is lost is known of linear generators without residual alone')
-    taken, _ = choose_layers(model, settings)
-    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    convs = _convs(model)
     _check_weights(convs)
-    groups = [{name: convs[name] for name in taken if taken[name] == i} for i in range(len(settings))]
-    choices = [_choice(group, each.slice_shape, each.code_dim) for group, each in zip(groups, settings, strict=True)]
-    errors = dict.fromkeys(convs, 0.0)
-    for group, each in zip(groups, settings, strict=True):
-        errors.update(_fit_errors(group, each))
-    summary = summarise(model)
-    squares = sum(convs[name].weight.numel() * error**2 for name, error in errors.items())
-    unit = next(iter(convs.values())).weight.element_size()
+    fitted = retrofit(deepcopy(model), csg)
+    errors = dict.fromkeys(convs, 0.0) | fit(fitted, model.state_dict())
+    squares = sum(error**2 * _squares(convs[name]) for name, error in errors.items())
+    summary = summarise(fitted)
     return Plan(
-        csg=dicts,
-        relative_error=_mean(squares, summary),
+        csg=[dict(csg)] if isinstance(csg, Mapping) else [dict(each) for each in csg],
+        relative_error=_relative(squares, sum(map(_squares, convs.values()))),
         layers=errors,
         dense_params=summary.dense_params,
-        stored_params=summary.stored_params + sum(each.size() - each.weights for each in choices),
-        stored_bytes=summary.stored_bytes + sum(each.size(unit) - unit * each.weights for each in choices),
+        stored_params=summary.stored_params,
+        stored_bytes=summary.stored_bytes,
     )
 
 
@@ -330,16 +321,8 @@ def _cells(layers: Layers, shape: Shape, jobs: Sequence[tuple[Layers, Shape]]) -
 
 def _shared_gram(layers: Layers, shape: Shape, convs: Convs, grams: dict[tuple[Layers, Shape], Tensor]) -> Tensor:
     if (layers, shape) not in grams:
-        grams[layers, shape] = _gram({name: convs[name] for name in layers}, Settings(shape, 1))
+        grams[layers, shape] = gram([convs[name].weight for name in layers], Settings(shape, 1))
     return grams[layers, shape]
-
-
-def _gram(convs: Convs, settings: Settings) -> Tensor:
-    """Return the Gram matrix whose eigenvalues are squared relative errors times parameters."""
-    weights = [conv.weight for conv in convs.values()]
-    squares = [weight.detach().double().square().sum().item() for weight in weights]
-    shares = [each.numel() / square if square else 0.0 for each, square in zip(weights, squares, strict=True)]
-    return gram(weights, settings, shares)
 
 
 def _one_group(group: Layers, spectra: Spectra, convs: Convs, unit: int | None) -> Frontier:
@@ -371,31 +354,28 @@ def _choice(convs: Convs, slice_shape: Shape, code_dim: int) -> Choice:
     return Choice(tuple(convs), slice_shape, code_dim, slices, sum(weight.numel() for weight in weights))
 
 
-def _curve(frontier: Frontier, summary: Summary) -> tuple[Point, ...]:
+def _curve(frontier: Frontier, convs: Iterable[nn.Conv2d], summary: Summary) -> tuple[Point, ...]:
     frontier = thin(frontier, POINTS_PER_FACTOR)
     changes = [sum(each.size() - each.weights for each in choices) for choices in frontier.choices]
     stored = [summary.stored_params + change for change in changes]
-    errors = [_mean(squares, summary) for squares in frontier.error.tolist()]
-    return tuple(Point(n, summary.dense_params / n, error) for n, error in zip(stored, errors, strict=True))
+    whole = sum(map(_squares, convs))
+    return tuple(
+        Point(size, summary.dense_params / size, _relative(squares, whole))
+        for size, squares in zip(stored, frontier.error.tolist(), strict=True)
+    )
 
 
-def _mean(squares: float, summary: Summary) -> float:
-    """Return the root mean square over all convs, given the sum of squared relative errors times parameters."""
-    return math.sqrt(squares / sum(layer.dense_params for layer in summary.layers))
+def _relative(squares: float, whole: float) -> float:
+    """Return the relative error of weights, given its squares and theirs; zeros have none."""
+    return math.sqrt(squares / whole) if whole else 0.0
 
 
-def _fit_errors(convs: Convs, settings: Settings) -> dict[str, float]:
-    """Return the relative error of each weight, its overhang cropped, under their best linear generator."""
-    basis = torch.linalg.eigh(_gram(convs, settings)).eigenvectors[:, -settings.code_dim :]
-    errors = {}
-    for name, conv in convs.items():
-        weight = conv.weight.detach().to('cpu', torch.float64)
-        slices = split(weight, settings.slice_shape, layout=settings.layout).flatten(1)
-        fitted = (slices @ basis @ basis.T).unflatten(1, settings.slice_shape)
-        norm = weight.norm().item()
-        left = (weight - join(fitted, weight.shape, layout=settings.layout)).norm().item()
-        errors[name] = left / norm if norm else 0.0
-    return errors
+def _squares(conv: nn.Conv2d) -> float:
+    return conv.weight.detach().double().square().sum().item()
+
+
+def _convs(model: nn.Module) -> dict[str, nn.Conv2d]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
 
 
 def _to_csg(choice: Choice, model: nn.Module, reachable: Iterable[str]) -> dict[str, Any]:

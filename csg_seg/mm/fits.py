@@ -25,8 +25,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import CSGError
 from ..fit import fit_generator, gram
 from ..generator import build_generator
-from ..plan import predict
-from ..retrofit import choose_layers
+from ..report import Summary, summarise
+from ..retrofit import choose_layers, retrofit
 from ..settings import Settings
 from ..slices import join, split
 from .plan import build_dense
@@ -207,13 +207,13 @@ def compare_fits(
     """
     network = _build_classifier(cfg, checkpoint)
     calibration = _calibration(cfg, network, images)
-    planned = {text: predict(network, read_settings(text, network)) for text in texts}
+    given = {text: read_settings(text, network) for text in texts}
     tests = Runner.build_dataloader(cfg.test_dataloader)
     moments = input_moments(network, calibration)
     dense = {'accuracy': accuracy(network, tests), 'accuracy_bn': accuracy(renormalised(network, calibration), tests)}
     ways: dict[str, dict[str, Any]] = {text: {} for text in texts}
     for text, way in track([(text, way) for text in texts for way in WAYS]):
-        settings = Settings.from_dict(planned[text].csg[0])
+        settings = Settings.from_dict(given[text])
         layers = read_layers(network, list(choose_layers(network, [settings])[0]), moments)
         fitted = fit_by(way, layers, settings)
         twin = with_weights(network, fitted)
@@ -223,9 +223,10 @@ def compare_fits(
             'accuracy': accuracy(twin, tests),
             'accuracy_bn': accuracy(renormalised(twin, calibration), tests),
         }
+    counts = {text: _count(network, csg) for text, csg in given.items()}
     stored = {
-        text: {'stored_params': each.stored_params, 'compression_ratio': each.compression_ratio, **each.csg[0]}
-        for text, each in planned.items()
+        text: {'stored_params': each.stored_params, 'compression_ratio': each.compression_ratio, **given[text]}
+        for text, each in counts.items()
     }
     return {'dense': dense, 'settings': {text: {**stored[text], 'ways': ways[text]} for text in texts}}
 
@@ -257,12 +258,16 @@ def read_settings(text: str, network: nn.Module) -> dict[str, Any]:
         return {**csg, 'code_dim': int(length)}
     if float(ratio) <= 1:
         raise CSGError(f'{text}: a compression must be above 1, dense over stored parameters')
-    one, two = (predict(network, {**csg, 'code_dim': length}) for length in (1, 2))
+    one, two = (_count(network, {**csg, 'code_dim': length}) for length in (1, 2))
     budget = int(one.dense_params / float(ratio))
     longest = (budget - one.stored_params) // (two.stored_params - one.stored_params) + 1
     if longest < 1:
         raise CSGError(f'{text}: {ratio}x is out of reach; codes of length 1 give {one.compression_ratio:.1f}x')
     return {**csg, 'code_dim': longest}
+
+
+def _count(network: nn.Module, csg: Mapping[str, Any]) -> Summary:
+    return summarise(retrofit(deepcopy(network), csg))
 
 
 def read_layers(network: nn.Module, names: list[str], moments: Mapping[str, Tensor]) -> Layers:
@@ -476,7 +481,7 @@ def _conjugate_gradients(apply: Map, precondition: Map, wanted: Tensor, *, start
 
 def _truncated_svd(layers: Layers, settings: Settings) -> Tensor:
     """Return orthonormal rows ``(code_dim, size)``."""
-    total = gram([layer.weight for layer in layers.values()], settings, [1.0] * len(layers))
+    total = gram([layer.weight for layer in layers.values()], settings)
     return torch.linalg.eigh(total).eigenvectors[:, -settings.code_dim :].T
 
 
