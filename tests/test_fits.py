@@ -5,23 +5,25 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_tool
+from mmengine.config import Config
 from torch import nn
 
+from csg_seg.conv import generated_convs
 from csg_seg.errors import CSGError
-from csg_seg.mm.fits import (
-    WAYS,
-    Layer,
-    _permuted,
+from csg_seg.mm.checkpoint import load_weights, read_checkpoint
+from csg_seg.mm.compare_fits import (
+    check_ways,
     compare_fits,
-    fit_by,
     input_moments,
     output_error,
     read_layers,
     read_settings,
     renormalised,
+    train_from_fits,
     weight_error,
     with_weights,
 )
+from csg_seg.mm.fits import WAYS, Layer, _permuted, fit_by
 from csg_seg.mm.launch import read_config
 from csg_seg.mm.model import build_model
 from csg_seg.settings import Settings
@@ -150,6 +152,28 @@ def test_all_ways_are_compared(config, checkpoint):
     ways = result['settings']['s8-d30']['ways'].values()
     assert all(0 <= each['accuracy'] <= 100 and each['weight_error'] > 0 for each in ways)
     json.dumps(result)
+
+
+@pytest.mark.full
+def test_a_training_starts_from_the_fit_itself(config, checkpoint, tmp_path):
+    cfg = deepcopy(config)
+    cfg.merge_from_dict({'train_cfg.max_epochs': 1, 'optim_wrapper.optimizer.lr': 0.0})
+    way = 'input moments'
+    result = compare_fits(cfg, str(checkpoint), ['s8-d30'], images=20, folder=tmp_path)
+    options = dict(layers=['backbone.layer*.*'], tools=ROOT / 'tools')
+    train_from_fits(cfg, str(checkpoint), result, [way], tmp_path, **options)
+    (run,) = tmp_path.glob('runs/*/seed0')
+    trained = build_model(Config.fromfile(run.with_suffix('.py')))
+    load_weights(trained, read_checkpoint((run / 'last_checkpoint').read_text())['state_dict'])
+    fitted = read_checkpoint(tmp_path / 'fits' / f's8-d30 {way}.pth')['state_dict']
+    for name, conv in generated_convs(trained):
+        assert torch.allclose(conv.generate_weight(), fitted[f'{name}.weight'], atol=1e-5), name
+    assert 0 <= result['settings']['s8-d30']['ways'][way]['accuracy_trained'] <= 100
+
+
+def test_a_way_that_is_not_there_is_named():
+    with pytest.raises(CSGError, match="no way 'guess'; take some of 'truncated SVD'"):
+        check_ways(['guess'])
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def carry_over(
         if 'proximal' in configs:
             first_phase = _proximal_start(dense, checkpoint, planned, layers)
             benchmark({'proximal start': first_phase}, seeds[:1], folder, **options)
-        fitted = evaluate(_generated(dense, planned), checkpoint, folder / 'fitted', **options)
+        fitted = evaluate(_generated(dense, planned.csg), checkpoint, folder / 'fitted', **options)
         trained = benchmark(configs, seeds, folder, **options)
         result['ratios'][f'{ratio:g}'] = {'csg': planned.csg, 'fitted': fitted, **trained}
     return result
@@ -107,21 +107,36 @@ def _config(way: str, dense: Config, checkpoint: str, planned: Plan, layers: Seq
         teacher['layers'] = list(layers)
     if way == 'narrow':
         return _narrower(dense, teacher, planned.stored_params)
-    cfg = _generated(dense, planned)
+    if way == 'proximal':
+        cfg = taught_from(start, dense, planned.csg, teacher)
+        _shorten(cfg, dense.train_cfg.max_epochs - _first_epochs(dense))
+        return cfg
+    cfg = _generated(dense, planned.csg)
     if way == 'fine-tune':
         cfg.model.init_cfg = dict(type='Pretrained', checkpoint=checkpoint)
     elif way != 'scratch':
         cfg.model.teacher = teacher
-    if way == 'proximal':
-        cfg.model.init_cfg = dict(type='Pretrained', checkpoint=str(start))
-        cfg.model.teacher.model = dense.model.to_dict()
-        _shorten(cfg, dense.train_cfg.max_epochs - _first_epochs(dense))
     return cfg
 
 
-def _generated(dense: Config, planned: Plan) -> Config:
+def taught_from(start: Path, dense: Config, csg: Sequence[Mapping[str, Any]], teacher: Mapping[str, Any]) -> Config:
+    """Return the config of a generated network that starts from other weights than its teacher's.
+
+    Args:
+        start: dense checkpoint.
+        dense: the teacher's config, with the schedule.
+        csg: for :func:`csg_seg.retrofit`.
+        teacher: arguments of :class:`csg_seg.mm.teacher.Teacher`, but ``model``.
+    """
+    cfg = _generated(dense, csg)
+    cfg.model.init_cfg = dict(type='Pretrained', checkpoint=str(start))
+    cfg.model.teacher = dict(teacher, model=dense.model.to_dict())
+    return cfg
+
+
+def _generated(dense: Config, csg: Sequence[Mapping[str, Any]]) -> Config:
     cfg = deepcopy(dense)
-    cfg.model = ConfigDict(dense.model, type='CSGModel', base_type=dense.model.type, csg=list(planned.csg))
+    cfg.model = ConfigDict(dense.model, type='CSGModel', base_type=dense.model.type, csg=list(csg))
     return cfg
 
 

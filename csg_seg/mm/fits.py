@@ -6,30 +6,18 @@ the BatchNorm behind a conv absorbs. Weights are in float64, as in :mod:`csg_seg
 """
 
 import math
-import re
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
-from mmengine.config import Config
-from mmengine.runner import Runner
-from mmpretrain.models import ImageClassifier
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
-from ..errors import CSGError
 from ..fit import fit_generator, gram
 from ..generator import build_generator
-from ..report import Summary, summarise
-from ..retrofit import choose_layers, retrofit
 from ..settings import Settings
 from ..slices import join, split
-from .plan import build_dense
 
 ROUNDS = 5
 # Of conjugate gradients, in each round; they go on from the round before.
@@ -157,7 +145,7 @@ def with_unit_filters(layers: Layers) -> Scaled:
 
 def with_unit_outputs(layers: Layers) -> Scaled:
     """Scale each filter to an output of mean square 1, which the BatchNorm behind it absorbs."""
-    return _scaled(layers, lambda layer: _output_energies(layer.weight, layer).sqrt().view(-1, 1, 1, 1))
+    return _scaled(layers, lambda layer: output_energies(layer.weight, layer).sqrt().view(-1, 1, 1, 1))
 
 
 WAYS: dict[str, tuple[Callable[[Layers], Scaled], Fit]] = {
@@ -179,203 +167,6 @@ def fit_by(way: str, layers: Layers, settings: Settings) -> Weights:
     scale, fit = WAYS[way]
     scaled, factors = scale(layers)
     return {name: weight * factors[name] for name, weight in fit(scaled, settings).items()}
-
-
-# --- measuring ---
-
-
-def compare_fits(
-    cfg: Config, checkpoint: str, texts: Sequence[str], *, images: int, track: Callable = iter
-) -> dict[str, Any]:
-    """Fit a trained classifier in all ways and say what is left of it.
-
-    Args:
-        cfg: its dense config.
-        checkpoint: its weights.
-        texts: settings, as for :func:`read_settings`.
-        images: of the train split, without augmentation, to calibrate on.
-        track: wraps the sequence of fits, to show progress.
-
-    Returns:
-        JSON-ready: test accuracy of the dense network, and for each setting what it
-        stores and, for each way, ``weight_error`` and ``output_error`` (relative, mean
-        over layers, outputs for dense inputs), ``accuracy``, and ``accuracy_bn`` after
-        the statistics of BatchNorm are taken again from the calibration images.
-
-    Raises:
-        CSGError: a setting, the number of images or the network does not do.
-    """
-    network = _build_classifier(cfg, checkpoint)
-    calibration = _calibration(cfg, network, images)
-    given = {text: read_settings(text, network) for text in texts}
-    tests = Runner.build_dataloader(cfg.test_dataloader)
-    moments = input_moments(network, calibration)
-    dense = {'accuracy': accuracy(network, tests), 'accuracy_bn': accuracy(renormalised(network, calibration), tests)}
-    ways: dict[str, dict[str, Any]] = {text: {} for text in texts}
-    for text, way in track([(text, way) for text in texts for way in WAYS]):
-        settings = Settings.from_dict(given[text])
-        layers = read_layers(network, list(choose_layers(network, [settings])[0]), moments)
-        fitted = fit_by(way, layers, settings)
-        twin = with_weights(network, fitted)
-        ways[text][way] = {
-            'weight_error': statistics.fmean(weight_error(fitted[name], layer) for name, layer in layers.items()),
-            'output_error': statistics.fmean(output_error(fitted[name], layer) for name, layer in layers.items()),
-            'accuracy': accuracy(twin, tests),
-            'accuracy_bn': accuracy(renormalised(twin, calibration), tests),
-        }
-    counts = {text: _count(network, csg) for text, csg in given.items()}
-    stored = {
-        text: {'stored_params': each.stored_params, 'compression_ratio': each.compression_ratio, **given[text]}
-        for text, each in counts.items()
-    }
-    return {'dense': dense, 'settings': {text: {**stored[text], 'ways': ways[text]} for text in texts}}
-
-
-def _build_classifier(cfg: Config, checkpoint: str) -> nn.Module:
-    if cfg.get('data_preprocessor'):  # as a Runner does
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    network = build_dense(cfg, checkpoint).eval()
-    if not isinstance(network, ImageClassifier):
-        raise CSGError(f'fits are compared by accuracy, and {type(network).__name__} is no ImageClassifier')
-    for name, tensor in network.state_dict().items():
-        if not tensor.isfinite().all():
-            raise CSGError(f'{name} holds NaN or infinite values; take a checkpoint from before training diverged')
-    return network
-
-
-def read_settings(text: str, network: nn.Module) -> dict[str, Any]:
-    """Read settings such as 's12-d72' or 's8x16-2.3x': slices of 3x3, and a code length or a compression ratio.
-
-    Raises:
-        CSGError: it is not so written, or the ratio is out of reach.
-    """
-    found = re.fullmatch(r's(\d+)(?:x(\d+))?-(?:d(\d+)|(\d+(?:\.\d+)?)x)', text)
-    if found is None:
-        raise CSGError(f'{text!r} are no settings; write them as s12-d72, or as s8x16-2.3x')
-    s_out, s_in, length, ratio = found.groups()
-    csg: dict[str, Any] = {'slice_shape': [int(s_out), int(s_in or s_out), 3, 3]}
-    if length is not None:
-        return {**csg, 'code_dim': int(length)}
-    if float(ratio) <= 1:
-        raise CSGError(f'{text}: a compression must be above 1, dense over stored parameters')
-    one, two = (_count(network, {**csg, 'code_dim': length}) for length in (1, 2))
-    budget = int(one.dense_params / float(ratio))
-    longest = (budget - one.stored_params) // (two.stored_params - one.stored_params) + 1
-    if longest < 1:
-        raise CSGError(f'{text}: {ratio}x is out of reach; codes of length 1 give {one.compression_ratio:.1f}x')
-    return {**csg, 'code_dim': longest}
-
-
-def _count(network: nn.Module, csg: Mapping[str, Any]) -> Summary:
-    return summarise(retrofit(deepcopy(network), csg))
-
-
-def read_layers(network: nn.Module, names: list[str], moments: Mapping[str, Tensor]) -> Layers:
-    """Gather what the ways need of the named convs.
-
-    Raises:
-        CSGError: a layer's outputs are all zero.
-    """
-    layers = {}
-    for name in names:
-        weight = network.get_submodule(name).weight.detach().double()
-        layers[name] = Layer(weight, moments[name].double(), _reader(network, name))
-        if not _output_energies(weight, layers[name]).any():
-            raise CSGError(f'{name} gives zero for all images; take a checkpoint of a network that is trained')
-    return layers
-
-
-def _reader(network: nn.Module, name: str) -> str | None:
-    """Return the second conv of a basic block, ``conv1, bn1, relu, conv2, bn2``, if this is its first."""
-    block, _, conv = name.rpartition('.')
-    children = dict(network.get_submodule(block).named_children())
-    names = list(children)
-    if conv != 'conv1' or 'conv2' not in names or 'conv3' in names:
-        return None
-    between = [children[each] for each in names[names.index('conv1') + 1 : names.index('conv2')]]
-    is_basic = between and all(isinstance(each, (_BatchNorm, nn.ReLU)) for each in between)
-    return f'{block}.conv2' if is_basic else None
-
-
-def weight_error(fitted: Tensor, layer: Layer) -> float:
-    """Return ``norm(W - W') / norm(W)``."""
-    return ((layer.weight - fitted).norm() / layer.weight.norm()).item()
-
-
-def output_error(fitted: Tensor, layer: Layer) -> float:
-    """Return the relative error of a layer's outputs, its inputs being those of the dense network."""
-    left = _output_energies(layer.weight - fitted, layer).sum()
-    return (left / _output_energies(layer.weight, layer).sum()).sqrt().item()
-
-
-@torch.no_grad()
-def input_moments(network: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
-    """Return :attr:`Layer.moments` of every ungrouped conv, by name."""
-    totals: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def gather(name: str) -> Callable:
-        def hook(conv: nn.Conv2d, inputs: tuple[Tensor]) -> None:
-            # One image at a time: all patches at once take nine times the memory of the input.
-            for image in inputs[0]:
-                patches = F.unfold(image[None], conv.kernel_size, conv.dilation, conv.padding, conv.stride)[0]
-                totals[name] = totals.get(name, 0) + patches @ patches.T
-                counts[name] = counts.get(name, 0) + patches.shape[1]
-
-        return hook
-
-    convs = {name: each for name, each in network.named_modules() if isinstance(each, nn.Conv2d) and each.groups == 1}
-    handles = [conv.register_forward_pre_hook(gather(name)) for name, conv in convs.items()]
-    for batch in batches:
-        network(batch, mode='tensor')
-    for handle in handles:
-        handle.remove()
-    return {name: total / counts[name] for name, total in totals.items()}
-
-
-def with_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """Return a copy of a network with other weights in the named convs."""
-    twin = deepcopy(network)
-    with torch.no_grad():
-        for name, weight in weights.items():
-            cast(nn.Conv2d, twin.get_submodule(name)).weight.copy_(weight)
-    return twin
-
-
-@torch.no_grad()
-def renormalised(network: nn.Module, batches: list[Tensor]) -> nn.Module:
-    """Return a copy whose BatchNorm statistics are those of the given images, as PreciseBN takes them."""
-    twin = deepcopy(network).eval()
-    for module in twin.modules():
-        if isinstance(module, _BatchNorm):
-            module.reset_running_stats()
-            module.momentum = None  # a plain mean over batches
-            module.train()
-    for batch in batches:
-        twin(batch, mode='tensor')
-    return twin.eval()
-
-
-@torch.no_grad()
-def accuracy(network: nn.Module, loader: Any) -> float:
-    """Return top-1 accuracy in percent."""
-    samples = [sample for batch in loader for sample in network.test_step(batch)]
-    right = sum(bool((sample.pred_label == sample.gt_label).all()) for sample in samples)
-    return 100 * right / len(samples)
-
-
-def _calibration(cfg: Config, network: nn.Module, images: int) -> list[Tensor]:
-    """Return batches of train images as the test pipeline gives them, drawn by seed 0."""
-    if images < 1:
-        raise CSGError(f'--images {images}: fits are weighed by what layers see of train images; give at least 1')
-    loader = deepcopy(cfg.train_dataloader)
-    loader.dataset.pipeline = cfg.test_dataloader.dataset.pipeline
-    loader.update(batch_size=min(images, 100), sampler=dict(type='DefaultSampler', shuffle=False))
-    found = len(Runner.build_dataloader(deepcopy(loader)).dataset)
-    if images > found:
-        raise CSGError(f'--images {images}: the train split has {found}; give at most as many')
-    loader.dataset.indices = torch.randperm(found, generator=torch.Generator().manual_seed(0))[:images].tolist()
-    return [network.data_preprocessor(batch)['inputs'] for batch in Runner.build_dataloader(loader)]
 
 
 # --- least squares over outputs ---
@@ -410,7 +201,7 @@ def _groups(layers: Layers, settings: Settings) -> Iterator[_Group]:
     for name, layer in layers.items():
         out, into = layer.weight.shape[:2]
         ridge = RIDGE * layer.moments.diagonal().mean() * torch.eye(len(layer.moments), dtype=torch.float64)
-        moments = (layer.moments + ridge) / _output_energies(layer.weight, layer).sum()
+        moments = (layer.moments + ridge) / output_energies(layer.weight, layer).sum()
         whole = out - out % s_out
         for top, bottom in [(0, whole), (whole, out)] if 0 < whole < out else [(0, out)]:
             for left in range(0, into, s_in):
@@ -485,7 +276,7 @@ def _truncated_svd(layers: Layers, settings: Settings) -> Tensor:
     return torch.linalg.eigh(total).eigenvectors[:, -settings.code_dim :].T
 
 
-def _output_energies(weight: Tensor, layer: Layer) -> Tensor:
+def output_energies(weight: Tensor, layer: Layer) -> Tensor:
     """Return the mean square ``(out,)`` of each channel that a weight makes of a layer's inputs."""
     filters = weight.flatten(1)
     return ((filters @ layer.moments) * filters).sum(1)
