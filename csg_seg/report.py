@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .conv import CSGConv2d, find_roots
 from .errors import abridge
 from .generator import Generator
+from .settings import OPTIONAL
 from .slices import grid
 
 
@@ -31,12 +32,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class GeneratorCount:
-    """One generator, and how many layers and slices it feeds."""
+    """One generator, and how many layers and slices it feeds.
+
+    ``options`` are those settings that only some generators have.
+    """
 
     generator: str
     slice_shape: tuple[int, ...]
     code_dim: int
     layout: str
+    options: dict[str, int]
     stored_params: int
     trainable_params: int
     layers: int
@@ -97,8 +102,9 @@ class Summary:
 
     def _generator_line(self, position: int) -> str:
         each = self.generators[position]
+        options = ''.join(f', {key} {value}' for key, value in each.options.items())
         return (
-            f'generator {position}: {each.generator}, {each.layout}, slices of {_by(each.slice_shape)} from codes of '
+            f'generator {position}: {each.generator}{options}, {each.layout}, slices of {_by(each.slice_shape)} from codes of '
             f'{each.code_dim}; {each.stored_params:,} parameters feed {each.slices:,} slices of {each.layers} layers'
         )
 
@@ -166,6 +172,7 @@ def _generator(generator: Generator, generated: Sequence[CSGConv2d]) -> Generato
         slice_shape=settings.slice_shape,
         code_dim=settings.code_dim,
         layout=settings.layout,
+        options={key: getattr(settings, key) for key in OPTIONAL if getattr(settings, key)},
         stored_params=_count(generator),
         trainable_params=sum(p.numel() for p in generator.parameters() if p.requires_grad),
         layers=len(fed),

@@ -187,6 +187,13 @@ def test_to_dict_survives_json(csg):
     assert [each['slice_shape'] for each in told['generators']] == [[12, 20, 3, 3]] * len(summary.generators)
 
 
+def test_a_generator_says_the_options_of_its_kind():
+    csg = dict(slice_shape=(12, 20, 3, 3), code_dim=9, generator='tensor_ring', rank=3, residual=2)
+    summary = summarise(retrofit(Net(), csg))
+    assert summary.generators[0].options == {'rank': 3, 'mode': 4, 'residual': 2}
+    assert 'generator 0: tensor_ring, rank 3, mode 4, residual 2, block' in str(summary)
+
+
 def test_the_table_names_each_layer_and_why_some_stay_dense():
     summary = summarise(retrofit(Net(), CSGS['two']))
     lines = str(summary).splitlines()

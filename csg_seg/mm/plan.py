@@ -48,6 +48,7 @@ def planned_config(plan: Plan, dense: str | os.PathLike, cfg: Config, out: str |
         f'_base_ = {_base(Path(dense), Path(out))!r}\n'
         f'custom_imports = dict(imports={list(dict.fromkeys(imports))!r})\n'
         f"model = dict(\n    type='CSGModel',\n    base_type={{{{_base_.model.type}}}},\n    csg=[\n{dicts}    ],\n)\n"
+        "default_hooks = dict(csg=dict(type='CSGHook', save_compact=True))\n"
     )
 
 
