@@ -188,7 +188,7 @@ def test_to_dict_survives_json(csg):
 
 
 def test_a_generator_says_the_options_of_its_kind():
-    csg = dict(slice_shape=(12, 20, 3, 3), code_dim=9, generator='tensor_ring', rank=3, residual=2)
+    csg = dict(slice_shape=(12, 20, 3, 3), code_dim=12, generator='tensor_ring', rank=3, residual=2)
     summary = summarise(retrofit(Net(), csg))
     assert summary.generators[0].options == {'rank': 3, 'mode': 4, 'residual': 2}
     assert 'generator 0: tensor_ring, rank 3, mode 4, residual 2, block' in str(summary)
