@@ -105,7 +105,8 @@ class Summary:
         options = ''.join(f', {key} {value}' for key, value in each.options.items())
         return (
             f'generator {position}: {each.generator}{options}, {each.layout}, slices of {_by(each.slice_shape)} '
-            f'from codes of {each.code_dim}; {each.stored_params:,} parameters feed {each.slices:,} slices of {each.layers} layers'
+            f'from codes of {each.code_dim}; {each.stored_params:,} parameters feed {each.slices:,} slices '
+            f'of {each.layers} layers'
         )
 
     def _left_dense_lines(self) -> list[str]:
