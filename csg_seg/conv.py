@@ -1,6 +1,7 @@
 """The generated convolution, and the bank of generators that feeds it."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -81,9 +82,11 @@ class CSGConv2d(nn.Conv2d):
             check_dense(prefix[:-1], self, dense)
             self.loaded = dense.detach()
             state_dict.update({f'{prefix}{key}': tensor.detach() for key, tensor in self.stored().items()})
-        # Set by check_state_dict when the load began at the root, generators included.
-        whole = self.__dict__.pop('_loading_whole', False)
-        if dense is None and f'{prefix}code' in state_dict and not whole:
+        # Set by check_state_dict when the load began at the root, generators included: how often it comes here.
+        visits = self.__dict__.pop('_visits', 0)
+        if visits > 1:
+            self.__dict__['_visits'] = visits - 1
+        if dense is None and f'{prefix}code' in state_dict and not visits:
             raise CSGError(
                 f'{prefix}code: codes mean nothing without their generator, which lies at the root of the network; '
                 'load the whole checkpoint into the whole network'
@@ -97,7 +100,8 @@ class GeneratorBank(nn.ModuleList):
     Attributes:
         left_dense: name of each conv that stayed dense, and why.
         fed: name and conv of each generated layer; the bank does not register them.
-        after_fit: called with the bank and :meth:`fit_loaded`'s result.
+        after_fit: called with the bank once weights are fitted.
+        fitted: the relative error of each layer's weight at the last fit, by name.
         fits: whether dense weights that are loaded are fitted, or dropped because a
             training checkpoint follows.
     """
@@ -106,7 +110,8 @@ class GeneratorBank(nn.ModuleList):
         super().__init__(generators)
         self.left_dense = dict(left_dense)
         self.fed: dict[str, CSGConv2d] = {}
-        self.after_fit: Callable[[GeneratorBank, dict[str, float]], None] | None = None
+        self.after_fit: Callable[[GeneratorBank], None] | None = None
+        self.fitted: dict[str, float] = {}
         self.fits = True
 
     def forward(self, input: Any) -> Any:
@@ -144,8 +149,9 @@ class GeneratorBank(nn.ModuleList):
             loaded = {name: waiting[name] for name in fed if name in waiting}
             if loaded:
                 errors |= _fit(generator, fed, loaded)
+        self.fitted = errors
         if errors and self.after_fit is not None:
-            self.after_fit(self, errors)
+            self.after_fit(self)
         return errors
 
 
@@ -219,6 +225,12 @@ def generated_convs(model: nn.Module) -> Iterator[tuple[str, CSGConv2d]]:
             yield name, module
 
 
+def named_convs(model: nn.Module) -> dict[str, CSGConv2d]:
+    """Return each generated layer by all its names: one that stands in two places has two in a state dict."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if isinstance(module, CSGConv2d)}
+
+
 def find_bank(model: nn.Module) -> GeneratorBank | None:
     """Return the bank of a retrofitted root, None for any other module."""
     bank = model._modules.get(BANK)
@@ -272,7 +284,7 @@ def check_state_dict(root: nn.Module, state_dict: dict[str, Tensor], prefix: str
     bank = find_bank(root)
     assert bank is not None
     bank.forget_loaded()
-    convs = dict(generated_convs(root))
+    convs = named_convs(root)
     stored_bank = {f'{prefix}{BANK}.{name}': tensor for name, tensor in bank.state_dict().items()}
     if _is_dense(state_dict, prefix, convs) and not stored_bank.keys() & state_dict.keys():
         _check_dense_network(root, state_dict, prefix)
@@ -298,8 +310,8 @@ def check_state_dict(root: nn.Module, state_dict: dict[str, Tensor], prefix: str
                 f'{name}: the checkpoint holds {tuple(stored)}, this model wants {tuple(tensor.shape)}; '
                 "set the config's csg to the checkpoint's, or take another checkpoint"
             )
-    for conv in convs.values():
-        conv.__dict__['_loading_whole'] = True
+    for conv, visits in Counter(convs.values()).items():
+        conv.__dict__['_visits'] = visits
 
 
 def check_dense(name: str, conv: CSGConv2d, weight: Tensor) -> None:
@@ -313,8 +325,17 @@ def check_dense(name: str, conv: CSGConv2d, weight: Tensor) -> None:
             f'{name}.weight is {tuple(weight.shape)} in the checkpoint and {tuple(conv.weight_shape)} in the model; '
             'take a dense checkpoint of the same network'
         )
-    if not torch.isfinite(weight).all():
-        raise CSGError(f'{name}.weight holds NaN or infinite values; take a checkpoint from before training diverged')
+    check_finite(f'{name}.weight', weight)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinity in trained weights or statistics.
+
+    Raises:
+        CSGError: there is one.
+    """
+    if not torch.isfinite(tensor).all():
+        raise CSGError(f'{name} holds NaN or infinite values; take a checkpoint from before training diverged')
 
 
 def _is_dense(state_dict: Mapping[str, Tensor], prefix: str, convs: Iterable[str]) -> bool:
@@ -325,7 +346,7 @@ def _is_dense(state_dict: Mapping[str, Tensor], prefix: str, convs: Iterable[str
 
 def _check_dense_network(root: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
     """Refuse another network's weights; a part that only one of the two has, such as a head, may differ."""
-    convs = dict(generated_convs(root))
+    convs = named_convs(root)
     stored = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
     known, parts = root.state_dict().keys(), set(map(_part, stored))
     wrong = [f'{name}.weight is missing' for name in convs if f'{name}.weight' not in stored and _part(name) in parts]
@@ -336,8 +357,7 @@ def _check_dense_network(root: nn.Module, state_dict: Mapping[str, Tensor], pref
                 wrong.append(f'{name} {tuple(tensor.shape)} is not in the model')
         elif tensor.shape != conv.weight_shape:
             wrong.append(f'{name} is {tuple(tensor.shape)}, not {tuple(conv.weight_shape)}')
-        else:
-            check_dense(name.removesuffix('.weight'), conv, tensor)
+        check_finite(name, tensor)
     if wrong:
         raise CSGError(f"the dense checkpoint is another network's: {abridge(wrong)}")
 

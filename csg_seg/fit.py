@@ -49,8 +49,8 @@ def fit_generator(generator: Generator, weights: Sequence[Tensor]) -> list[Tenso
     A frozen generator stays as it is: its codes alone are fitted.
 
     Args:
-        generator: of any kind. A tensor ring is fitted by descent, overhang included;
-            an MLP's linear part alone.
+        generator: of any kind. A tensor ring and a frozen MLP are fitted by descent,
+            overhang included; of any other MLP the linear part alone.
         weights: each ``(out, in, kh, kw)``, finite.
 
     Returns:
@@ -58,7 +58,7 @@ def fit_generator(generator: Generator, weights: Sequence[Tensor]) -> list[Tenso
     """
     settings = generator.settings
     slices = torch.cat([_split(weight, settings) for weight in weights])
-    if settings.generator == 'tensor_ring':
+    if settings.generator == 'tensor_ring' or (settings.freeze_generator and not generator.is_linear()):
         code = _descend(generator, slices)
     else:
         code = _fit_linear(generator, slices, _overhangs([weight.shape for weight in weights], settings))

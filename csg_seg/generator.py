@@ -76,6 +76,10 @@ class Generator(nn.Module):
             self.weight.zero_()
             self.weight[: len(basis)] = basis
 
+    def is_linear(self) -> bool:
+        """Say whether slices are codes times the first ``code_dim`` rows of ``weight``, as the generator is now."""
+        return True
+
     def extra_repr(self) -> str:
         """Describe the generator in ``print(model)``."""
         settings = self.settings.to_dict()
@@ -166,6 +170,10 @@ class MLPGenerator(Generator):
         self.hidden_weight = self._parameter(columns)
         self.hidden_bias = self._parameter(torch.zeros(hidden, device='cpu'))
 
+    def is_linear(self) -> bool:
+        """Say whether the hidden units give nothing yet."""
+        return not self.weight[self.settings.code_dim :].any()
+
     def forward(self, code: Tensor) -> Tensor:
         """Map codes ``(n, code_dim)`` to slices ``(n, s_out, s_in, kh, kw)``."""
         hidden = F.relu(code @ self.hidden_weight + self.hidden_bias)
@@ -221,6 +229,10 @@ class TensorRingGenerator(Generator):
         weight_std = math.sqrt(2.0 / (s_out * kh * kw))
         size = math.prod(self.settings.slice_shape)
         return math.sqrt(rank * mode / size) / cores * weight_std ** (1 / cores - 1)
+
+    def is_linear(self) -> bool:
+        """Return False: a slice is a product of its code's parts."""
+        return False
 
     def forward(self, code: Tensor) -> Tensor:
         """Map codes ``(n, code_dim)`` to slices ``(n, s_out, s_in, kh, kw)``."""

@@ -37,7 +37,8 @@ Track = Callable[[Sequence[Any]], Iterable[Any]]
 SIDES = ((4, 4), (8, 8), (8, 16), (16, 8), (12, 12), (16, 16), (16, 32), (32, 16), (32, 32))
 # In fewer values there is little to share; more take minutes to diagonalise.
 FEWEST_VALUES, MOST_VALUES = 64, 16 * 16 * 3 * 3
-# Slices of more values than this times their number cannot pay for their generator.
+# Slices of more values than this times their number leave room for short codes alone; to save
+# time they are tried only if they are asked for.
 MOST_VALUES_PER_SLICE = 16
 # Modules side by side that may have their own generators; if there are more, none has.
 MOST_PARTS = 6
@@ -256,8 +257,11 @@ def _search(convs: Convs, slice_shapes: Sequence[Sequence[int]] | None, unit: in
         for shape in shapes[kernel]
         for group in of_kernel
         for subset in _subsets(group, convs)
-        if _pays(subset, shape, convs)
+        if slice_shapes is not None or _pays(subset, shape, convs)
     }
+    if slice_shapes is not None and not any(shapes.values()):
+        kernels = ', '.join(f'{kh}x{kw}' for kh, kw in sorted(groups))
+        raise CSGError(f'no slice_shapes fit the convs, whose kernels are {kernels}; got {list(slice_shapes)}')
     spectra = _spectra(list(jobs), convs, track)
     frontiers = []
     for whole, *parts in groups.values():
@@ -329,7 +333,7 @@ def _one_group(group: Layers, spectra: Spectra, convs: Convs, unit: int | None) 
     """Return the best ways to store a group with one generator, or dense."""
     size = {name: convs[name].weight.numel() * (unit or 1) for name in group}
     whole = sum(size.values())
-    ways = [Frontier(torch.tensor([whole]), torch.zeros(1, dtype=torch.float64), [()])]
+    ways = [Frontier(torch.tensor([whole], device='cpu'), torch.zeros(1, dtype=torch.float64, device='cpu'), [()])]
     for (layers, shape), error in spectra.items():
         if not set(layers) <= set(group):
             continue
@@ -338,7 +342,7 @@ def _one_group(group: Layers, spectra: Spectra, convs: Convs, unit: int | None) 
         choices = [replace(first, code_dim=length) for length in range(1, _longest(chosen, shape) + 1)]
         if choices:
             dense = whole - sum(size[name] for name in layers)
-            sizes = torch.tensor([dense + each.size(unit) for each in choices])
+            sizes = torch.tensor([dense + each.size(unit) for each in choices], device='cpu')
             ways.append(Frontier(sizes, error[: len(choices)], [(each,) for each in choices]))
     return either(ways)
 

@@ -19,6 +19,7 @@ from .conv import (
     find_bank,
     find_roots,
     generated_convs,
+    named_convs,
     swap_in,
     swap_out,
 )
@@ -118,18 +119,13 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
     ]
     if wrong:
         raise CSGError(f"the weights are not those of the model's dense twin: {abridge(wrong)}")
-    errors: dict[str, float] = {}
-    after_fit, bank.after_fit = bank.after_fit, lambda _, found: errors.update(found)
-    try:
-        model.load_state_dict(dict(weights))
-    finally:
-        bank.after_fit = after_fit
-    return errors
+    model.load_state_dict(dict(weights))
+    return bank.fitted
 
 
 def _dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the state-dict shapes of a retrofitted model's dense twin."""
-    convs = dict(generated_convs(model))
+    convs = named_convs(model)
     stored = {f'{name}.{key}' for name, conv in convs.items() for key in conv.stored()}
     shapes = {f'{name}.weight': tuple(conv.weight_shape) for name, conv in convs.items()}
     for name, tensor in model.state_dict().items():

@@ -1,6 +1,7 @@
 """Ways from a trained dense network to a generated one, compared by the tool."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,8 +10,11 @@ from conftest import ROOT, run_tool
 from mmengine.config import Config
 
 from csg_seg.errors import CSGError
-from csg_seg.mm.carry_over import carry_over
+from csg_seg.mm.benchmark import evaluate
+from csg_seg.mm.carry_over import WAYS, _config, _possible_ways, _proximal_start, carry_over
 from csg_seg.mm.model import build_model
+from csg_seg.plan import plan
+from csg_seg.report import summarise
 
 SHORT = ROOT / 'configs' / 'cifar10' / 'resnet20_b64-3e_cifar10-npz.py'
 
@@ -52,7 +56,11 @@ def test_the_tool_gathers_the_score_of_each_way(dense, tmp_path):
 
 @pytest.mark.parametrize(
     ('way', 'says'),
-    [('guess', "'guess' is not possible here"), ('features+channels', 'is not possible'), ('proximal', 'not possible')],
+    [
+        ('guess', "'guess' is not possible here"),
+        ('features+labels+channels', 'is not possible'),
+        ('proximal', 'not possible'),
+    ],
 )
 def test_a_way_that_the_config_does_not_allow_is_refused(way, says, dense, tmp_path):
     config, checkpoint = dense
@@ -61,3 +69,67 @@ def test_a_way_that_the_config_does_not_allow_is_refused(way, says, dense, tmp_p
             Config.fromfile(config), str(checkpoint), [3], [way], tmp_path, layers=[], tools=ROOT / 'tools', jobs=1
         )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope='module')
+def configs():
+    """The dense config, a plan of its network, the config of each way, and of the proximal way's start."""
+    cfg = Config.fromfile(SHORT)
+    cfg.model.backbone.depth = 8
+    planned = plan(build_model(cfg), ratio=3)
+    ways = {
+        way: _config(way, cfg, 'dense.pth', planned, ['backbone.layer*.*'], 'near.pth') for way in _possible_ways(cfg)
+    }
+    return cfg, planned, ways, _proximal_start(cfg, 'dense.pth', planned, ['backbone.layer*.*'])
+
+
+def test_all_ways_train_for_as_many_epochs(configs):
+    cfg, _, ways, start = configs
+    assert set(ways) == set(WAYS) - {'features+labels+channels'}
+    for way, each in ways.items():
+        epochs = each.train_cfg.max_epochs + (start.train_cfg.max_epochs if way == 'proximal' else 0)
+        assert epochs == cfg.train_cfg.max_epochs == 3, way
+        assert each.param_scheduler[-1].end == each.train_cfg.max_epochs, way
+    assert start.param_scheduler[-1].end == start.train_cfg.max_epochs
+
+
+def test_no_way_stores_more_than_the_plan(configs):
+    _, planned, ways, _ = configs
+    for way, each in ways.items():
+        stored = summarise(build_model(untaught(each))).stored_params
+        assert 0.8 < stored / planned.stored_params <= 1 if way == 'narrow' else stored == planned.stored_params, way
+
+
+def untaught(cfg):
+    """The same network without a teacher, whose weights are not there."""
+    model = {key: value for key, value in cfg.model.items() if key not in ('teacher', 'init_cfg')}
+    if model['type'] == 'TaughtModel':
+        model['type'] = model.pop('base_type')
+    return Config({**cfg.to_dict(), 'model': model})
+
+
+def test_each_way_starts_and_learns_as_its_name_says(configs):
+    _, _, ways, _ = configs
+    starts = {way: (each.model.get('init_cfg') or {}).get('checkpoint') for way, each in ways.items()}
+    assert {way for way, start in starts.items() if start} == {'fine-tune', 'proximal'}
+    assert (starts['fine-tune'], starts['proximal']) == ('dense.pth', 'near.pth')
+    taught = {way for way, each in ways.items() if each.model.get('teacher')}
+    assert taught == set(ways) - {'scratch', 'fine-tune'}
+    compares = {way for way in taught if ways[way].model.teacher.get('features')}
+    assert compares == {'features', 'features+labels', 'anneal', 'proximal'}
+    fades = {way for way in taught if ways[way].model.teacher.get('anneal')}
+    assert fades == {'anneal', 'anneal logits'}
+    assert all(ways[way].model.teacher.checkpoint == 'dense.pth' for way in taught)
+    assert 'csg' not in ways['narrow'].model
+
+
+def test_other_weights_under_the_same_name_are_not_taken_for_these(dense, tmp_path):
+    config, checkpoint = dense
+    cfg, weights = Config.fromfile(config), tmp_path / 'dense.pth'
+    shutil.copy(checkpoint, weights)
+    first = evaluate(cfg, str(weights), tmp_path / 'run', tools=ROOT / 'tools')
+    assert evaluate(cfg, str(weights), tmp_path / 'run', tools=ROOT / 'tools') == first
+    torch.manual_seed(1)
+    torch.save({'state_dict': build_model(cfg).state_dict()}, weights)
+    with pytest.raises(CSGError, match='holds a run of other settings'):
+        evaluate(cfg, str(weights), tmp_path / 'run', tools=ROOT / 'tools')

@@ -158,6 +158,39 @@ def test_an_mlp_starts_from_the_linear_fit():
     assert torch.allclose(mlp.narrow.generate_weight(), linear.narrow.generate_weight(), atol=1e-6)
 
 
+def test_a_frozen_mlp_is_fitted_with_its_hidden_units():
+    mlp = EVEN | {'generator': 'mlp', 'hidden': 9}
+    made = retrofit(Even(seed=1), mlp)
+    nn.init.normal_(made.csg[0].weight, std=0.3)
+    weights = materialise(copy.deepcopy(made)).state_dict()
+    model = retrofit(Even(seed=2), mlp | {'freeze_generator': True})
+    model.csg[0].load_state_dict(made.csg[0].state_dict())
+    before = snapshot(model.csg[0])
+    errors = fit(model, weights)
+    assert_same_state(model.csg[0], before)
+    linear = retrofit(Even(seed=2), EVEN | {'freeze_generator': True})
+    linear.csg[0].weight.data.copy_(made.csg[0].weight[: EVEN['code_dim']])
+    assert max(errors.values()) < 0.5 * min(fit(linear, weights).values())
+
+
+def test_a_conv_in_two_places_is_fitted_and_loaded():
+    def network(seed):
+        torch.manual_seed(seed)
+        shared = nn.Conv2d(31, 31, 3)
+        return nn.Sequential(nn.Conv2d(3, 31, 3), shared, shared)
+
+    dense, model = network(0), retrofit(network(1), CSG)
+    errors = fit(model, dense.state_dict())
+    alone = retrofit(network(1)[:2], CSG)
+    assert errors == fit(alone, dense[:2].state_dict())
+    twin = retrofit(network(2), CSG)
+    twin.load_state_dict(model.state_dict())
+    assert_same_state(twin, snapshot(model))
+    # Its codes alone still mean nothing.
+    with pytest.raises(CSGError, match='codes mean nothing without their generator'):
+        twin[1].load_state_dict(model[1].state_dict())
+
+
 def test_a_residual_takes_up_what_the_generator_leaves():
     weights = Net().state_dict()
     alone, corrected = build(seed=1), build(seed=1, residual=2)
@@ -283,6 +316,11 @@ def test_other_weights_are_refused_before_anything_is_copied():
     good = Net().state_dict()
     nan = {**good, 'narrow.weight': good['narrow.weight'] * float('nan')}
     cases = {
+        r'stem.weight holds NaN or infinite': {**good, 'stem.weight': good['stem.weight'] / 0},
+        r'norm.running_var holds NaN or infinite': {
+            **good,
+            'norm.running_var': good['norm.running_var'] * float('nan'),
+        },
         r'narrow.weight holds NaN or infinite values; take a checkpoint from before': nan,
         r'widen.weight is \(31, 17, 1, 1\), not \(31, 17, 3, 3\)': {**good, 'widen.weight': torch.ones(31, 17, 1, 1)},
         r'extra.weight \(2, 2, 3, 3\) is in excess': {**good, 'extra.weight': torch.ones(2, 2, 3, 3)},

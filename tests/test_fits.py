@@ -171,6 +171,16 @@ def test_a_training_starts_from_the_fit_itself(config, checkpoint, tmp_path):
     assert 0 <= result['settings']['s8-d30']['ways'][way]['accuracy_trained'] <= 100
 
 
+@pytest.mark.full
+def test_a_fit_that_no_generator_makes_is_not_trained(config, checkpoint, tmp_path):
+    cfg = deepcopy(config)
+    result = compare_fits(cfg, str(checkpoint), ['s8-d30'], images=20, folder=tmp_path)
+    options = dict(layers=['backbone.layer*.*'], tools=ROOT / 'tools')
+    with pytest.raises(CSGError, match='no generator of these settings makes these weights .* leave it out'):
+        train_from_fits(cfg, str(checkpoint), result, ['free, permuted channels'], tmp_path, **options)
+    assert not (tmp_path / 'runs').exists()
+
+
 def test_a_way_that_is_not_there_is_named():
     with pytest.raises(CSGError, match="no way 'guess'; take some of 'truncated SVD'"):
         check_ways(['guess'])

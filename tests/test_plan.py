@@ -177,6 +177,27 @@ def test_the_overhang_is_free():
     assert 0 < predict(dense, csg).layers['1'] < ((weight - fitted).norm() / weight.norm()).item()
 
 
+def test_shapes_that_are_given_are_tried_however_large():
+    planned = csg_seg.plan(build('resnet20'), ratio=1.4, slice_shapes=[(16, 16, 3, 3)])
+    assert planned.compression_ratio >= 1.4 and planned.csg[0]['slice_shape'] == [16, 16, 3, 3]
+
+
+def test_a_default_device_is_no_obstacle():
+    dense = build('resnet20')
+    planned = csg_seg.plan(dense, ratio=3, slice_shapes=SHAPES[:1])
+    with torch.device('meta'):
+        assert csg_seg.plan(dense, ratio=3, slice_shapes=SHAPES[:1]) == planned
+
+
+def test_a_conv_in_two_places_is_planned_for_once():
+    torch.manual_seed(0)
+    shared = nn.Conv2d(32, 32, 3)
+    dense = nn.Sequential(nn.Conv2d(3, 32, 3), shared, nn.Conv2d(32, 32, 3), shared)
+    planned = csg_seg.plan(dense, ratio=2, slice_shapes=SHAPES)
+    assert planned.compression_ratio >= 2 and set(planned.layers) == {'0', '1', '2'}
+    check_counts(dense, planned)
+
+
 @pytest.mark.parametrize('budget', ['params', 'bytes'])
 def test_the_floor_is_named_and_can_be_had(budget):
     dense = build('resnet20')
@@ -206,6 +227,7 @@ def spoilt(value):
     [
         (lambda: build('resnet20'), {}, 'exactly one budget of ratio, params and bytes; got none'),
         (lambda: build('resnet20'), {'ratio': 2, 'bytes': 9}, 'got ratio, bytes'),
+        (lambda: build('resnet20'), {'ratio': 2, 'slice_shapes': [(8, 8, 5, 5)]}, 'no slice_shapes fit .* are 3x3'),
         (lambda: build('resnet20'), {'ratio': 1}, 'ratio must be a number above 1'),
         (lambda: build('resnet20'), {'ratio': math.nan}, 'ratio must be a number above 1'),
         (lambda: build('resnet20'), {'params': 0.5}, 'params must be a positive integer'),
@@ -219,7 +241,7 @@ def spoilt(value):
 )
 def test_mistakes_are_named(model, budget, message):
     with pytest.raises(CSGError, match=message) as refusal:
-        csg_seg.plan(model(), **budget, slice_shapes=SHAPES[:1])
+        csg_seg.plan(model(), **{'slice_shapes': SHAPES[:1], **budget})
     assert '\n' not in str(refusal.value)
 
 

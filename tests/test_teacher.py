@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from mmpretrain.structures import DataSample
 from torch import nn
 
-from csg_seg import materialise
+from csg_seg import fit, materialise
 from csg_seg.conv import find_bank, generated_convs
 from csg_seg.errors import CSGError
 from csg_seg.mm.teacher import divergence
@@ -318,6 +318,22 @@ def test_the_proximal_hook_brings_weights_nearer_to_generated_ones(checkpoint, r
     assert distances[1] < 0.7 * distances[0]
 
 
+def test_the_proximal_hook_names_weights_that_are_not_finite(runner, tmp_path):
+    proximal = dict(type='ProximalHook', csg=CSG)
+    run = runner(dense_model(), tmp_path, default_hooks=dict(proximal=proximal))
+    run.model.backbone.layer1[0].conv1.weight.data[0, 0, 0, 0] = float('nan')
+    with pytest.raises(CSGError, match=r'backbone.layer1.0.conv1.weight holds NaN or infinite'):
+        run.train()
+
+
+def test_all_processes_share_a_fit_by_hand_too(checkpoint, monkeypatch):
+    shared = []
+    monkeypatch.setattr('csg_seg.mm.model.broadcast', lambda tensor: shared.append(tensor))
+    student = build(csg_model(CSG))
+    assert fit(student, torch.load(checkpoint)['state_dict']) == find_bank(student).fitted
+    assert len(shared) == 1 + len(list(generated_convs(student)))
+
+
 # --- bad input ---
 
 
@@ -329,12 +345,35 @@ def test_the_proximal_hook_brings_weights_nearer_to_generated_ones(checkpoint, r
         (dict(temperature=0), 'temperature must be above 0'),
         (dict(features=1.0, layers=['backbone.stage*']), r"pattern 'backbone.stage\*' names no module"),
         (dict(logits_layer='head.nothing'), "has no layer 'head.nothing'"),
+        (dict(features=1.0, layers=[]), 'layers is empty'),
         (dict(logit=1.0), 'logit'),
     ],
 )
 def test_wrong_settings_of_a_teacher(change, says, checkpoint):
     with pytest.raises(CSGError, match=says):
         build(csg_model(CSG, dict(checkpoint=checkpoint, **change)))
+
+
+def test_one_pattern_needs_no_list(checkpoint):
+    network = build(csg_model(CSG, dict(checkpoint=checkpoint, features=1.0, layers='backbone.layer1.*')))
+    assert losses(network)['loss_teacher_features'].isfinite()
+
+
+def test_a_layer_that_is_not_run_is_named(checkpoint):
+    # A teacher computes no loss of its own.
+    network = build(csg_model(CSG, dict(checkpoint=checkpoint, features=1.0, layers='head.loss_module')))
+    with pytest.raises(CSGError, match="layer 'head.loss_module' was not run by itself in the teacher; name a module"):
+        losses(network)
+
+
+def test_a_start_of_ones_own_is_kept(checkpoint, tmp_path):
+    torch.manual_seed(5)
+    other = materialise(build(csg_model(CSG | {'seed': 3})))
+    torch.save({'state_dict': other.state_dict()}, tmp_path / 'other.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'other.pth'))
+    student = build({**csg_model(CSG, dict(checkpoint=checkpoint)), 'init_cfg': init_cfg})
+    for name, conv in generated_convs(student):
+        assert torch.allclose(conv.generate_weight(), other.get_submodule(name).weight, atol=1e-4), name
 
 
 def test_a_teacher_without_a_checkpoint():

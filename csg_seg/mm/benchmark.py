@@ -1,5 +1,6 @@
 """Train several configs with several seeds by the project's own tools, and gather what they score."""
 
+import hashlib
 import json
 import os
 import statistics
@@ -84,7 +85,7 @@ def evaluate(
         the score, and the metric's name.
     """
     folder, cfg = Path(folder), deepcopy(cfg)
-    cfg.load_from = str(checkpoint)  # so that a folder of another checkpoint's scores is refused
+    cfg.load_from = str(checkpoint)
     _prepare(cfg, 0, folder)
     if not (folder / 'result.json').exists():
         threads = max(1, torch.get_num_threads() // jobs)
@@ -103,11 +104,23 @@ def _prepare(cfg: Config, seed: int, folder: Path) -> None:
         dicts = cfg.model.csg if isinstance(cfg.model.csg, list) else [cfg.model.csg]
         for position, csg in enumerate(dicts):
             csg.seed = seed * len(dicts) + position
+    # So that scores of other weights, which stood under the same names, are not taken for these.
+    files = sorted(_checkpoints(cfg.to_dict()))
+    cfg.digests = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files}
     file, text = _config(folder), cfg.pretty_text
     if file.exists() and file.read_text() != text:
         raise CSGError(f'{folder} holds a run of other settings ({file}); choose another --work-dir')
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
+
+
+def _checkpoints(value: Any, key: str = '') -> set[str]:
+    """Name the files of weights that a config starts from or learns from."""
+    if isinstance(value, dict):
+        return set().union(*(_checkpoints(each, name) for name, each in value.items()))
+    if isinstance(value, list):
+        return set().union(*(_checkpoints(each, key) for each in value))
+    return {value} if key in ('checkpoint', 'load_from') and isinstance(value, str) and Path(value).is_file() else set()
 
 
 def _config(folder: Path) -> Path:

@@ -23,11 +23,12 @@ WAYS: dict[str, dict[str, Any]] = {
     'logits': LOGITS,
     'features': FEATURES,
     'features+labels': {**FEATURES, 'labels': 1.0},
-    'features+channels': {**FEATURES, 'channels': 0.1},
+    'features+labels+channels': {**FEATURES, 'labels': 1.0, 'channels': 0.1},
     'anneal': {**FEATURES, 'anneal': 0.6},
     'anneal logits': {**LOGITS, 'anneal': 0.6},
     'proximal': FEATURES,
-    'narrow': LOGITS,
+    # Untrained, so that large steps break nothing: with less it learns less.
+    'narrow': {**LOGITS, 'logits': 1.0},
 }
 
 
@@ -88,7 +89,7 @@ def carry_over(
 def _possible_ways(dense: Config) -> list[str]:
     """Leave out what needs a segmentation network, a schedule by epochs, or a width that can be set."""
     needs = {
-        'features+channels': 'decode_head' in dense.model,
+        'features+labels+channels': 'decode_head' in dense.model,
         'proximal': dense.train_cfg.get('max_epochs', 0) > 1 and _ends_with_cosine(dense),
         'narrow': dense.model.backbone.type == 'CIFARResNet',
     }
@@ -126,11 +127,11 @@ def taught_from(start: Path, dense: Config, csg: Sequence[Mapping[str, Any]], te
         start: dense checkpoint.
         dense: the teacher's config, with the schedule.
         csg: for :func:`csg_seg.retrofit`.
-        teacher: arguments of :class:`csg_seg.mm.teacher.Teacher`, but ``model``.
+        teacher: arguments of :class:`csg_seg.mm.teacher.Teacher`.
     """
     cfg = _generated(dense, csg)
     cfg.model.init_cfg = dict(type='Pretrained', checkpoint=str(start))
-    cfg.model.teacher = dict(teacher, model=dense.model.to_dict())
+    cfg.model.teacher = dict(teacher)
     return cfg
 
 

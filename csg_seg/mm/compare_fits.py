@@ -17,12 +17,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CSGError
 from ..report import summarise
-from ..retrofit import choose_layers, retrofit
+from ..retrofit import choose_layers, fit, retrofit
 from ..settings import Settings
 from .benchmark import benchmark
 from .carry_over import FEATURES, taught_from
 from .fits import WAYS, Layer, Layers, fit_by, output_energies
 from .plan import build_dense
+
+# Relative error that float32 leaves.
+EXACT = 1e-4
 
 
 def compare_fits(
@@ -94,26 +97,39 @@ def train_from_fits(
     Args:
         cfg: the dense network's config, with the schedule.
         checkpoint: its weights.
-        result: of :func:`compare_fits`, for settings without overhang: what a
-            generator made is then found again exactly.
-        ways: of :data:`csg_seg.mm.fits.WAYS`.
+        result: of :func:`compare_fits`.
+        ways: of :data:`csg_seg.mm.fits.WAYS`, those whose weights one generator makes
+            and finds again: without permutation or scale, and without overhang.
         folder: the one given to :func:`compare_fits`; the runs go there too.
         layers: whose outputs are compared, see :class:`csg_seg.mm.teacher.Teacher`.
         options: of :func:`csg_seg.mm.benchmark.benchmark`.
 
     Raises:
-        CSGError: there is no such way, or a run failed.
+        CSGError: what a way made is not what training would start from, or a run failed.
     """
     teacher = {'checkpoint': str(Path(checkpoint).resolve()), **FEATURES, 'layers': list(layers)}
     configs = {}
     for text, found in result['settings'].items():
         csg = {key: found[key] for key in ('slice_shape', 'code_dim')}
         for way in ways:
-            configs[f'{text} {way}'] = taught_from(_start(folder, text, way).resolve(), cfg, [csg], teacher)
+            start = _start(folder, text, way).resolve()
+            _check_start(cfg, start, csg, f'{text} {way}')
+            configs[f'{text} {way}'] = taught_from(start, cfg, [csg], teacher)
     trained = benchmark(configs, [0], Path(folder, 'runs'), **options)['networks']
     for text, found in result['settings'].items():
         for way in ways:
             found['ways'][way]['accuracy_trained'] = trained[f'{text} {way}']['mean']
+
+
+def _check_start(cfg: Config, start: Path, csg: Mapping[str, Any], name: str) -> None:
+    """Refuse a start that the generator, fitted to it again, does not meet."""
+    network = build_dense(cfg, start)
+    worst = max(fit(retrofit(deepcopy(network), csg), network.state_dict()).values())
+    if worst > EXACT:
+        raise CSGError(
+            f'{name}: no generator of these settings makes these weights (relative error {worst:.3f}), so training '
+            'would start elsewhere; leave it out of --train'
+        )
 
 
 def check_ways(ways: Iterable[str]) -> None:

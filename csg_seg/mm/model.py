@@ -30,7 +30,8 @@ def CSGModel(
         csg: one dict of generator settings, or a list of them.
         base_type: registered name of the model to build.
         teacher: arguments of :class:`csg_seg.mm.teacher.Teacher`, a trained dense
-            network of this config; the generated one starts from its weights.
+            network of this config; the generated one starts from its weights, unless
+            the config has an ``init_cfg`` of its own.
         base: all that ``base_type`` takes.
 
     Returns:
@@ -43,7 +44,7 @@ def CSGModel(
         raise CSGError('CSGModel needs csg=dict(...) and base_type={{_base_.model.type}}; see README.md')
     if base_type == 'CSGModel':
         raise CSGError('CSGModel: the base config is a CSG config already; override model.csg alone')
-    if teacher is not None and teacher.get('model') is None:
+    if teacher is not None and teacher.get('model') is None and not base.get('init_cfg'):
         base = _start_from(base, teacher)
     # Segmentors write into their config.
     architecture = deepcopy(dict(type=base_type, **base))
@@ -72,7 +73,7 @@ def retrofit_for_runner(model: nn.Module, csg: CSG) -> nn.Module:
     """Retrofit a model so that weights which a Runner loads are fitted on all ranks alike."""
     bank = find_bank(retrofit(model, csg))
     assert bank is not None
-    bank.after_fit = _share_fit
+    bank.after_fit = _share_fit_and_tell
     return model
 
 
@@ -92,7 +93,7 @@ def build_model(cfg: Config) -> nn.Module:
 
 def _start_from(base: dict[str, Any], teacher: Mapping[str, Any]) -> dict[str, Any]:
     """Let a model start from its teacher's weights, which hold all that ``pretrained`` would bring."""
-    start = {'init_cfg': dict(type='Pretrained', checkpoint=teacher.get('checkpoint'))}
+    start: dict[str, Any] = {'init_cfg': dict(type='Pretrained', checkpoint=teacher.get('checkpoint'))}
     if 'pretrained' in base:
         start['pretrained'] = None
     return {**base, **start}
@@ -106,9 +107,14 @@ def _teach(model: nn.Module, teacher: Mapping[str, Any], architecture: dict[str,
         raise CSGError(f'teacher: {error}; see csg_seg.mm.teacher.Teacher') from None
 
 
-def _share_fit(bank: GeneratorBank, errors: Mapping[str, float]) -> None:
+def share_fit(bank: GeneratorBank) -> None:
     """Take over the first rank's fit, which another machine's libraries may have rounded otherwise."""
     for tensor in [*bank.parameters(), *(each for conv in bank.fed.values() for each in conv.stored().values())]:
         broadcast(tensor.data)
-    mean = sum(errors.values()) / len(errors)
+
+
+def _share_fit_and_tell(bank: GeneratorBank) -> None:
+    share_fit(bank)
+    errors = bank.fitted.values()
+    mean = sum(errors) / len(errors)
     print_log(f'CSG: fitted {len(errors)} layers to dense weights, mean relative error {mean:.3f}', logger='current')

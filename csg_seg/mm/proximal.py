@@ -9,11 +9,11 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor
 
-from ..conv import find_bank
+from ..conv import check_finite, find_bank
 from ..errors import CSGError
-from ..retrofit import CSG
+from ..retrofit import CSG, retrofit
 from .hooks import bare_model
-from .model import retrofit_for_runner
+from .model import share_fit
 
 
 @HOOKS.register_module()
@@ -27,7 +27,7 @@ class ProximalHook(Hook):
         csg: one dict of generator settings, or a list of them.
         strength: share of the distance to the generated weight that a step goes at
             the end of training; it grows linearly from zero.
-        interval: steps after which generators and codes are fitted anew.
+        interval: steps after which generators and codes are fitted anew, as at each epoch's start.
     """
 
     priority = 'LOW'
@@ -40,7 +40,14 @@ class ProximalHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Make the generated twin whose weights are the nearest."""
-        self._twin = retrofit_for_runner(deepcopy(bare_model(runner.model)), self.csg)
+        self._twin = retrofit(deepcopy(bare_model(runner.model)), self.csg)
+        bank = find_bank(self._twin)
+        assert bank is not None
+        bank.after_fit = share_fit
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Fit anew at the next step, so that a run that is resumed from an epoch's end goes on as an unbroken one."""
+        self._nearest = {}
 
     def after_train(self, runner: Runner) -> None:
         """Let go of the twin."""
@@ -53,7 +60,9 @@ class ProximalHook(Hook):
         assert bank is not None
         if runner.iter % self.interval == 0 or not self._nearest:
             for name, conv in bank.fed.items():
-                conv.loaded = model.get_submodule(name).weight.detach()
+                weight = model.get_submodule(name).weight.detach()
+                check_finite(f'{name}.weight', weight)
+                conv.loaded = weight
             bank.fit_loaded()
             self._nearest = {name: conv.generate_weight().detach() for name, conv in bank.fed.items()}
         share = self.strength * min(1.0, (runner.iter + 1) / runner.max_iters)

@@ -57,7 +57,7 @@ class Teacher:
         temperature: float = 4.0,
         channels: float = 0.0,
         features: float = 0.0,
-        layers: Sequence[str] = ('backbone',),
+        layers: str | Sequence[str] = ('backbone',),
         logits_layer: str | None = None,
         anneal: float = 0.0,
     ):
@@ -75,7 +75,9 @@ class Teacher:
         self.model = model
         self.factors = factors
         self.temperature = temperature
-        self.patterns = list(layers)
+        self.patterns = [layers] if isinstance(layers, str) else list(layers)
+        if features and not self.patterns:
+            raise CSGError('teacher: features compares the outputs of layers, and layers is empty; name some')
         self.layers: list[str] = []
         self.logits_layer = logits_layer
         self.anneal = anneal
@@ -117,6 +119,7 @@ class Teacher:
     def _before_forward(self, student: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if kwargs.get('mode') != 'loss':
             return
+        self._outputs.clear()
         self._watching = True
         images = kwargs.get('inputs', args[0] if args else None)
         if self._network is None:
@@ -136,8 +139,9 @@ class Teacher:
         if kwargs.get('mode') != 'loss':
             return losses
         images = kwargs.get('inputs', args[0] if args else None)
-        with torch.no_grad():
-            self._network(images, mode='tensor')
+        if any(self.factors[name] for name in ('logits', 'channels', 'features')):
+            with torch.no_grad():
+                self._network(images, mode='tensor')
         labels = self.factors['labels']
         taught = {name: _scale(value, labels) if 'loss' in name else value for name, value in losses.items()}
         taught |= {f'loss_teacher_{name}': value for name, value in self._compare()}
@@ -163,6 +167,9 @@ class Teacher:
             yield 'features', factors['features'] * torch.stack(errors).mean()
 
     def _pair(self, name: str) -> tuple[Any, Any]:
+        for who in ('student', 'teacher'):
+            if (who, name) not in self._outputs:
+                raise CSGError(f'teacher: layer {name!r} was not run by itself in the {who}; name a module inside it')
         mine, wanted = (self._outputs[who, name] for who in ('student', 'teacher'))
         for one, other in zip(_as_list(mine), _as_list(wanted), strict=True):
             if one.shape != other.shape:
