@@ -4,11 +4,13 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from conftest import ROOT, run_program
+import torch
+from conftest import ROOT, cfg_options, run_program, run_tool
 from mmengine.config import Config
 
-import csg_seg  # noqa: F401 ('mmseg::' bases resolve once it is imported)
+from csg_seg.mm.model import build_model
 
 README = (ROOT / 'README.md').read_text()
 DOCUMENTS = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -59,3 +61,35 @@ def test_options_of_the_tools_are_mmsegs():
         ours = (ROOT / 'tools' / tool).read_text()
         options = re.findall(r"'(--[\w-]+)'", theirs)
         assert options and all(f"'{option}'" in ours for option in options)
+
+
+@pytest.fixture
+def recipes():
+    """The configs of docs/from_trained_weights.md: for a classifier, and for a segmentation network."""
+    text = (ROOT / 'docs' / 'from_trained_weights.md').read_text()
+    return [
+        block for block in re.findall(r'```python\n(.*?)```', text, flags=re.DOTALL) if "_base_ = './small.py'" in block
+    ]
+
+
+def test_the_recipes_from_trained_weights_train(recipes, drawn, tmp_path):
+    classifier, segmentor = recipes
+    deeplab = ROOT / 'configs' / 'demo' / 'deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
+    resnet20 = ROOT / 'configs' / 'cifar10' / 'resnet20_b64-20e_cifar10-npz.py'
+    rng = np.random.default_rng(0)
+    images = {f'x_{split}': rng.integers(0, 255, (8, 32, 32, 3), dtype=np.uint8) for split in ('train', 'test')}
+    np.savez(tmp_path / 'cifar10-subset.npz', **images, **{f'y_{split}': np.arange(8) for split in ('train', 'test')})
+    loaders = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+    for recipe, dense, data, one_step in (
+        (classifier, resnet20, tmp_path, {'train_cfg.max_epochs': 1}),
+        (segmentor, deeplab, drawn, {'train_cfg.max_iters': 1, 'train_cfg.val_interval': 1}),
+    ):
+        folder = tmp_path / dense.stem
+        folder.mkdir()
+        torch.save({'state_dict': build_model(Config.fromfile(dense)).state_dict()}, folder / 'dense.pth')
+        plan = ['plan.py', dense, '--checkpoint', folder / 'dense.pth', '--ratio', 2.3, '--out', folder / 'small.py']
+        run_tool(*plan)
+        (folder / 'taught.py').write_text(recipe.replace('dense.pth', str(folder / 'dense.pth')))
+        options = one_step | {f'{loader}.dataset.data_root': data for loader in loaders}
+        run_tool('train.py', folder / 'taught.py', '--work-dir', folder, *cfg_options(options))
+        assert list(folder.glob('*_1.pth'))

@@ -56,6 +56,8 @@ def main() -> None:
     with one_line_errors():
         if out.suffix != '.py':
             raise CSGError(f'--out {out}: a config ends in .py')
+        if out.resolve() == Path(args.config).resolve():
+            raise CSGError(f'--out {out} is the dense config itself; choose another')
         if out.exists() and not args.overwrite:
             raise CSGError(f'{out} exists; choose another --out, or give --overwrite')
         cfg = read_config(args.config)
@@ -64,7 +66,7 @@ def main() -> None:
             print('no --checkpoint: planned from UNTRAINED weights, whose errors mean little', file=sys.stderr)
         progress = partial(track, description='spectra', console=Console(stderr=True), transient=True)
         planned = plan(model, ratio=args.ratio, params=args.params, bytes=args.bytes, track=progress)
-        text = planned_config(planned, args.config, cfg, out)
+        text = planned_config(planned, args.config, cfg, out, trained=bool(args.checkpoint))
         out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, lambda partial_path: partial_path.write_text(text))
     if args.json:

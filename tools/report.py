@@ -21,6 +21,8 @@ with one_line_errors():
     from csg_seg.mm.plan import build_dense
     from csg_seg.plan import trade_off
 
+ENDINGS = ('.png', '.svg', '.pdf')
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -37,6 +39,8 @@ def draw(cfg, args: argparse.Namespace) -> None:
     """Draw the trade-off curve of the dense network and its trained weights."""
     if not args.checkpoint:
         raise CSGError('--curve needs trained weights; give --checkpoint, of the dense config')
+    if Path(args.curve).suffix not in ENDINGS:
+        raise CSGError(f'--curve {args.curve}: a picture ends in {" or ".join(ENDINGS)}')
     if Path(args.curve).exists() and not args.overwrite:
         raise CSGError(f'{args.curve} exists; choose another --curve, or give --overwrite')
     model = build_dense(cfg, args.checkpoint)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from torch import nn
 
@@ -25,13 +26,15 @@ def build_dense(cfg: Config, checkpoint: str | os.PathLike | None) -> nn.Module:
     if cfg.model.type == 'CSGModel' or any(hook and hook.get('csg') for hook in hooks):
         raise CSGError('a plan starts from a dense network and this is a CSG config; give the dense config')
     state_dict = read_checkpoint(checkpoint)['state_dict'] if checkpoint else None
+    if state_dict is None:
+        torch.manual_seed(0)  # so that a plan of untrained weights can be repeated
     model = build_model(cfg)
     if state_dict is not None:
         load_weights(model, state_dict)
     return model
 
 
-def planned_config(plan: Plan, dense: str | os.PathLike, cfg: Config, out: str | os.PathLike) -> str:
+def planned_config(plan: Plan, dense: str | os.PathLike, cfg: Config, out: str | os.PathLike, *, trained: bool) -> str:
     """Return the text of a config that inherits from the dense one and retrofits it as planned.
 
     Args:
@@ -39,12 +42,14 @@ def planned_config(plan: Plan, dense: str | os.PathLike, cfg: Config, out: str |
         dense: path of the dense config.
         cfg: what it holds.
         out: path that the text is for, which the base is named from.
+        trained: whether the network's weights were.
     """
+    of = '' if trained else ' of UNTRAINED weights'
     imports = [*cfg.get('custom_imports', {}).get('imports', []), 'csg_seg']
     dicts = ''.join(f'        dict({_arguments(each)}),\n' for each in plan.csg)
     return (
         f'# {plan.stored_params:,} parameters for {plan.dense_params:,} dense: {plan.compression_ratio:.2f}x smaller, '
-        f'{plan.stored_bytes:,} bytes; predicted relative error {plan.relative_error:.3f}.\n'
+        f'{plan.stored_bytes:,} bytes; predicted relative error{of} {plan.relative_error:.3f}.\n'
         f'_base_ = {_base(Path(dense), Path(out))!r}\n'
         f'custom_imports = dict(imports={list(dict.fromkeys(imports))!r})\n'
         f"model = dict(\n    type='CSGModel',\n    base_type={{{{_base_.model.type}}}},\n    csg=[\n{dicts}    ],\n)\n"
