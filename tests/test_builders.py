@@ -104,7 +104,9 @@ def test_sources_that_are_no_use_are_refused_when_saved(tmp_path, source, says):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('arguments', [{'num_classes': 10**9}, {'width_per_group': 10**5}, {'groups': 10**4}, {'num_classes': 10**15}])
+@pytest.mark.parametrize(
+    'arguments', [{'num_classes': 10**9}, {'width_per_group': 10**5}, {'groups': 10**4}, {'num_classes': 10**15}]
+)
 def test_a_network_far_larger_than_the_file_is_never_allocated(arguments):
     with pytest.raises(CSGError, match='far larger than the weights in it'):
         build(dict(builder='torchvision', name='resnet50', **arguments), most_values=10**8)
