@@ -31,7 +31,7 @@ from .settings import Settings
 from .slices import grid
 from .version import __version__
 
-# Version 1 had binary generators of other values; version 2 neither source nor precision, but is read.
+# Version 1 had binary generators of other values; version 2 neither source nor dtype, but is read.
 FORMAT, VERSION, READABLE = 'csg_seg compact checkpoint', '3', ('2', '3')
 # What a file claims to generate may be this much larger than what it stores, and what its
 # network takes while it is built this much larger than its weights.
@@ -62,7 +62,7 @@ def save_compact(
     model: nn.Module,
     path: str | os.PathLike,
     *,
-    precision: str = 'float32',
+    dtype: str = 'float32',
     source: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a retrofitted model to a compact checkpoint.
@@ -72,7 +72,7 @@ def save_compact(
     Args:
         model: retrofitted.
         path: of the file, best with the ending .safetensors.
-        precision: of codes, generators and the weights of convs and linear layers:
+        dtype: of codes, generators and the weights of convs and linear layers:
             'float32' (they stay as they are), 'float16', 'bfloat16' or 'int8', which
             has a scale for each row. Norm layers, biases and buffers stay as they are.
         source: how to build the dense network, so that the file is enough by
@@ -81,11 +81,11 @@ def save_compact(
 
     Raises:
         CSGError: the model is not retrofitted, the source builds another network, a
-            value does not fit the precision, or the folder does not exist.
+            value does not fit the dtype, or the folder does not exist.
     """
     if source is not None:
         _check_built(build(source), model)
-    write_compact(model, model.state_dict(), path, precision=precision, source=source)
+    write_compact(model, model.state_dict(), path, dtype=dtype, source=source)
 
 
 def load_compact(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
@@ -127,7 +127,7 @@ def write_compact(
     state_dict: Mapping[str, Tensor],
     path: str | os.PathLike,
     *,
-    precision: str = 'float32',
+    dtype: str = 'float32',
     source: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
@@ -137,7 +137,7 @@ def write_compact(
         model: tells settings and layers.
         state_dict: of this model, or of an average of it.
         path: of the file.
-        precision: as for :func:`save_compact`.
+        dtype: as for :func:`save_compact`.
         source: likewise; it is not tried.
         metadata: notes to keep in the file, text by name.
     """
@@ -159,7 +159,7 @@ def write_compact(
         **(metadata or {}),
         'format': FORMAT,
         'version': VERSION,
-        'precision': precision,
+        'dtype': dtype,
         'generators': json.dumps([generator.settings.to_dict() for generator in bank]),
         'layers': json.dumps(_layers(model)),
     }
@@ -172,7 +172,7 @@ def write_compact(
                 f'{name}: a {type(tensor).__name__} in the state dict, which only tensors can be; save it apart'
             )
     stored = {name: tensor for name, tensor in state_dict.items() if not _is_setting(name)}
-    lowered = lower(stored, matrices(model), precision) if precision != 'float32' else stored
+    lowered = lower(stored, matrices(model), dtype) if dtype != 'float32' else stored
     # Cloned, because safetensors refuses views and tied tensors.
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in lowered.items()

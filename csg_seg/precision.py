@@ -9,7 +9,7 @@ from .conv import BANK, find_roots, generated_convs
 from .errors import CSGError
 
 # What a file can hold, and the type of its matrices.
-PRECISIONS = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16, 'int8': torch.int8}
+DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16, 'int8': torch.int8}
 # Behind the name of an int8 matrix: the name of its scales. No module's entry has a colon.
 SCALE = ':scale'
 STEPS = 127
@@ -29,7 +29,7 @@ def matrices(model: nn.Module) -> set[str]:
     return names
 
 
-def lower(tensors: Mapping[str, Tensor], names: Collection[str], precision: str) -> dict[str, Tensor]:
+def lower(tensors: Mapping[str, Tensor], names: Collection[str], dtype: str) -> dict[str, Tensor]:
     """Return tensors, those of the given names in lower precision.
 
     An int8 matrix is ``round(row / scale)`` with ``scale = max(abs(row)) / 127``,
@@ -38,14 +38,13 @@ def lower(tensors: Mapping[str, Tensor], names: Collection[str], precision: str)
     Args:
         tensors: a state dict.
         names: see :func:`matrices`; those that are not floating stay as they are.
-        precision: a key of :data:`PRECISIONS`.
+        dtype: a key of :data:`DTYPES`.
 
     Raises:
-        CSGError: there is no such precision, or a value is beyond it.
+        CSGError: there is no such dtype, or a value is beyond it.
     """
-    if precision not in PRECISIONS:
-        raise CSGError(f'there is no precision {precision!r}; take one of {", ".join(PRECISIONS)}')
-    dtype = PRECISIONS[precision]
+    if dtype not in DTYPES:
+        raise CSGError(f'there is no dtype {dtype!r} for files; take one of {", ".join(DTYPES)}')
     lowered = {}
     for name, tensor in tensors.items():
         if name not in names or not tensor.is_floating_point():
@@ -53,12 +52,12 @@ def lower(tensors: Mapping[str, Tensor], names: Collection[str], precision: str)
             continue
         if not tensor.isfinite().all():
             raise CSGError(f'{name}: holds NaN or infinite values; save a network whose training converged')
-        if dtype == torch.int8:
+        if dtype == 'int8':
             lowered[name], lowered[f'{name}{SCALE}'] = _quantise(tensor)
             continue
-        lowered[name] = tensor.to(dtype)
+        lowered[name] = tensor.to(DTYPES[dtype])
         if not lowered[name].isfinite().all():
-            raise CSGError(f'{name}: a value is too large for {precision}; take bfloat16')
+            raise CSGError(f'{name}: a value is too large for {dtype}; take bfloat16')
     return lowered
 
 

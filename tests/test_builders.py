@@ -64,12 +64,12 @@ def test_a_builder_of_ones_own(tmp_path, monkeypatch):
 
 def test_the_file_tells_where_it_comes_from(tmp_path):
     source = dict(builder='torchvision', name='resnet18')
-    path = saved(tmp_path, models.resnet18(), source, precision='int8')
+    path = saved(tmp_path, models.resnet18(), source, dtype='int8')
     content = path.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], 'little')])['__metadata__']
     assert json.loads(header['source']) == source
     assert json.loads(header['versions']) == {'csg_seg': csg_seg.__version__, 'torch': torch.__version__}
-    assert (header['version'], header['precision']) == ('3', 'int8')
+    assert (header['version'], header['dtype']) == ('3', 'int8')
 
 
 def test_a_file_without_a_source_wants_the_model(tmp_path):

@@ -59,7 +59,7 @@ def write(kind):
     torch.manual_seed(0)
     model = csg_seg.retrofit(Net(), KINDS[kind])
     path = Path(f'honest-{kind}.safetensors')
-    csg_seg.save_compact(model, path, precision='int8', source=dict(builder='fuzz', width=24))
+    csg_seg.save_compact(model, path, dtype='int8', source=dict(builder='fuzz', width=24))
     return path.read_bytes()
 
 

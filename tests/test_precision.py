@@ -75,11 +75,11 @@ def test_rows_of_zeros_stay_zeros():
 
 
 # Of half floats the rounding of 10 and 7 bits; of int8, 1 / 254 of the largest of each row.
-@pytest.mark.parametrize(('precision', 'bound'), [('float16', 2**-11), ('bfloat16', 2**-8), ('int8', 1 / 254)])
+@pytest.mark.parametrize(('dtype', 'bound'), [('float16', 2**-11), ('bfloat16', 2**-8), ('int8', 1 / 254)])
 @pytest.mark.parametrize('kind', KINDS)
-def test_a_network_comes_back_within_its_precision(tmp_path, kind, precision, bound):
+def test_a_network_comes_back_within_its_precision(tmp_path, kind, dtype, bound):
     model = build(**kind)
-    save_compact(model, tmp_path / 'x', precision=precision)
+    save_compact(model, tmp_path / 'x', dtype=dtype)
     loaded = load_compact(tmp_path / 'x', Net()).state_dict()
     for name, tensor in model.state_dict().items():
         if name not in matrices(model):
@@ -93,8 +93,8 @@ def test_a_network_comes_back_within_its_precision(tmp_path, kind, precision, bo
 
 def test_lower_precisions_take_fewer_bytes(tmp_path):
     model = build()
-    for precision in ('float32', 'float16', 'bfloat16', 'int8'):
-        save_compact(model, tmp_path / precision, precision=precision)
+    for dtype in ('float32', 'float16', 'bfloat16', 'int8'):
+        save_compact(model, tmp_path / dtype, dtype=dtype)
     held = sum(each.numel() for name, each in model.state_dict().items() if name in matrices(model))
     size = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert size['float32'] - size['float16'] == pytest.approx(2 * held, abs=100)
@@ -103,27 +103,27 @@ def test_lower_precisions_take_fewer_bytes(tmp_path):
 
 
 def test_a_file_of_int8_is_stored_the_same_again(tmp_path):
-    save_compact(build(), tmp_path / 'one', precision='int8')
-    save_compact(load_compact(tmp_path / 'one', Net()), tmp_path / 'two', precision='int8')
+    save_compact(build(), tmp_path / 'one', dtype='int8')
+    save_compact(load_compact(tmp_path / 'one', Net()), tmp_path / 'two', dtype='int8')
     one, two = (read_compact(tmp_path / name).tensors for name in ('one', 'two'))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
-    ('value', 'precision', 'says'),
+    ('value', 'dtype', 'says'),
     [
         (1e6, 'float16', 'head.weight: a value is too large for float16; take bfloat16'),
         (float('nan'), 'int8', 'head.weight: holds NaN or infinite values'),
         (float('inf'), 'bfloat16', 'head.weight: holds NaN or infinite values'),
-        (1.0, 'int4', "no precision 'int4'; take one of float32, float16, bfloat16, int8"),
+        (1.0, 'int4', "no dtype 'int4' for files; take one of float32, float16, bfloat16, int8"),
     ],
 )
-def test_what_a_precision_cannot_hold_is_refused(tmp_path, value, precision, says):
+def test_what_a_precision_cannot_hold_is_refused(tmp_path, value, dtype, says):
     model = build()
     model.head.weight.data[0, 0] = value
     with pytest.raises(CSGError, match=says):
-        save_compact(model, tmp_path / 'x', precision=precision)
+        save_compact(model, tmp_path / 'x', dtype=dtype)
     assert not list(tmp_path.iterdir())
 
 
