@@ -8,10 +8,12 @@ mmengine parts, when mmengine is installed.
 import warnings
 from importlib.util import find_spec
 
+from .builders import register_builder
 from .checkpoint import load_compact, save_compact
 from .plan import plan
 from .report import summarise
 from .retrofit import fit, materialise, retrofit
+from .version import __version__
 
 if find_spec('mmengine') is not None:
     try:
@@ -19,5 +21,14 @@ if find_spec('mmengine') is not None:
     except ImportError as error:
         warnings.warn(f'mmengine is installed but does not import: {error}', stacklevel=2)
 
-__version__ = '0.1.0'
-__all__ = ['fit', 'load_compact', 'materialise', 'plan', 'retrofit', 'save_compact', 'summarise']
+__all__ = [
+    '__version__',
+    'fit',
+    'load_compact',
+    'materialise',
+    'plan',
+    'register_builder',
+    'retrofit',
+    'save_compact',
+    'summarise',
+]

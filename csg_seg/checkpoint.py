@@ -1,9 +1,10 @@
 """Compact checkpoints: generators once, codes, and the rest, in one safetensors file.
 
-Tensors carry their state-dict names; the metadata holds ``generators`` (a JSON
-list of settings), ``layers`` (JSON, layer name to generator position and weight
-shape) and a SHA-256 of everything. A binary generator is its seed in the
-metadata alone.
+Tensors carry their state-dict names, matrices may be of lower precision; the
+metadata holds ``generators`` (a JSON list of settings), ``layers`` (JSON, layer name
+to generator position and weight shape), where the network comes from, and a SHA-256
+of everything. A binary generator is its seed in the metadata alone. A file may come
+from anywhere: all that it says is checked before memory is taken for it.
 """
 
 import hashlib
@@ -13,21 +14,28 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from .builders import build, check_source
 from .conv import BANK, find_bank, find_roots, generated_convs
 from .errors import CSGError
 from .generator import MEANING, build_generator, encode_meaning
+from .precision import lower, matrices, restore
 from .retrofit import check_root, swap_layers
 from .settings import Settings
 from .slices import grid
+from .version import __version__
 
-# Version 1 had binary generators of other values.
-FORMAT, VERSION = 'csg_seg compact checkpoint', '2'
+# Version 1 had binary generators of other values; version 2 neither source nor dtype, but is read.
+FORMAT, VERSION, READABLE = 'csg_seg compact checkpoint', '3', ('2', '3')
+# What a file claims to generate may be this much larger than what it stores, and what its
+# network takes while it is built this much larger than its weights.
+LARGEST_RATIO, SLACK = 1000, 8
 _EXTRA = '_extra_state'
 
 
@@ -39,45 +47,69 @@ class Compact:
         tensors: the root's state dict, generator settings included.
         settings: one for each generator.
         layers: name of each generated layer, its generator's position and its weight's shape.
+        source: for :func:`csg_seg.builders.build`, if the file says how to build the network.
         metadata: whatever else the writer noted, text by name.
     """
 
     tensors: dict[str, Tensor]
     settings: list[Settings]
     layers: dict[str, tuple[int, tuple[int, ...]]]
+    source: dict[str, Any] | None
     metadata: dict[str, str]
 
 
-def save_compact(model: nn.Module, path: str | os.PathLike) -> None:
+def save_compact(
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    dtype: str = 'float32',
+    source: Mapping[str, Any] | None = None,
+) -> None:
     """Write a retrofitted model to a compact checkpoint.
 
     The file appears whole or not at all; an older one of that name is replaced.
 
+    Args:
+        model: retrofitted.
+        path: of the file, best with the ending .safetensors.
+        dtype: of codes, generators and the weights of convs and linear layers:
+            'float32' (they stay as they are), 'float16', 'bfloat16' or 'int8', which
+            has a scale for each row. Norm layers, biases and buffers stay as they are.
+        source: how to build the dense network, so that the file is enough by
+            itself: ``dict(builder='torchvision', name='resnet18', num_classes=10)``,
+            likewise 'timm', or a builder of your own (:func:`csg_seg.register_builder`).
+
     Raises:
-        CSGError: the model is not retrofitted, or the folder does not exist.
+        CSGError: the model is not retrofitted, the source builds another network, a
+            value does not fit the dtype, or the folder does not exist.
     """
-    write_compact(model, model.state_dict(), path)
+    if source is not None:
+        _check_built(build(source), model)
+    write_compact(model, model.state_dict(), path, dtype=dtype, source=source)
 
 
-def load_compact(path: str | os.PathLike, model: nn.Module) -> nn.Module:
+def load_compact(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
     """Load a compact checkpoint into a model, which stays as it was if they do not fit.
 
     Args:
         path: a file of :func:`save_compact`.
         model: the dense network, which is retrofitted as the file says, or a
-            retrofitted one.
+            retrofitted one. Without it the network is built as the file says; no
+            other file is read for it, and no code that the file names is run.
 
     Returns:
-        The same model.
+        The same model, or the one built.
 
     Raises:
-        CSGError: the file is damaged or is no compact checkpoint, or its
-            settings, names or shapes differ from the model's; a binary
-            generator's seed is the file's.
+        CSGError: the file is damaged or is no compact checkpoint, its settings,
+            names or shapes differ from the model's (a binary generator's seed is
+            the file's), or it does not say how to build one.
     """
     compact = read_compact(path)
-    dense = find_bank(model) is None
     try:
+        if model is None:
+            model = _build(compact)
+        dense = find_bank(model) is None
         if dense:
             check_root(model)
         wanted = _shapes_when_retrofitted(model, compact) if dense else _shapes(model, compact)
@@ -95,6 +127,8 @@ def write_compact(
     state_dict: Mapping[str, Tensor],
     path: str | os.PathLike,
     *,
+    dtype: str = 'float32',
+    source: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a state dict of a retrofitted model; see :func:`save_compact`.
@@ -102,6 +136,9 @@ def write_compact(
     Args:
         model: tells settings and layers.
         state_dict: of this model, or of an average of it.
+        path: of the file.
+        dtype: as for :func:`save_compact`.
+        source: likewise; it is not tried.
         metadata: notes to keep in the file, text by name.
     """
     bank = find_bank(model)
@@ -118,21 +155,28 @@ def write_compact(
     if path.is_dir():
         raise CSGError(f'{path}: a folder, not a file; choose another path')
     header = {
+        'versions': json.dumps({'csg_seg': __version__, 'torch': torch.__version__}),
         **(metadata or {}),
         'format': FORMAT,
         'version': VERSION,
+        'dtype': dtype,
         'generators': json.dumps([generator.settings.to_dict() for generator in bank]),
         'layers': json.dumps(_layers(model)),
     }
-    tensors = {}
+    if source is not None:
+        check_source(source)
+        header['source'] = json.dumps(source)
     for name, tensor in state_dict.items():
         if not isinstance(tensor, Tensor):
             raise CSGError(
                 f'{name}: a {type(tensor).__name__} in the state dict, which only tensors can be; save it apart'
             )
-        if not _is_setting(name):
-            # Cloned, because safetensors refuses views and tied tensors.
-            tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    stored = {name: tensor for name, tensor in state_dict.items() if not _is_setting(name)}
+    lowered = lower(stored, matrices(model), dtype) if dtype != 'float32' else stored
+    # Cloned, because safetensors refuses views and tied tensors.
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in lowered.items()
+    }
     header['sha256'] = _digest(tensors, header)
     write_whole(path, lambda partial: partial.write_bytes(save(tensors, metadata=header)))
 
@@ -158,18 +202,80 @@ def read_compact(path: str | os.PathLike) -> Compact:
         raise CSGError(
             f'{path}: a safetensors file that csg_seg.save_compact did not write; load it as the dense file it is'
         )
-    if header.get('version') != VERSION:
+    if header.get('version') not in READABLE:
         raise CSGError(
-            f'{path}: version {header.get("version")} of the format; this csg_seg reads {VERSION}, '
+            f'{path}: version {header.get("version")} of the format; this csg_seg reads {" and ".join(READABLE)}, '
             'take the one that wrote it'
         )
     if header.pop('sha256', None) != _digest(tensors, header):
         raise CSGError(f'{path}: damaged, its checksum does not match; copy it again')
-    generators = json.loads(header.pop('generators'))
-    settings = [Settings.from_dict(each, position=position) for position, each in enumerate(generators)]
+    try:
+        return _parse(tensors, header)
+    except CSGError as error:
+        raise CSGError(f'{path}: {error}') from None
+    # A header that another program wrote may hold anything.
+    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        raise CSGError(
+            f'{path}: its header is none that csg_seg writes ({type(error).__name__}); copy it again'
+        ) from None
+
+
+def _parse(tensors: dict[str, Tensor], header: dict[str, str]) -> Compact:
+    """Read what a header says, and check it against the tensors."""
+    settings = [
+        Settings.from_dict(each, position=position)
+        for position, each in enumerate(json.loads(header.pop('generators')))
+    ]
+    layers = {
+        name: (_in_range(position, len(settings)), _weight_shape(shape))
+        for name, (position, shape) in json.loads(header.pop('layers')).items()
+    }
+    source = json.loads(header.pop('source', 'null'))
+    if source is not None:
+        check_source(source)
+    stored = sum(tensor.numel() for tensor in tensors.values())
+    claimed = sum(each.code_dim * math.prod(each.slice_shape) for each in settings)
+    claimed += sum(math.prod(shape) for _, shape in layers.values())
+    if claimed > LARGEST_RATIO * stored:
+        raise CSGError(f'{stored:,} values in the file cannot make {claimed:,} of weights and generators; it lies')
+    tensors = restore(tensors)
     tensors |= {f'{BANK}.{position}.{_EXTRA}': encode_meaning(each) for position, each in enumerate(settings)}
-    layers = {name: (position, tuple(shape)) for name, (position, shape) in json.loads(header.pop('layers')).items()}
-    return Compact(tensors, settings, layers, header)
+    return Compact(tensors, settings, layers, source, header)
+
+
+def _in_range(position: Any, count: int) -> int:
+    if type(position) is not int or not 0 <= position < count:
+        raise ValueError(position)
+    return position
+
+
+def _weight_shape(shape: Any) -> tuple[int, ...]:
+    if len(shape) != 4 or not all(type(size) is int and size > 0 for size in shape):
+        raise ValueError(shape)
+    return tuple(shape)
+
+
+def _build(compact: Compact) -> nn.Module:
+    """Build the network that a file names, while it takes no more memory than the file accounts for."""
+    if compact.source is None:
+        raise CSGError('does not say how its network is built; give load_compact the model too')
+    stored = sum(tensor.numel() for tensor in compact.tensors.values())
+    dense = sum(math.prod(shape) for _, shape in compact.layers.values())
+    return build(compact.source, most_values=SLACK * (stored + dense))
+
+
+def _check_built(built: nn.Module, model: nn.Module) -> None:
+    """Refuse a source that builds another network than the one that is saved."""
+    convs = {name: tuple(conv.weight_shape) for name, conv in generated_convs(model)}
+    codes = {f'{name}.{key}' for name, conv in generated_convs(model) for key in conv.stored()}
+    wanted = {f'{name}.weight': shape for name, shape in convs.items()}
+    for name, tensor in model.state_dict().items():
+        if name not in codes and not name.startswith(f'{BANK}.'):
+            wanted[name] = tuple(tensor.shape)
+    try:
+        _check_same({name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}, wanted)
+    except CSGError as error:
+        raise CSGError(f'the source builds another network: its state dict {error}') from None
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -11,14 +11,14 @@ PACKAGE = Path(csg_seg.__file__).parent
 
 # Who may import whom: a module imports only what stands on a line above its own.
 ORDER = [
-    {'errors'},
-    {'slices', 'drawing', 'frontier'},
+    {'errors', 'version'},
+    {'slices', 'drawing', 'frontier', 'builders'},
     {'settings'},
     {'generator'},
     {'descent'},
     {'fit'},
     {'conv'},
-    {'retrofit'},
+    {'retrofit', 'precision'},
     {'checkpoint', 'report'},
     {'plan'},
     {'coco'},
@@ -92,7 +92,8 @@ def test_the_order_knows_every_module():
 
 
 def test_the_parser_sees_imports_of_every_form():
-    assert own_imports(PACKAGE / '__init__.py') == {'checkpoint', 'plan', 'report', 'retrofit', 'mm'}
+    modules = {'builders', 'checkpoint', 'plan', 'report', 'retrofit', 'version'}
+    assert own_imports(PACKAGE / '__init__.py') == {*modules, 'mm'}
     assert 'errors' in own_imports(PACKAGE / 'retrofit.py')
     assert 'csg_seg' not in foreign_imports(PACKAGE / 'drawing.py')
     assert 'errors' in own_imports(PACKAGE / 'drawing.py')
@@ -121,15 +122,17 @@ def test_no_function_imports(path):
 
 def test_the_public_names_are_these():
     assert sorted(csg_seg.__all__) == [
+        '__version__',
         'fit',
         'load_compact',
         'materialise',
         'plan',
+        'register_builder',
         'retrofit',
         'save_compact',
         'summarise',
     ]
-    assert all(callable(getattr(csg_seg, name)) for name in csg_seg.__all__)
+    assert all(callable(getattr(csg_seg, name)) for name in csg_seg.__all__ if name != '__version__')
 
 
 def test_the_core_works_without_mm(tmp_path):

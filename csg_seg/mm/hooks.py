@@ -1,7 +1,6 @@
 """The hook door, compact files beside checkpoints, and resuming with the same random numbers."""
 
 import gc
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -19,12 +18,12 @@ from rich.console import Console
 from rich.progress import Progress, track
 from torch import nn
 
-from ..checkpoint import write_compact
 from ..conv import BANK, GeneratorBank, find_bank
 from ..errors import CSGError
 from ..report import summarise
 from ..retrofit import CSG
 from ..settings import Settings
+from .compact import write_described
 from .model import retrofit_for_runner
 
 
@@ -126,13 +125,12 @@ class CompactCheckpointHook(Hook):
         if checkpoint is None:
             return
         dataset_meta = checkpoint['meta'].get('dataset_meta') or {}
-        names = {key: dataset_meta[key] for key in ('classes', 'palette') if dataset_meta.get(key) is not None}
-        metadata = {'dataset_meta': json.dumps(names)}
         for path in _announced(runner, which):
             saved = path.stat().st_mtime_ns if path.is_file() else None
             if saved is not None and saved != self._saved.get(path):
                 compact = path.with_suffix('.safetensors')
-                write_compact(bare_model(runner.model), checkpoint['state_dict'], compact, metadata=metadata)
+                model = bare_model(runner.model)
+                write_described(model, checkpoint['state_dict'], compact, runner.cfg, dataset_meta)
                 self._saved[path] = saved
         for path in [path for path in self._saved if not path.exists()]:
             path.with_suffix('.safetensors').unlink(missing_ok=True)
