@@ -72,6 +72,7 @@ def recipes():
     ]
 
 
+@pytest.mark.full
 def test_the_recipes_from_trained_weights_train(recipes, drawn, tmp_path):
     classifier, segmentor = recipes
     deeplab = ROOT / 'configs' / 'demo' / 'deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
