@@ -110,6 +110,9 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
     bank = find_bank(model)
     if bank is None:
         raise CSGError('nothing to fit: the model is not retrofitted; call csg_seg.retrofit on it first')
+    if not isinstance(weights, Mapping) or not all(isinstance(each, Tensor) for each in weights.values()):
+        what = "its entry 'state_dict'" if isinstance(weights, Mapping) and 'state_dict' in weights else 'a state dict'
+        raise CSGError(f'fit wants the weights by name, not this {type(weights).__name__}; give {what}')
     wanted = _dense_shapes(model)
     given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = [f'{name} is missing' for name in wanted if name not in given]

@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import ROOT, run_tool
 from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
 
 from csg_seg.errors import CSGError
 from csg_seg.mm.benchmark import evaluate
-from csg_seg.mm.carry_over import WAYS, _config, _possible_ways, _proximal_start, carry_over
+from csg_seg.mm.carry_over import PARAMWISE, WAYS, _config, _possible_ways, _proximal_start, carry_over
 from csg_seg.mm.model import build_model
 from csg_seg.plan import plan
 from csg_seg.report import summarise
@@ -116,11 +117,30 @@ def test_each_way_starts_and_learns_as_its_name_says(configs):
     taught = {way for way, each in ways.items() if each.model.get('teacher')}
     assert taught == set(ways) - {'scratch', 'fine-tune'}
     compares = {way for way in taught if ways[way].model.teacher.get('features')}
-    assert compares == {'features', 'features+labels', 'anneal', 'proximal'}
+    assert compares == {'features', 'features+labels', 'anneal', 'proximal', *PARAMWISE}
     fades = {way for way in taught if ways[way].model.teacher.get('anneal')}
     assert fades == {'anneal', 'anneal logits'}
     assert all(ways[way].model.teacher.checkpoint == 'dense.pth' for way in taught)
     assert 'csg' not in ways['narrow'].model
+
+
+def test_ways_with_rates_of_their_own_reach_codes_and_generators(configs):
+    _, _, ways, _ = configs
+    groups = {way: parameter_groups(ways[way]) for way in ('features', *PARAMWISE)}
+    assert set(groups['features'].values()) == {(0.02, 5e-4)}
+    for name in groups['features']:
+        is_generator, is_code = name.startswith('csg.'), name.endswith('.code')
+        decay = 0.0 if is_generator or is_code else 5e-4
+        assert groups['features, no decay'][name] == (0.02, decay), name
+        assert groups['features, fast generator'][name] == (pytest.approx(0.06 if is_generator else 0.02), 5e-4), name
+
+
+def parameter_groups(cfg):
+    """Learning rate and weight decay of each parameter."""
+    model = build_model(untaught(cfg))
+    groups = build_optim_wrapper(model, cfg.optim_wrapper).param_groups
+    of = {id(parameter): (group['lr'], group['weight_decay']) for group in groups for parameter in group['params']}
+    return {name: of[id(parameter)] for name, parameter in model.named_parameters()}
 
 
 def test_other_weights_under_the_same_name_are_not_taken_for_these(dense, tmp_path):

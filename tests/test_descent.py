@@ -31,7 +31,7 @@ def slices():
     return generator(code).flatten(1).detach()
 
 
-def test_it_recovers_another_rings_slices(slices):
+def test_it_comes_near_slices_that_another_ring_made(slices):
     generator = build(seed=3)
     start = generator.draw_code(40, weight_std=0.1, rng=torch.Generator().manual_seed(0))
     assert relative_error(generator, start, slices) > 1
@@ -49,7 +49,7 @@ def test_more_steps_come_nearer(slices):
     assert errors[0] > 1.1 * errors[1] > 1.2 * errors[2]
 
 
-def test_a_frozen_generator_keeps_still_and_its_own_slices_are_encoded(slices):
+def test_a_frozen_generator_keeps_still_while_codes_come_near_its_own_slices(slices):
     generator = build(seed=1, freeze_generator=True)
     kept = generator.weight.clone()
     code = fit(generator, slices)

@@ -332,6 +332,10 @@ def test_other_weights_are_refused_before_anything_is_copied():
         with pytest.raises(CSGError, match=says):
             fit(model, weights)
         assert_same_state(model, kept)
+    with pytest.raises(CSGError, match='this str; give a state dict'):
+        fit(model, 'dense.pth')
+    with pytest.raises(CSGError, match="this dict; give its entry 'state_dict'"):
+        fit(model, {'state_dict': good})
     with pytest.raises(CSGError, match='not retrofitted; call csg_seg.retrofit'):
         fit(Net(), good)
 

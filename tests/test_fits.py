@@ -23,7 +23,7 @@ from csg_seg.mm.compare_fits import (
     weight_error,
     with_weights,
 )
-from csg_seg.mm.fits import WAYS, Layer, _permuted, fit_by
+from csg_seg.mm.fits import FITS, Layer, _permuted, fit_by
 from csg_seg.mm.launch import read_config
 from csg_seg.mm.model import build_model
 from csg_seg.settings import Settings
@@ -74,7 +74,7 @@ def checkpoint(network, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('way', FITS)
 def test_every_way_gives_each_layer_a_weight_of_its_shape(way, layers):
     fitted = fit_by(way, layers, OVERHANGING)
     assert {name: each.shape for name, each in fitted.items()} == {
@@ -83,7 +83,7 @@ def test_every_way_gives_each_layer_a_weight_of_its_shape(way, layers):
     assert all(0 < weight_error(fitted[name], layer) < 1.5 for name, layer in layers.items())
 
 
-@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('way', FITS)
 def test_with_codes_as_long_as_slices_every_way_is_exact(way, layers):
     fitted = fit_by(way, layers, Settings((4, 5, 3, 3), 180))
     assert max(weight_error(fitted[name], layer) for name, layer in layers.items()) < 1e-5
@@ -148,7 +148,7 @@ def test_settings_are_read_from_their_names(network):
 @pytest.mark.full
 def test_all_ways_are_compared(config, checkpoint):
     result = compare_fits(deepcopy(config), str(checkpoint), ['s8-d30'], images=20)
-    assert list(result['settings']['s8-d30']['ways']) == list(WAYS)
+    assert list(result['settings']['s8-d30']['ways']) == list(FITS)
     ways = result['settings']['s8-d30']['ways'].values()
     assert all(0 <= each['accuracy'] <= 100 and each['weight_error'] > 0 for each in ways)
     json.dumps(result)

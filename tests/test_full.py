@@ -25,6 +25,7 @@ def test_demo_keeps_its_promises(tmp_path):
 
 FIT = """
 import json, resource, time
+import torch
 from csg_seg import fit, materialise
 from csg_seg.mm.launch import read_config
 from csg_seg.mm.model import build_model
@@ -32,11 +33,14 @@ from csg_seg.mm.model import build_model
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+torch.set_num_threads(2)
 cfg = read_config('configs/deeplabv3/csg-s16-d128_deeplabv3_r101-d8_4xb4-20k_voc12-512x512.py')
 cfg.model.pretrained = None
 weights = materialise(build_model(cfg)).state_dict()
 model = build_model(cfg)
-before, start = peak(), time.monotonic()
+with open('/proc/self/statm') as file:
+    before = int(file.read().split()[1]) * resource.getpagesize()
+start = time.monotonic()
 layers = len(fit(model, weights))
 print(json.dumps(dict(layers=layers, seconds=time.monotonic() - start, bytes=peak() - before)))
 """

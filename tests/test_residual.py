@@ -134,8 +134,8 @@ def test_a_state_dict_without_a_factor_is_refused(lost, strict):
 
 
 def test_a_half_precision_layer_has_a_half_precision_residual():
-    model = retrofit(Net().double(), CSG | {'residual': 2})
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    model = retrofit(Net().half(), CSG | {'residual': 2})
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
 
 
 def test_a_layer_knows_its_own_residual_only():

@@ -105,8 +105,8 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(checkpoint):
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     same = losses(student)
-    assert set(same) == {'loss', 'loss_teacher_logits', 'loss_teacher_features'}
-    assert same['loss'].item() == 0
+    assert set(same) == {'loss_labels', 'loss_teacher_logits', 'loss_teacher_features'}
+    assert same['loss_labels'].item() == 0
     assert same['loss_teacher_logits'].item() < 1e-6
     assert same['loss_teacher_features'].item() < 1e-6
     worse = build(csg_model({**CSG, 'code_dim': 2}, teacher))
@@ -116,10 +116,10 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(checkpoint):
 def test_factors_scale_the_losses(checkpoint):
     one = losses(build(csg_model(CSG, dict(checkpoint=checkpoint, features=1.0))))
     two = losses(build(csg_model(CSG, dict(checkpoint=checkpoint, labels=2.0, logits=3.0, features=5.0))))
-    for name, factor in (('loss', 2), ('loss_teacher_logits', 3), ('loss_teacher_features', 5)):
+    for name, factor in (('loss_labels', 2), ('loss_teacher_logits', 3), ('loss_teacher_features', 5)):
         assert two[name].item() == pytest.approx(factor * one[name].item(), rel=1e-5)
     alone = losses(build(csg_model(CSG, dict(checkpoint=checkpoint, logits=0.0))))
-    assert set(alone) == {'loss'}
+    assert set(alone) == {'loss_labels'}
 
 
 def test_the_teacher_is_no_part_of_the_student(checkpoint):
@@ -343,9 +343,15 @@ def test_all_processes_share_a_fit_by_hand_too(checkpoint, monkeypatch):
         (dict(labels=-1), 'labels must not be negative'),
         (dict(anneal=1.5), 'anneal is a share of the training, from 0 to 1'),
         (dict(temperature=0), 'temperature must be above 0'),
-        (dict(features=1.0, layers=['backbone.stage*']), r"pattern 'backbone.stage\*' names no module"),
+        (
+            dict(features=1.0, layers=['backbone.stage*']),
+            r"pattern 'backbone.stage\*' names no module; there are backbone",
+        ),
         (dict(logits_layer='head.nothing'), "has no layer 'head.nothing'"),
         (dict(features=1.0, layers=[]), 'layers is empty'),
+        (dict(labels=0, logits=0), 'are all 0, so there is nothing to learn from'),
+        (dict(logits='much'), "logits must be a number; got 'much'"),
+        (dict(labels=float('nan')), 'labels must be a number; got nan'),
         (dict(logit=1.0), 'logit'),
     ],
 )

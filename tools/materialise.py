@@ -34,6 +34,8 @@ def main() -> None:
     args = parse_args()
     out = Path(args.out)
     with one_line_errors():
+        if out.resolve() in (Path(args.config).resolve(), Path(args.checkpoint).resolve()):
+            raise CSGError(f'--out {out} is what is read here; choose another')
         if out.is_dir():
             raise CSGError(f'{out} is a folder; give --out a file name')
         if out.exists() and not args.overwrite:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def main() -> None:
         summary = summarise(model)
         if args.curve:
             draw(cfg, args)
+            print(f'curve: {args.curve}', file=sys.stderr)
     print(json.dumps(summary.to_dict()) if args.json else summary)
 
 

@@ -52,8 +52,7 @@ def benchmark(
     Raises:
         CSGError: a run failed, has no such metric, or its folder holds one of other settings.
     """
-    if jobs < 1 or min(seeds) < 0:
-        raise CSGError(f'cannot work with jobs={jobs}, seeds={list(seeds)}: jobs start at 1 and seeds at 0')
+    check_counts(seeds, jobs)
     summaries = {name: summarise(build_model(cfg)) for name, cfg in configs.items()}
     # Each config's first seed before any second: a picture emerges early.
     runs = {(name, seed): Path(work_dir, name, f'seed{seed}') for seed in seeds for name in configs}
@@ -74,6 +73,16 @@ def benchmark(
         }
     versions = {key: value for key, value in made_with(seed=0).items() if key != 'seed'}
     return {'metric': metric, 'networks': networks, 'made_with': {**versions, 'threads_of_a_run': threads}}
+
+
+def check_counts(seeds: Sequence[int], jobs: int) -> None:
+    """Refuse seeds and numbers of jobs that no run can have.
+
+    Raises:
+        CSGError: says which.
+    """
+    if jobs < 1 or min(seeds) < 0:
+        raise CSGError(f'cannot work with jobs={jobs}, seeds={list(seeds)}: jobs start at 1 and seeds at 0')
 
 
 def evaluate(

@@ -10,9 +10,10 @@ from mmengine.config import Config, ConfigDict
 from ..errors import CSGError
 from ..plan import Plan, plan
 from ..report import summarise
-from .benchmark import benchmark, evaluate
+from .benchmark import benchmark, check_counts, evaluate
 from .model import build_model
 from .plan import build_dense
+from .teacher import match_layers
 
 # What the teacher of each way compares; without one, a network is on its own.
 LOGITS = dict(labels=0.0, logits=0.1)
@@ -22,13 +23,20 @@ WAYS: dict[str, dict[str, Any]] = {
     'fine-tune': {},
     'logits': LOGITS,
     'features': FEATURES,
+    'features, no decay': FEATURES,
+    'features, fast generator': FEATURES,
     'features+labels': {**FEATURES, 'labels': 1.0},
     'features+labels+channels': {**FEATURES, 'labels': 1.0, 'channels': 0.1},
     'anneal': {**FEATURES, 'anneal': 0.6},
     'anneal logits': {**LOGITS, 'anneal': 0.6},
     'proximal': FEATURES,
-    # Untrained, so that large steps break nothing: with less it learns less.
+    # An untrained network learns more from a larger factor, which would break a fitted start.
     'narrow': {**LOGITS, 'logits': 1.0},
+}
+# What a way sets for parameters whose names hold a key: those of generators, and codes.
+PARAMWISE: dict[str, dict[str, Any]] = {
+    'features, no decay': {'csg.': dict(decay_mult=0.0), '.code': dict(decay_mult=0.0)},
+    'features, fast generator': {'csg.': dict(lr_mult=3.0)},
 }
 
 
@@ -69,7 +77,11 @@ def carry_over(
     if unknown:
         raise CSGError(f'the way {unknown[0]!r} is not possible here; take some of {", ".join(possible)}')
     work_dir, checkpoint = Path(work_dir), str(Path(checkpoint).resolve())
+    if work_dir.is_file():
+        raise CSGError(f'--work-dir {work_dir} is a file; give a folder')
+    check_counts(seeds, options.get('jobs', 1))
     network = build_dense(dense, checkpoint)
+    match_layers(network, layers)
     scores = evaluate(dense, checkpoint, work_dir / 'dense', **options)
     result: dict[str, Any] = {'dense': {'stored_params': summarise(network).stored_params, **scores}, 'ratios': {}}
     for ratio in ratios:
@@ -117,6 +129,8 @@ def _config(way: str, dense: Config, checkpoint: str, planned: Plan, layers: Seq
         cfg.model.init_cfg = dict(type='Pretrained', checkpoint=checkpoint)
     elif way != 'scratch':
         cfg.model.teacher = teacher
+    if way in PARAMWISE:
+        cfg.optim_wrapper.paramwise_cfg = dict(custom_keys=PARAMWISE[way])
     return cfg
 
 

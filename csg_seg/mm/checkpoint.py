@@ -15,8 +15,8 @@ from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
 from ..checkpoint import read_compact
-from ..conv import find_bank
-from ..errors import CSGError
+from ..conv import check_finite, find_bank
+from ..errors import CSGError, abridge
 
 
 @CheckpointLoader.register_scheme(prefixes=r'.*\.safetensors$')
@@ -90,7 +90,11 @@ def check_file(path: str | os.PathLike) -> None:
         FileNotFoundError: there is no such file.
         CSGError: the file is cut short.
     """
+    if '://' in str(path):
+        raise CSGError(f'{path}: no local file; download it first')
     path = Path(path)
+    if path.is_dir():
+        raise CSGError(f'{path}: a folder; give a file in it')
     if not path.is_file():
         raise FileNotFoundError(f'{path}: no such file; give the checkpoint of a training run')
     with path.open('rb') as file:
@@ -105,17 +109,34 @@ def load_weights(model: nn.Module, state_dict: dict) -> None:
     """Load a whole state dict into a bare model, strictly.
 
     Raises:
-        CSGError: names or shapes differ, or the weights are dense and the model is retrofitted.
+        CSGError: names or shapes differ, a value is not finite, or the weights are dense and the model is retrofitted.
     """
     if find_bank(model) is not None and not any(name.endswith('.code') for name in state_dict):
         raise CSGError(
             'a dense checkpoint, and the config is a CSG config: use it with the dense config, '
             'or train this config from it (load_from)'
         )
+    for name, tensor in state_dict.items():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            check_finite(name, tensor)
+    wanted = model.state_dict()
+    missing, excess = ([*one.keys() - other.keys()] for one, other in ((wanted, state_dict), (state_dict, wanted)))
+    wrong = [f'{name} is missing' for name in sorted(missing)] + [f'{name} is in excess' for name in sorted(excess)]
+    if wrong:
+        raise CSGError(f'the checkpoint does not fit the config: {abridge(wrong)}; {_hint(model, state_dict)}')
     try:
         load_state_dict(model, state_dict, strict=True)
     except RuntimeError as error:
         raise CSGError(f'the checkpoint does not fit the config: {" ".join(str(error).split())[:300]}') from None
+
+
+def _hint(model: nn.Module, state_dict: dict) -> str:
+    """Guess what a state dict with other names is."""
+    if find_bank(model) is None and any(name.endswith('.code') for name in state_dict):
+        return 'it is a CSG checkpoint; use its CSG config, or materialise it'
+    if all(name.startswith('module.') for name in state_dict):
+        return "its names begin with 'module.'; released files are converted by tools/model_converters/released2csg.py"
+    return 'take a checkpoint of this config'
 
 
 def _what_mmengine_pickles() -> list:

@@ -21,7 +21,7 @@ from ..retrofit import choose_layers, fit, retrofit
 from ..settings import Settings
 from .benchmark import benchmark
 from .carry_over import FEATURES, taught_from
-from .fits import WAYS, Layer, Layers, fit_by, output_energies
+from .fits import FITS, Layer, Layers, fit_by, output_energies
 from .plan import build_dense
 
 # Relative error that float32 leaves.
@@ -64,7 +64,7 @@ def compare_fits(
     moments = input_moments(network, calibration)
     dense = {'accuracy': accuracy(network, tests), 'accuracy_bn': accuracy(renormalised(network, calibration), tests)}
     found = {text: {**_counts(network, csg), **csg, 'ways': {}} for text, csg in given.items()}
-    for text, way in track([(text, way) for text in texts for way in WAYS]):
+    for text, way in track([(text, way) for text in texts for way in FITS]):
         settings = Settings.from_dict(given[text])
         layers = read_layers(network, list(choose_layers(network, [settings])[0]), moments)
         fitted = fit_by(way, layers, settings)
@@ -98,7 +98,7 @@ def train_from_fits(
         cfg: the dense network's config, with the schedule.
         checkpoint: its weights.
         result: of :func:`compare_fits`.
-        ways: of :data:`csg_seg.mm.fits.WAYS`, those whose weights one generator makes
+        ways: of :data:`csg_seg.mm.fits.FITS`, those whose weights one generator makes
             and finds again: without permutation or scale, and without overhang.
         folder: the one given to :func:`compare_fits`; the runs go there too.
         layers: whose outputs are compared, see :class:`csg_seg.mm.teacher.Teacher`.
@@ -139,8 +139,8 @@ def check_ways(ways: Iterable[str]) -> None:
         CSGError: names the first.
     """
     for way in ways:
-        if way not in WAYS:
-            raise CSGError(f'there is no way {way!r}; take some of {", ".join(map(repr, WAYS))}')
+        if way not in FITS:
+            raise CSGError(f'there is no way {way!r}; take some of {", ".join(map(repr, FITS))}')
 
 
 def _start(folder: str | Path, text: str, way: str) -> Path:

@@ -148,7 +148,7 @@ def with_unit_outputs(layers: Layers) -> Scaled:
     return _scaled(layers, lambda layer: output_energies(layer.weight, layer).sqrt().view(-1, 1, 1, 1))
 
 
-WAYS: dict[str, tuple[Callable[[Layers], Scaled], Fit]] = {
+FITS: dict[str, tuple[Callable[[Layers], Scaled], Fit]] = {
     'truncated SVD': (as_they_are, with_zeros),
     'SVD, layers at unit norm': (at_unit_norm, with_zeros),
     'SVD, layers at unit mean square': (at_unit_mean_square, with_zeros),
@@ -163,8 +163,8 @@ WAYS: dict[str, tuple[Callable[[Layers], Scaled], Fit]] = {
 
 
 def fit_by(way: str, layers: Layers, settings: Settings) -> Weights:
-    """Return the weight of each layer that one of :data:`WAYS` fits."""
-    scale, fit = WAYS[way]
+    """Return the weight of each layer that one of :data:`FITS` fits."""
+    scale, fit = FITS[way]
     scaled, factors = scale(layers)
     return {name: weight * factors[name] for name, weight in fit(scaled, settings).items()}
 

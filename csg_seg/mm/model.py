@@ -1,5 +1,6 @@
 """The model doors: any registered model, retrofitted or taught as it is built."""
 
+import inspect
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
@@ -44,6 +45,8 @@ def CSGModel(
         raise CSGError('CSGModel needs csg=dict(...) and base_type={{_base_.model.type}}; see README.md')
     if base_type == 'CSGModel':
         raise CSGError('CSGModel: the base config is a CSG config already; override model.csg alone')
+    if teacher is not None and not isinstance(teacher, Mapping):
+        raise CSGError(f'teacher must be a dict with checkpoint; got {teacher!r}')
     if teacher is not None and teacher.get('model') is None and not base.get('init_cfg'):
         base = _start_from(base, teacher)
     # Segmentors write into their config.
@@ -64,7 +67,7 @@ def TaughtModel(base_type: str | None = None, teacher: Mapping[str, Any] | None 
     Raises:
         CSGError: a setting is wrong.
     """
-    if teacher is None or base_type is None:
+    if teacher is None or base_type is None or not isinstance(teacher.get('model'), Mapping):
         raise CSGError('TaughtModel needs base_type and teacher=dict(checkpoint=..., model=...)')
     return _teach(MODELS.build(dict(type=base_type, **base)), teacher)
 
@@ -104,7 +107,9 @@ def _teach(model: nn.Module, teacher: Mapping[str, Any], architecture: dict[str,
     try:
         return Teacher(**{'model': architecture, **teacher}).attach(model)
     except TypeError as error:
-        raise CSGError(f'teacher: {error}; see csg_seg.mm.teacher.Teacher') from None
+        keys = ', '.join(inspect.signature(Teacher).parameters)
+        said = str(error).removeprefix('Teacher.__init__() ')
+        raise CSGError(f'teacher: {said}; its keys are {keys}') from None
 
 
 def share_fit(bank: GeneratorBank) -> None:

@@ -1,5 +1,7 @@
 """From a trained dense network to a generated one: distillation, and dense weights that fade out."""
 
+import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from fnmatch import fnmatchcase
@@ -12,7 +14,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..conv import generated_convs
+from ..conv import BANK, generated_convs
 from ..errors import CSGError
 from .checkpoint import load_weights, read_checkpoint
 
@@ -62,9 +64,14 @@ class Teacher:
         anneal: float = 0.0,
     ):
         factors = dict(labels=labels, logits=logits, channels=channels, features=features)
+        for name, factor in {**factors, 'temperature': temperature, 'anneal': anneal}.items():
+            if not isinstance(factor, (int, float)) or not math.isfinite(factor):
+                raise CSGError(f'teacher: {name} must be a number; got {factor!r}')
         for name, factor in factors.items():
             if factor < 0:
                 raise CSGError(f'teacher: {name} must not be negative; got {factor}')
+        if not any(factors.values()):
+            raise CSGError(f'teacher: {", ".join(factors)} are all 0, so there is nothing to learn from; set one')
         if not 0 <= anneal <= 1:
             raise CSGError(f'teacher: anneal is a share of the training, from 0 to 1; got {anneal}')
         if '://' in str(checkpoint):
@@ -98,7 +105,7 @@ class Teacher:
         if self.factors['logits'] or self.factors['channels']:
             self.logits_layer = self.logits_layer or _find_logits_layer(student)
         if self.factors['features']:
-            self.layers = _match(student, self.patterns)
+            self.layers = match_layers(student, self.patterns)
         self._watch('student', student)
         student.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         student.register_forward_hook(self._after_forward, with_kwargs=True)
@@ -143,7 +150,9 @@ class Teacher:
             with torch.no_grad():
                 self._network(images, mode='tensor')
         labels = self.factors['labels']
-        taught = {name: _scale(value, labels) if 'loss' in name else value for name, value in losses.items()}
+        # mmengine logs the sum of all losses as 'loss', unless one of them has that name.
+        names = {name: 'loss_labels' if name == 'loss' else name for name in losses}
+        taught = {names[name]: _scale(each, labels) if 'loss' in name else each for name, each in losses.items()}
         taught |= {f'loss_teacher_{name}': value for name, value in self._compare()}
         self._outputs.clear()
         self._watching = False
@@ -232,16 +241,25 @@ def _is_channels_last(weight: Tensor) -> bool:
     return weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def _match(network: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Return the names of the modules that patterns stand for, each in the network's order."""
-    names = [name for name, _ in network.named_modules()]
+def match_layers(network: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Return the names of the modules that patterns stand for, each in the network's order.
+
+    Raises:
+        CSGError: a pattern stands for none.
+    """
+    names = [name for name, _ in network.named_modules() if name.split('.')[0] != BANK]
     found: list[str] = []
     for pattern in patterns:
         fitting = [name for name in names if name.count('.') == pattern.count('.') and _fits(name, pattern)]
         if not fitting:
-            raise CSGError(f'teacher: layers pattern {pattern!r} names no module; names look like {names[-1]!r}')
+            raise CSGError(f'teacher: layers pattern {pattern!r} names no module; {_like(pattern, names)}')
         found += [name for name in fitting if name not in found]
     return found
+
+
+def _like(pattern: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+    return f'there are {", ".join(close)}' if close else f'names look like {names[-1]!r}'
 
 
 def _fits(name: str, pattern: str) -> bool:
