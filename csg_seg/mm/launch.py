@@ -1,5 +1,6 @@
 """From a command line to a Runner: configs, data that is really there, processes without GPUs."""
 
+import atexit
 import os
 import subprocess
 from argparse import Namespace
@@ -113,6 +114,8 @@ def use_cpu_processes(cfg: Config) -> None:
             f'--launcher {cfg.launcher}: {missing[0]} is not set; start it by tools/dist_train.sh or the like'
         )
     torch.distributed.init_process_group('gloo')
+    # Threads of gloo that still run at exit abort the process.
+    atexit.register(_leave_process_group)
     cfg.env_cfg.dist_cfg = dict(backend='gloo')
     wrapper = dict(
         type='MMDistributedDataParallel',
@@ -122,6 +125,11 @@ def use_cpu_processes(cfg: Config) -> None:
     cfg.model_wrapper_cfg = {**wrapper, **cfg.get('model_wrapper_cfg', {}), 'device_ids': None}
     if _replace_sync_bn(cfg.model):
         print_log('No GPU: SyncBN becomes BN, each process normalises its own batch.', logger='current')
+
+
+def _leave_process_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _leaves(dataset: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
