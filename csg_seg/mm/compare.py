@@ -26,6 +26,7 @@ from ..checkpoint import save_compact, write_whole
 from ..errors import CSGError
 from ..report import Summary, summarise
 from ..retrofit import materialise
+from ..version import __version__
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ def compare(dense: Config, csg: Config, work_dir: str | Path) -> dict[str, Any]:
 def made_with(*, seed: int) -> dict[str, Any]:
     """Return the versions and the device that a result was measured with."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads'
-    versions = {'python': platform.python_version(), 'torch': torch.__version__, 'mmengine': mmengine.__version__}
+    versions = {'csg_seg': __version__, 'torch': torch.__version__, 'mmengine': mmengine.__version__}
+    versions['python'] = platform.python_version()
     return {'seed': seed, 'device': device, **versions}
 
 
