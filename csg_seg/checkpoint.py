@@ -26,7 +26,7 @@ from .conv import BANK, find_bank, find_roots, generated_convs
 from .errors import CSGError
 from .generator import MEANING, build_generator, encode_meaning
 from .precision import lower, matrices, restore
-from .retrofit import check_root, swap_layers
+from .retrofit import check_root, dense_shapes, swap_layers
 from .settings import Settings
 from .slices import grid
 from .version import __version__
@@ -172,7 +172,7 @@ def write_compact(
                 f'{name}: a {type(tensor).__name__} in the state dict, which only tensors can be; save it apart'
             )
     stored = {name: tensor for name, tensor in state_dict.items() if not _is_setting(name)}
-    lowered = lower(stored, matrices(model), dtype) if dtype != 'float32' else stored
+    lowered = lower(stored, matrices(model), dtype)
     # Cloned, because safetensors refuses views and tied tensors.
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in lowered.items()
@@ -266,14 +266,8 @@ def _build(compact: Compact) -> nn.Module:
 
 def _check_built(built: nn.Module, model: nn.Module) -> None:
     """Refuse a source that builds another network than the one that is saved."""
-    convs = {name: tuple(conv.weight_shape) for name, conv in generated_convs(model)}
-    codes = {f'{name}.{key}' for name, conv in generated_convs(model) for key in conv.stored()}
-    wanted = {f'{name}.weight': shape for name, shape in convs.items()}
-    for name, tensor in model.state_dict().items():
-        if name not in codes and not name.startswith(f'{BANK}.'):
-            wanted[name] = tuple(tensor.shape)
     try:
-        _check_same({name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}, wanted)
+        _check_same({name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}, dense_shapes(model))
     except CSGError as error:
         raise CSGError(f'the source builds another network: its state dict {error}') from None
 

@@ -1,9 +1,11 @@
 """What the command-line tools share without needing any mm package."""
 
+import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from .errors import CSGError
 
@@ -11,6 +13,37 @@ from .errors import CSGError
 warnings.filterwarnings('ignore', message='Fail to import ``MultiScaleDeformableAttention``')
 
 MM_PACKAGES = ('mmcv', 'mmengine', 'mmseg', 'mmpretrain')
+
+
+def check_out(
+    out: str | os.PathLike,
+    *,
+    overwrite: bool,
+    option: str = '--out',
+    endings: Sequence[str] = (),
+    inputs: Sequence[str | os.PathLike] = (),
+) -> None:
+    """Refuse, before anything is computed, a file that cannot or must not be written.
+
+    Args:
+        out: what the user gave.
+        overwrite: whether an existing file may be replaced.
+        option: the name it was given under.
+        endings: that its name may have; any if there are none.
+        inputs: what the program reads, which it never replaces.
+
+    Raises:
+        CSGError: says which.
+    """
+    path = Path(out)
+    if endings and path.suffix not in endings:
+        raise CSGError(f'{option} {out}: the file ends in {" or ".join(endings)}')
+    if path.is_dir():
+        raise CSGError(f'{option} {out} is a folder; give a file name')
+    if path.resolve() in [Path(each).resolve() for each in inputs]:
+        raise CSGError(f'{option} {out} is what is read here; choose another')
+    if path.exists() and not overwrite:
+        raise CSGError(f'{out} exists; choose another {option}, or give --overwrite')
 
 
 @contextmanager

@@ -38,13 +38,15 @@ def lower(tensors: Mapping[str, Tensor], names: Collection[str], dtype: str) -> 
     Args:
         tensors: a state dict.
         names: see :func:`matrices`; those that are not floating stay as they are.
-        dtype: a key of :data:`DTYPES`.
+        dtype: a key of :data:`DTYPES`; with 'float32' all tensors stay as they are.
 
     Raises:
         CSGError: there is no such dtype, or a value is beyond it.
     """
     if dtype not in DTYPES:
         raise CSGError(f'there is no dtype {dtype!r} for files; take one of {", ".join(DTYPES)}')
+    if dtype == 'float32':
+        return dict(tensors)
     lowered = {}
     for name, tensor in tensors.items():
         if name not in names or not tensor.is_floating_point():

@@ -113,7 +113,7 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
     if not isinstance(weights, Mapping) or not all(isinstance(each, Tensor) for each in weights.values()):
         what = "its entry 'state_dict'" if isinstance(weights, Mapping) and 'state_dict' in weights else 'a state dict'
         raise CSGError(f'fit wants the weights by name, not this {type(weights).__name__}; give {what}')
-    wanted = _dense_shapes(model)
+    wanted = dense_shapes(model)
     given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = [f'{name} is missing' for name in wanted if name not in given]
     wrong += [f'{name} {shape} is in excess' for name, shape in given.items() if name not in wanted]
@@ -126,7 +126,7 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
     return bank.fitted
 
 
-def _dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the state-dict shapes of a retrofitted model's dense twin."""
     convs = named_convs(model)
     stored = {f'{name}.{key}' for name, conv in convs.items() for key in conv.stored()}

@@ -31,7 +31,6 @@ def saved(tmp_path, model, source, **options):
 def test_a_torchvision_network_needs_only_its_file(tmp_path, name, arguments, size):
     source = dict(builder='torchvision', name=name, **arguments)
     model = build(source)
-    assert {each.__class__.__module__.split('.')[0] for each in [model]} == {'torchvision'}
     csg = CSG if name != 'lraspp_mobilenet_v3_large' else dict(slice_shape=(16, 16, 1, 1), code_dim=32)
     csg_seg.retrofit(model, csg).eval()
     csg_seg.save_compact(model, tmp_path / 'x.safetensors', source=source)
@@ -76,7 +75,10 @@ def test_a_file_without_a_source_wants_the_model(tmp_path):
     path = saved(tmp_path, models.resnet18(), None)
     with pytest.raises(CSGError, match='does not say how its network is built; give load_compact the model'):
         csg_seg.load_compact(path)
-    assert csg_seg.load_compact(path, models.resnet18()) is not None
+    loaded = csg_seg.load_compact(path, models.resnet18())
+    assert sum(each.numel() for each in loaded.parameters()) < sum(
+        each.numel() for each in models.resnet18().parameters()
+    )
 
 
 @pytest.mark.parametrize(
@@ -114,4 +116,5 @@ def test_a_network_far_larger_than_the_file_is_never_allocated(arguments):
 
 def test_a_limit_lets_honest_networks_through():
     values = sum(each.numel() for each in models.resnet18().parameters())
-    assert build(dict(builder='torchvision', name='resnet18'), most_values=2 * values) is not None
+    built = build(dict(builder='torchvision', name='resnet18'), most_values=2 * values)
+    assert sum(each.numel() for each in built.parameters()) == values

@@ -15,6 +15,7 @@ from csg_seg.builders import build
 from csg_seg.errors import CSGError
 from csg_seg.mm.builder import describe
 from csg_seg.mm.checkpoint import load_weights, read_checkpoint
+from csg_seg.mm.compact import compact as write_compact_file
 from csg_seg.mm.launch import read_config
 from csg_seg.mm.model import build_model
 
@@ -90,6 +91,23 @@ def test_mistakes_are_named_and_leave_nothing(trained, tmp_path, config, options
     assert done.returncode == 1 and says in error and not list(tmp_path.iterdir())
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(('dtype', 'ratio'), [('float32', 3.86), ('float16', 7.67), ('int8', 14.95)])
+def test_deeplabv3_r50_shrinks_as_the_documents_say(tmp_path, dtype, ratio):
+    name = 'csg-s16-d128_deeplabv3_r50-d8_4xb4-20k_voc12aug-512x512.py'
+    cfg = read_config(str(ROOT / 'configs' / 'deeplabv3' / name))
+    torch.save({'state_dict': build_model(cfg).state_dict()}, tmp_path / 'x.pth')
+    found = write_compact_file(cfg, tmp_path / 'x.pth', tmp_path / 'x.safetensors', dtype=dtype)
+    assert found['compression_ratio'] == pytest.approx(ratio, abs=0.01)
+
+
+def test_a_pipeline_that_names_a_file_is_no_source():
+    cfg = read_config(str(DEMO))
+    cfg.test_pipeline.append(dict(type='LoadAnnotations', backend_args=dict(path='/data/x')))
+    with pytest.raises(CSGError, match='may name a file or an address'):
+        describe(cfg)
+
+
 def test_a_classifier_too(tmp_path):
     cfg = read_config(str(CIFAR))
     model = build_model(cfg).eval()
@@ -131,7 +149,7 @@ def test_a_source_runs_nothing_that_is_not_registered(place, value, says):
         build(put(source, place, value))
 
 
-def test_weights_are_never_fetched(monkeypatch):
+def test_weights_are_never_fetched():
     cfg = read_config(str(DEMO))
     cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='torchvision://resnet18')
     cfg.model.pretrained = 'open-mmlab://resnet18_v1c'

@@ -17,7 +17,7 @@ ORDER = [
     {'generator'},
     {'descent'},
     {'fit'},
-    {'conv'},
+    {'conv', 'search'},
     {'retrofit', 'precision'},
     {'checkpoint', 'report'},
     {'plan'},

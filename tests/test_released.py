@@ -295,7 +295,7 @@ def changed(**changes):
     [
         ({'net': {'a.weight': torch.ones(2, 3), 'b': torch.ones(1)}}, r'2 tensors, a.weight \(2, 3\)'),
         ({'net': lacking('CSG.weight')}, 'codes .* but no generator'),
-        ({'net': lacking('classifier.bias')}, 'missing keys in source state_dict: head.fc.bias'),
+        ({'net': lacking('classifier.bias')}, 'head.fc.bias is missing'),
         ({'net': lacking('classifier.weight')}, 'no network known here'),
         ({'net': {1: torch.ones(1)}}, '1 is no tensor'),
         ({'net': changed(CSG__weight=torch.ones(1296))}, r'CSG.weight is \(1296,\); generators and codes are matrices'),
@@ -303,7 +303,7 @@ def changed(**changes):
         ({'net': changed(classifier__weight=torch.tensor(1.0))}, 'a damaged network'),
         ({'net': dict(torchvision.models.resnet18().state_dict())}, 'no network known here: 122 tensors'),
         ({'net': lacking('stage_2.1.bn_b.weight')}, 'does not fit'),
-        ({'net': lacking('stage_3.0.code2')}, 'missing keys in source state_dict: backbone.layer3.0.conv2.weight'),
+        ({'net': lacking('stage_3.0.code2')}, 'backbone.layer3.0.conv2.weight is missing'),
         ({'net': changed(stage_1__0__CSG__weight=torch.ones(1296, 72))}, 'differs from CSG.weight'),
         ({'net': changed(stage_1__0__extra__weight=torch.ones(2))}, 'stage_1.0.extra.weight is no part'),
         ({'net': changed(stage_1__0__code=torch.ones(4, 71))}, 'codes of 71 do not fit'),

@@ -15,7 +15,7 @@ with one_line_errors():
     from csg_seg.errors import CSGError
     from csg_seg.mm.benchmark import benchmark
     from csg_seg.mm.launch import read_config
-    from csg_seg.mm.results import add_result_options, check_out, write_result
+    from csg_seg.mm.results import add_result_options, check_result_options, write_result
 
 
 def parse_args() -> argparse.Namespace:
@@ -45,7 +45,7 @@ def print_table(result: dict) -> None:
 def main() -> None:
     args = parse_args()
     with one_line_errors():
-        check_out(args)
+        check_result_options(args)
         configs: dict[str, Config] = {}
         for path in args.configs:
             name = Path(path).stem

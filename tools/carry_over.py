@@ -14,7 +14,7 @@ with one_line_errors():
 
     from csg_seg.mm.carry_over import WAYS, carry_over
     from csg_seg.mm.launch import read_config
-    from csg_seg.mm.results import add_result_options, check_out, write_result
+    from csg_seg.mm.results import add_result_options, check_result_options, write_result
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,7 +49,7 @@ def print_table(result: dict) -> None:
 def main() -> None:
     args = parse_args()
     with one_line_errors():
-        check_out(args)
+        check_result_options(args)
         cfg = read_config(args.config)
         cfg.merge_from_dict(args.cfg_options or {})
         options = dict(tools=Path(__file__).parent, metric=args.metric, jobs=args.jobs)

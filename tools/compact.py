@@ -5,10 +5,9 @@ import json
 import tempfile
 from pathlib import Path
 
-from csg_seg.cli import one_line_errors
+from csg_seg.cli import check_out, one_line_errors
 
 with one_line_errors():
-    from csg_seg.errors import CSGError
     from csg_seg.mm.benchmark import evaluate
     from csg_seg.mm.compact import compact, logit_error
     from csg_seg.mm.launch import read_config
@@ -59,10 +58,8 @@ def print_lines(found: dict, out: str) -> None:
 def main() -> None:
     args = parse_args()
     with one_line_errors():
-        if Path(args.out).suffix != '.safetensors':
-            raise CSGError(f'--out {args.out}: a compact checkpoint ends in .safetensors')
-        if Path(args.out).exists() and not args.overwrite:
-            raise CSGError(f'{args.out} exists; choose another --out, or give --overwrite')
+        inputs = [args.config, args.checkpoint]
+        check_out(args.out, overwrite=args.overwrite, endings=['.safetensors'], inputs=inputs)
         cfg = read_config(args.config)
         found = compact(cfg, args.checkpoint, args.out, dtype=args.dtype)
         found |= measure(args, cfg)

@@ -7,13 +7,12 @@ from pathlib import Path
 
 from csg_seg import materialise
 from csg_seg.checkpoint import write_whole
-from csg_seg.cli import one_line_errors
+from csg_seg.cli import check_out, one_line_errors
 
 with one_line_errors():
     import torch
     from mmengine.config import DictAction
 
-    from csg_seg.errors import CSGError
     from csg_seg.mm.checkpoint import load_weights, read_checkpoint
     from csg_seg.mm.launch import read_config
     from csg_seg.mm.model import build_model
@@ -34,12 +33,7 @@ def main() -> None:
     args = parse_args()
     out = Path(args.out)
     with one_line_errors():
-        if out.resolve() in (Path(args.config).resolve(), Path(args.checkpoint).resolve()):
-            raise CSGError(f'--out {out} is what is read here; choose another')
-        if out.is_dir():
-            raise CSGError(f'{out} is a folder; give --out a file name')
-        if out.exists() and not args.overwrite:
-            raise CSGError(f'{out} exists; choose another --out, or give --overwrite')
+        check_out(out, overwrite=args.overwrite, inputs=[args.config, args.checkpoint])
         cfg = read_config(args.config)
         cfg.merge_from_dict(args.cfg_options or {})
         checkpoint = read_checkpoint(args.checkpoint)

@@ -8,14 +8,13 @@ from pathlib import Path
 
 from csg_seg import plan, retrofit, summarise
 from csg_seg.checkpoint import write_whole
-from csg_seg.cli import one_line_errors
+from csg_seg.cli import check_out, one_line_errors
 
 with one_line_errors():
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
 
-    from csg_seg.errors import CSGError
     from csg_seg.mm.launch import read_config
     from csg_seg.mm.plan import build_dense, describe_layers, planned_config
 
@@ -54,12 +53,7 @@ def main() -> None:
     args = parse_args()
     out = Path(args.out)
     with one_line_errors():
-        if out.suffix != '.py':
-            raise CSGError(f'--out {out}: a config ends in .py')
-        if out.resolve() == Path(args.config).resolve():
-            raise CSGError(f'--out {out} is the dense config itself; choose another')
-        if out.exists() and not args.overwrite:
-            raise CSGError(f'{out} exists; choose another --out, or give --overwrite')
+        check_out(out, overwrite=args.overwrite, endings=['.py'], inputs=[args.config])
         cfg = read_config(args.config)
         model = build_dense(cfg, args.checkpoint)
         if not args.checkpoint:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from csg_seg import summarise
-from csg_seg.cli import one_line_errors
+from csg_seg.cli import check_out, one_line_errors
 
 with one_line_errors():
     from mmengine.config import DictAction
@@ -21,8 +21,6 @@ with one_line_errors():
     from csg_seg.mm.model import build_model
     from csg_seg.mm.plan import build_dense
     from csg_seg.plan import trade_off
-
-ENDINGS = ('.png', '.svg', '.pdf')
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,10 +38,7 @@ def draw(cfg, args: argparse.Namespace) -> None:
     """Draw the trade-off curve of the dense network and its trained weights."""
     if not args.checkpoint:
         raise CSGError('--curve needs trained weights; give --checkpoint, of the dense config')
-    if Path(args.curve).suffix not in ENDINGS:
-        raise CSGError(f'--curve {args.curve}: a picture ends in {" or ".join(ENDINGS)}')
-    if Path(args.curve).exists() and not args.overwrite:
-        raise CSGError(f'{args.curve} exists; choose another --curve, or give --overwrite')
+    check_out(args.curve, overwrite=args.overwrite, option='--curve', endings=['.png', '.svg', '.pdf'])
     model = build_dense(cfg, args.checkpoint)
     curve = trade_off(model, track=partial(track, description='spectra', console=Console(stderr=True), transient=True))
     draw_curve(curve, mark_settings(model), args.curve, title=Path(args.config).stem)

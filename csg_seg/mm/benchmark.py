@@ -20,6 +20,7 @@ from rich.progress import track
 from ..checkpoint import write_whole
 from ..errors import CSGError
 from ..report import summarise
+from .builder import leaves
 from .compare import made_with
 from .model import build_model
 
@@ -114,22 +115,14 @@ def _prepare(cfg: Config, seed: int, folder: Path) -> None:
         for position, csg in enumerate(dicts):
             csg.seed = seed * len(dicts) + position
     # So that scores of other weights, which stood under the same names, are not taken for these.
-    files = sorted(_checkpoints(cfg.to_dict()))
+    named = {each for key, each in leaves(cfg.to_dict()) if key in ('checkpoint', 'load_from') and each}
+    files = sorted(each for each in named if Path(each).is_file())
     cfg.digests = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files}
     file, text = _config(folder), cfg.pretty_text
     if file.exists() and file.read_text() != text:
         raise CSGError(f'{folder} holds a run of other settings ({file}); choose another --work-dir')
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
-
-
-def _checkpoints(value: Any, key: str = '') -> set[str]:
-    """Name the files of weights that a config starts from or learns from."""
-    if isinstance(value, dict):
-        return set().union(*(_checkpoints(each, name) for name, each in value.items()))
-    if isinstance(value, list):
-        return set().union(*(_checkpoints(each, key) for each in value))
-    return {value} if key in ('checkpoint', 'load_from') and isinstance(value, str) and Path(value).is_file() else set()
 
 
 def _config(folder: Path) -> Path:

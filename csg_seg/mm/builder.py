@@ -5,8 +5,8 @@ names and cannot be found otherwise, and configs may name files and addresses of
 weights: both are refused here.
 """
 
-import json
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 from mmengine.config import Config
@@ -40,8 +40,8 @@ def describe(cfg: Config) -> dict[str, Any]:
     if cfg.get('test_pipeline'):
         source['test_pipeline'] = [dict(each) for each in cfg.test_pipeline]
     check_source(source)
-    _check(source['scope'], source['model'], MODELS)
-    return json.loads(json.dumps(source))
+    _check_all(**source)
+    return source
 
 
 @register_builder('mmengine')
@@ -56,13 +56,10 @@ def build_mmengine(*, scope: str, model: Mapping[str, Any], test_pipeline: list 
     Raises:
         CSGError: a type is not registered, or a file or an address is named.
     """
-    if scope not in SCOPES:
-        raise CSGError(f'there is no scope {str(scope)[:40]!r}, only {", ".join(SCOPES)}')
-    init_default_scope(scope)
-    _check(scope, model, MODELS)
-    _check(scope, test_pipeline or [], TRANSFORMS)
+    _check_all(scope=scope, model=model, test_pipeline=test_pipeline)
     cfg = Config(dict(model=_bare(model), default_scope=scope, test_pipeline=test_pipeline or []))
-    network = MODELS.build(Config(dict(model=cfg.model.to_dict())).model)
+    init_default_scope(scope)
+    network = MODELS.build(deepcopy(cfg.model))
     network.cfg = cfg
     return network
 
@@ -74,23 +71,31 @@ def _bare(value: Any) -> Any:
     return [_bare(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
+def _check_all(*, scope: str, model: Any, test_pipeline: Any = None, builder: str = 'mmengine') -> None:
+    if scope not in SCOPES:
+        raise CSGError(f'there is no scope {str(scope)[:40]!r}, only {", ".join(SCOPES)}')
+    init_default_scope(scope)
+    _check(scope, model, MODELS)
+    _check(scope, test_pipeline, TRANSFORMS)
+
+
 def _check(scope: str, value: Any, registry: Registry) -> None:
     """Refuse types that are not registered, and text that names a file or an address."""
-    for key, each in _leaves(value):
+    for key, each in leaves(value):
         if key == 'type' and not _is_registered(scope, each, registry):
             raise CSGError(f'type {str(each)[:60]!r} is not registered in {scope}; import what registers it first')
         if isinstance(each, str) and ('/' in each or '\\' in each):
             raise CSGError(f'{key}={each[:60]!r} may name a file or an address, which is not for compact files')
 
 
-def _leaves(value: Any, key: str = '') -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, key: str = '') -> Iterator[tuple[str, Any]]:
     """Yield each plain value, and the key that it or its list has."""
     if isinstance(value, Mapping):
         for name, each in value.items():
-            yield from _leaves(each, str(name))
+            yield from leaves(each, str(name))
     elif isinstance(value, (list, tuple)):
         for each in value:
-            yield from _leaves(each, key)
+            yield from leaves(each, key)
     else:
         yield key, value
 

@@ -1,6 +1,7 @@
 """Compact checkpoints of configs: written with all that it takes to build and use the network."""
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from copy import deepcopy
@@ -14,7 +15,7 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from ..checkpoint import load_compact, write_compact
+from ..checkpoint import load_compact, write_compact, write_whole
 from ..conv import find_bank
 from ..errors import CSGError
 from ..report import summarise
@@ -48,7 +49,8 @@ def write_described(
     try:
         source = describe(cfg)
     except CSGError as error:
-        print_log(f'{path}: the file will need its config to be loaded ({error})', logger='current', level=30)
+        said = f'the compact checkpoint will need its config to be loaded ({error})'
+        print_log(said, logger='current', level=logging.WARNING)
         source = None
     names = {key: dataset_meta[key] for key in ('classes', 'palette') if dataset_meta.get(key) is not None}
     versions = {'csg_seg': __version__, 'torch': torch.__version__, 'mmengine': mmengine.__version__}
@@ -76,19 +78,19 @@ def compact(cfg: Config, checkpoint: str | os.PathLike, out: str | os.PathLike, 
         raise CSGError('the config is dense, and a compact checkpoint holds codes; give a CSG config')
     read = read_checkpoint(checkpoint)
     load_weights(model, read['state_dict'])
-    out = Path(out)
-    partial = out.with_name(f'.{out.stem}.{os.getpid()}.safetensors')
-    try:
+    dense = summarise(model).dense_bytes
+
+    def write(partial: Path) -> None:
         write_described(model, model.state_dict(), partial, cfg, read['meta'].get('dataset_meta') or {}, dtype=dtype)
-        dense, size = summarise(model).dense_bytes, partial.stat().st_size
-        if size >= dense:
+        if partial.stat().st_size >= dense:
             raise CSGError(
-                f'the file would have {size:,} bytes and the dense network has {dense:,}; '
+                f'the file would have {partial.stat().st_size:,} bytes and the dense network has {dense:,}; '
                 'take another dtype, or settings that compress'
             )
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    out = Path(out)
+    write_whole(out, write)
+    size = out.stat().st_size
     return {'dtype': dtype, 'dense_bytes': dense, 'compact_bytes': size, 'compression_ratio': dense / size}
 
 

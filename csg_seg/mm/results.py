@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import write_whole
-from ..errors import CSGError
+from ..cli import check_out
 
 
 def add_result_options(parser: ArgumentParser) -> None:
@@ -18,14 +18,14 @@ def add_result_options(parser: ArgumentParser) -> None:
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
 
 
-def check_out(args: Namespace) -> None:
+def check_result_options(args: Namespace) -> None:
     """Refuse, before anything is computed, to replace a result unasked.
 
     Raises:
-        CSGError: the file exists.
+        CSGError: the file exists, or cannot be written.
     """
-    if args.out and Path(args.out).exists() and not args.overwrite:
-        raise CSGError(f'{args.out} exists; choose another --out, or give --overwrite')
+    if args.out:
+        check_out(args.out, overwrite=args.overwrite)
 
 
 def write_result(args: Namespace, figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ with one_line_errors():
     from csg_seg.mm.compare import made_with
     from csg_seg.mm.compare_fits import check_ways, compare_fits, train_from_fits
     from csg_seg.mm.launch import read_config
-    from csg_seg.mm.results import add_result_options, check_out, write_result
+    from csg_seg.mm.results import add_result_options, check_result_options, write_result
 
 SETTINGS = ['s12-d72', 's8-2.3x', 's8-5x']
 
@@ -57,7 +57,7 @@ def print_table(result: dict) -> None:
 def main() -> None:
     args = parse_args()
     with one_line_errors():
-        check_out(args)
+        check_result_options(args)
         check_ways(args.train)
         if args.train and not args.work_dir:
             raise CSGError('--train needs a folder for its runs; give --work-dir')

@@ -6,12 +6,11 @@ from functools import partial
 from pathlib import Path
 
 from csg_seg.checkpoint import write_whole
-from csg_seg.cli import one_line_errors
+from csg_seg.cli import check_out, one_line_errors
 
 with one_line_errors():
     import torch
 
-    from csg_seg.errors import CSGError
     from csg_seg.mm.launch import read_config
     from csg_seg.mm.released import convert_released
 
@@ -35,11 +34,8 @@ def main() -> None:
     checkpoint = Path(args.out)
     config = checkpoint.with_suffix('.py')
     with one_line_errors():
-        if checkpoint.suffix != '.pth':
-            raise CSGError(f'--out {checkpoint}: a checkpoint of training ends in .pth')
-        for path in (checkpoint, config):
-            if path.exists() and not args.overwrite:
-                raise CSGError(f'{path} exists; choose another --out, or give --overwrite')
+        check_out(checkpoint, overwrite=args.overwrite, endings=['.pth'], inputs=[args.file])
+        check_out(config, overwrite=args.overwrite, inputs=[args.like])
         converted = convert_released(args.file, read_config(str(args.like)))
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         write_whole(config, lambda partial_path: partial_path.write_text(converted.config.pretty_text))
