@@ -1,13 +1,20 @@
 """Shared fixtures: real data when it is given, drawn data always, tools as a user calls them."""
 
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+# Importing the libraries takes longer than most tools run: tools start as copies of a process that has them.
+PROCESSES = multiprocessing.get_context('forkserver')
+PROCESSES.set_forkserver_preload(['csg_seg.mm.launch', 'mmseg.apis', 'mmpretrain.apis'])
 
 # A narrow network on small crops, so that a test takes seconds; the rest of the config stays real.
 SMALL_MODEL = {
@@ -62,6 +69,31 @@ def run_program(*command, check: bool = True, **kwargs) -> subprocess.CompletedP
     return done
 
 
-def run_tool(name: str, *args, **kwargs) -> subprocess.CompletedProcess:
+def run_script(path: str | Path, *args, check: bool = True) -> subprocess.CompletedProcess:
+    """Run a Python program from the project's root, in a process of its own, and capture what it prints."""
+    command = [*map(str, (path, *args))]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ('stdout', 'stderr')]
+        process = PROCESSES.Process(target=_become, args=(command, files, dict(os.environ)))
+        process.start()
+        process.join()
+        printed = [file.read_text() for file in files]
+    done = subprocess.CompletedProcess(command, process.exitcode, *printed)
+    assert not check or done.returncode == 0, f'{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}'
+    return done
+
+
+def _become(command: list[str], files: list[Path], environment: dict[str, str]) -> None:
+    for descriptor, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = command
+    sys.path[0] = str(Path(command[0]).parent)
+    runpy.run_path(command[0], run_name='__main__')
+
+
+def run_tool(name: str, *args, check: bool = True) -> subprocess.CompletedProcess:
     """Run ``tools/NAME``."""
-    return run_program(sys.executable, ROOT / 'tools' / name, *args, **kwargs)
+    return run_script(ROOT / 'tools' / name, *args, check=check)

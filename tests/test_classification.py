@@ -195,6 +195,7 @@ def test_imagenet_is_trained_resumed_and_tested(imagenet, tmp_path):
     assert {'accuracy/top1', 'accuracy/top5'} <= json.loads(done.stdout).keys()
 
 
+@pytest.mark.full
 def test_imagenet_on_two_processes(imagenet, tmp_path):
     shared = cfg_options(imagenet)
     environment = ('env', f'PYTHON={sys.executable}', 'PORT=29517')

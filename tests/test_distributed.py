@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_MODEL, cfg_options, run_program
+from conftest import ROOT, SMALL_MODEL, cfg_options, run_program, run_tool
 from mmengine.config import Config
 
 from csg_seg.mm.checkpoint import read_checkpoint
@@ -200,11 +200,11 @@ sys.exit(max(task.wait() for task in tasks))
 def test_dist_test_scores_as_one_process_does(drawn, tmp_path):
     config = write_plain_config(tmp_path / 'small.py')
     work_dir = ['--work-dir', tmp_path / 'work']
-    run_program(sys.executable, ROOT / 'tools' / 'train.py', config, *work_dir, *options(drawn, 2))
+    run_tool('train.py', config, *work_dir, *options(drawn, 2))
     checkpoint = tmp_path / 'work' / f'iter_{ITERS}.pth'
     env = {**os.environ, 'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1', 'PORT': str(free_port())}
     arguments = [config, checkpoint, 2, *work_dir, *options(drawn, 2)]
     two = run_program('bash', ROOT / 'tools' / 'dist_test.sh', *arguments, env=env)
-    one = run_program(sys.executable, ROOT / 'tools' / 'test.py', config, checkpoint, *work_dir, *options(drawn, 2))
+    one = run_tool('test.py', config, checkpoint, *work_dir, *options(drawn, 2))
     scores = [re.findall(r'mIoU: ([\d.]+)', done.stdout)[-1] for done in (one, two)]
     assert scores[0] == scores[1]

@@ -12,7 +12,7 @@ from pathlib import Path
 import mmseg
 import pytest
 import torch
-from conftest import ROOT, SMALL_MODEL, cfg_options, run_program, run_tool
+from conftest import ROOT, SMALL_MODEL, cfg_options, run_script, run_tool
 
 MMSEG_TOOLS = Path(mmseg.__file__).parent / '.mim' / 'tools'
 ITERS = 24
@@ -102,7 +102,10 @@ def data_sets(config) -> list[str]:
 
 def pytest_generate_tests(metafunc):
     if 'run' in metafunc.fixturenames:
-        metafunc.parametrize('run', data_sets(metafunc.config), indirect=True)
+        # Two data sets go the same ways; of the second, the check of every commit is that it learns.
+        long = [] if metafunc.function is test_loss_falls else [pytest.mark.full]
+        each = [pytest.param(name, marks=long if name == 'camvid' else []) for name in data_sets(metafunc.config)]
+        metafunc.parametrize('run', each, indirect=True)
 
 
 @pytest.fixture
@@ -173,7 +176,7 @@ def test_materialised_checkpoint_scores_the_same_by_mmsegs_tool_on_the_dense_con
     model_options = cfg_options(SMALL_MODEL)
     run_tool('materialise.py', run.config, run.checkpoint, '--out', plain, *model_options)
     mmseg_test = MMSEG_TOOLS / 'test.py'
-    dense = run_program(sys.executable, mmseg_test, run.dense, plain, '--work-dir', run.folder / 'test', *run.options)
+    dense = run_script(mmseg_test, run.dense, plain, '--work-dir', run.folder / 'test', *run.options)
     assert 'unexpected key' not in dense.stdout and 'missing keys' not in dense.stdout
     assert miou(dense.stdout) == pytest.approx(run.score, abs=0.01)
 
@@ -181,10 +184,8 @@ def test_materialised_checkpoint_scores_the_same_by_mmsegs_tool_on_the_dense_con
 def test_mmsegs_own_train_and_test_do_the_same(trained, pytestconfig):
     voc = trained(data_sets(pytestconfig)[0])
     work_dir = voc.folder / 'mmseg'
-    run_program(sys.executable, MMSEG_TOOLS / 'train.py', voc.config, '--work-dir', work_dir, *voc.options)
+    run_script(MMSEG_TOOLS / 'train.py', voc.config, '--work-dir', work_dir, *voc.options)
     theirs = work_dir / f'iter_{ITERS}.pth'
     assert_same_weights(theirs, voc.checkpoint)
-    by_mmseg = run_program(
-        sys.executable, MMSEG_TOOLS / 'test.py', voc.config, theirs, '--work-dir', work_dir, *voc.options
-    )
+    by_mmseg = run_script(MMSEG_TOOLS / 'test.py', voc.config, theirs, '--work-dir', work_dir, *voc.options)
     assert miou(by_mmseg.stdout) == voc.score
