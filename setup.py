@@ -19,7 +19,7 @@ setup(
     install_requires=['torch>=2.6', 'torchvision', 'numpy', 'pillow', 'pycocotools', 'safetensors'],
     extras_require={
         'mm': MM,
-        'onnx': ['onnx'],
+        'onnx': ['onnx', 'onnxruntime', 'onnxscript'],
         'dev': ['pytest', 'pytest-xdist', 'ruff', 'mypy', 'timm'],
     },
 )

@@ -56,10 +56,33 @@ def check_source(source: Mapping[str, Any]) -> None:
             f'there is no builder {source["builder"][:40]!r}, only {_known()}; '
             'install csg_seg[mm], or register yours with csg_seg.register_builder'
         )
+    encode_source(source)
+
+
+def encode_source(source: Mapping[str, Any]) -> str:
+    """Write a source as JSON, tuples as ``{"tuple": [...]}``, for networks and pipelines that tell them from lists.
+
+    Raises:
+        CSGError: it holds other than plain values.
+    """
     try:
-        json.dumps(source)
+        return json.dumps(_tag_tuples(source))
     except (TypeError, ValueError) as error:
         raise CSGError(f'source must be plain values, which JSON can hold ({error})') from None
+
+
+def decode_source(text: str) -> Any:
+    """Read what :func:`encode_source` wrote."""
+    return json.loads(text, object_hook=lambda each: tuple(each['tuple']) if [*each] == ['tuple'] else each)
+
+
+def _tag_tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _tag_tuples(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_tag_tuples(each) for each in value]
+        return {'tuple': items} if isinstance(value, tuple) else items
+    return value
 
 
 def build(source: Mapping[str, Any], *, most_values: int | None = None) -> nn.Module:

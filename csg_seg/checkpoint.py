@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .builders import build, check_source
+from .builders import build, check_source, decode_source, encode_source
 from .conv import BANK, find_bank, find_roots, generated_convs
 from .errors import CSGError
 from .generator import MEANING, build_generator, encode_meaning
@@ -165,7 +165,7 @@ def write_compact(
     }
     if source is not None:
         check_source(source)
-        header['source'] = json.dumps(source)
+        header['source'] = encode_source(source)
     for name, tensor in state_dict.items():
         if not isinstance(tensor, Tensor):
             raise CSGError(
@@ -230,7 +230,7 @@ def _parse(tensors: dict[str, Tensor], header: dict[str, str]) -> Compact:
         name: (_in_range(position, len(settings)), _weight_shape(shape))
         for name, (position, shape) in json.loads(header.pop('layers')).items()
     }
-    source = json.loads(header.pop('source', 'null'))
+    source = decode_source(header.pop('source', 'null'))
     if source is not None:
         check_source(source)
     stored = sum(tensor.numel() for tensor in tensors.values())

@@ -8,7 +8,7 @@ from torch import nn
 from torchvision import models
 
 import csg_seg
-from csg_seg.builders import BUILDERS, build
+from csg_seg.builders import BUILDERS, build, decode_source, encode_source
 from csg_seg.errors import CSGError
 
 CSG = dict(slice_shape=(16, 16, 3, 3), code_dim=32)
@@ -69,6 +69,11 @@ def test_the_file_tells_where_it_comes_from(tmp_path):
     assert json.loads(header['source']) == source
     assert json.loads(header['versions']) == {'csg_seg': csg_seg.__version__, 'torch': torch.__version__}
     assert (header['version'], header['dtype']) == ('3', 'int8')
+
+
+@pytest.mark.parametrize('value', [(1, 2), [1, 2], [(1, (2,)), {'a': ()}], {'b': (0.5, 'c')}])
+def test_tuples_come_back_as_tuples_and_lists_as_lists(value):
+    assert repr(decode_source(encode_source({'builder': 'mine', 'value': value}))['value']) == repr(value)
 
 
 def test_a_file_without_a_source_wants_the_model(tmp_path):

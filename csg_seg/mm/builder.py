@@ -68,7 +68,7 @@ def _bare(value: Any) -> Any:
     """Return a config without what says where its weights come from."""
     if isinstance(value, Mapping):
         return {key: _bare(each) for key, each in value.items() if key not in WEIGHTS}
-    return [_bare(each) for each in value] if isinstance(value, (list, tuple)) else value
+    return type(value)(_bare(each) for each in value) if type(value) in (list, tuple) else value
 
 
 def _check_all(*, scope: str, model: Any, test_pipeline: Any = None, builder: str = 'mmengine') -> None:

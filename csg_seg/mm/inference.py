@@ -1,0 +1,163 @@
+"""A trained network from any of its files, and images as it takes them."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mmcv
+import numpy as np
+import torch
+from matplotlib import colormaps
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.registry import TRANSFORMS, VISUALIZERS, init_default_scope
+from mmengine.structures import BaseDataElement
+from torch import Tensor, nn
+
+from ..checkpoint import load_compact
+from ..errors import CSGError
+from .checkpoint import load_weights, read_checkpoint
+from .launch import read_config
+from .model import build_model
+
+TAB20 = colormaps['tab20']
+# Pixels of the shorter side, below which a picture of a class's name is enlarged.
+SMALLEST = 224
+# What a pipeline does for the labels that an image of the user's does not have.
+LABELS = ('LoadAnnotations', 'LoadPanopticAnnotations')
+
+
+def load_network(
+    config: str | os.PathLike | None, checkpoint: str | os.PathLike, options: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """Load a trained network for inference.
+
+    Args:
+        config: file; CSG for a checkpoint with codes, dense for a dense or materialised one; None for
+            a compact checkpoint that says how its network is built.
+        checkpoint: ``.pth`` of mmengine, or a compact ``.safetensors``.
+        options: settings of the config to override.
+
+    Returns:
+        in evaluation mode, with ``cfg`` and ``dataset_meta`` as mmseg's and mmpretrain's functions want them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CSGError: the file is damaged, is not the config's, or needs a config.
+    """
+    if config is not None:
+        cfg = read_config(str(config))
+        cfg.merge_from_dict(dict(options or {}))
+        network = build_model(cfg)
+        read = read_checkpoint(checkpoint)
+        load_weights(network, read['state_dict'])
+        network.cfg = cfg
+    elif options or Path(checkpoint).suffix != '.safetensors':
+        why = 'settings are those of a config' if options else 'only a compact checkpoint is enough by itself'
+        raise CSGError(f'{checkpoint}: {why}; give its config too')
+    else:
+        network = load_compact(checkpoint)
+        read = read_checkpoint(checkpoint)
+    network.dataset_meta = read['meta'].get('dataset_meta') or {}
+    return network.eval()
+
+
+def prepare(network: nn.Module, images: Sequence[str | os.PathLike | np.ndarray]) -> dict[str, Any]:
+    """Make a batch of images by the network's test pipeline.
+
+    Args:
+        network: of :func:`load_network`.
+        images: files, or arrays ``(height, width, 3)``, uint8, BGR.
+
+    Returns:
+        what its ``test_step`` takes.
+
+    Raises:
+        FileNotFoundError: there is no such image.
+        CSGError: a file is no image, or the network's config has no test pipeline.
+    """
+    cfg = network.cfg
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    steps = [each for each in cfg.get('test_pipeline') or [] if each['type'] not in LABELS]
+    if not steps:
+        raise CSGError('the config has no test_pipeline, which says how an image is prepared; add one')
+    reads_files = _reads_files(network)
+    loader = TRANSFORMS.build(steps[0] if reads_files else dict(type='LoadImageFromFile'))
+    samples = [_array(each) if isinstance(each, np.ndarray) else _read(loader, each) for each in images]
+    if not reads_files:
+        samples = [{**sample, 'img': np.ascontiguousarray(sample['img'][..., ::-1])} for sample in samples]
+    rest = Compose(steps[reads_files:])
+    return pseudo_collate([rest(sample) for sample in samples])
+
+
+@torch.no_grad()
+def predict(network: nn.Module, image: str | os.PathLike | np.ndarray) -> BaseDataElement:
+    """Predict the classes of an image, and their scores, as the network's library gives them."""
+    return network.test_step(prepare(network, [image]))[0]
+
+
+def draw(network: nn.Module, image: str | os.PathLike, prediction: BaseDataElement, *, opacity: float) -> np.ndarray:
+    """Draw a prediction upon its image.
+
+    Args:
+        network: whose ``dataset_meta`` names the classes, and gives their colours.
+        image: file.
+        prediction: of :func:`predict`.
+        opacity: of the colours, above 0 and at most 1.
+
+    Returns:
+        ``(height, width, 3)``, uint8, RGB.
+    """
+    picture = mmcv.imread(str(image), channel_order='rgb')
+    meta = network.dataset_meta
+    if 'pred_label' in prediction:
+        painter = VISUALIZERS.build(dict(type='mmpretrain.UniversalVisualizer', name='demo'))
+        larger = max(1.0, SMALLEST / min(picture.shape[:2]))  # for the text to be read
+        return painter.visualize_cls(picture, prediction, classes=meta.get('classes'), rescale_factor=larger)
+    painter = VISUALIZERS.build(dict(type='mmseg.SegLocalVisualizer', name='demo', alpha=opacity))
+    count = max(2, len(prediction.seg_logits.data))
+    colours = (np.array([TAB20(index % 20)[:3] for index in range(count)]) * 255).astype(int).tolist()
+    painter.dataset_meta = {'classes': [*map(str, range(count))], 'palette': colours, **meta}
+    painter.add_datasample('', picture, prediction, draw_gt=False)
+    return painter.get_image()
+
+
+def name_classes(network: nn.Module, prediction: BaseDataElement, *, most: int = 5) -> dict[str, float]:
+    """Name what a prediction found, by its share of the pixels or by the class's score, in percent, largest first."""
+    if 'pred_label' in prediction:
+        parts = prediction.pred_score
+    else:
+        parts = torch.bincount(prediction.pred_sem_seg.data.flatten()) / prediction.pred_sem_seg.data.numel()
+    names = network.dataset_meta.get('classes') or [*map(str, range(len(parts)))]
+    largest = parts.argsort(descending=True).tolist()[:most]
+    return {names[each]: round(100 * parts[each].item(), 2) for each in largest if parts[each] > 0}
+
+
+def inputs(network: nn.Module, images: Sequence[str | os.PathLike | np.ndarray]) -> Tensor:
+    """Return images as the network itself sees them: normalised, ``(batch, 3, height, width)``."""
+    return network.data_preprocessor(prepare(network, images))['inputs']
+
+
+def channel_order(network: nn.Module) -> str:
+    """Say in which order, 'RGB' or 'BGR', the network itself takes the colours."""
+    preprocessor = network.data_preprocessor
+    swaps = getattr(preprocessor, '_channel_conversion', False) or getattr(preprocessor, 'to_rgb', False)
+    return 'RGB' if _reads_files(network) == bool(swaps) else 'BGR'
+
+
+def _reads_files(network: nn.Module) -> bool:
+    """Tell pipelines that read files, as BGR, from those of CIFAR, which begin with RGB arrays."""
+    return any(each['type'] == 'LoadImageFromFile' for each in network.cfg.get('test_pipeline') or [])
+
+
+def _array(image: np.ndarray) -> dict[str, Any]:
+    return dict(img=image, img_shape=image.shape[:2], ori_shape=image.shape[:2], img_path='')
+
+
+def _read(loader: Any, path: str | os.PathLike) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'{path}: no such image')
+    try:
+        return loader(dict(img_path=str(path)))
+    except Exception as error:  # what decoders raise of a damaged file is theirs
+        raise CSGError(f'{path}: no image ({type(error).__name__}); give a JPEG or PNG file') from None

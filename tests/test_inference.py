@@ -1,0 +1,124 @@
+"""Any of a trained network's files looks at an image."""
+
+import json
+import shutil
+
+import mmcv
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_tool
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import DATASETS
+
+import csg_seg
+from csg_seg.errors import CSGError
+from csg_seg.mm.compact import compact
+from csg_seg.mm.inference import draw, inputs, load_network, name_classes, predict
+from csg_seg.mm.launch import read_config
+from csg_seg.mm.model import build_model
+
+DEMO = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
+DENSE = DEMO.with_name(DEMO.name.removeprefix('csg-s16-d128_'))
+CIFAR = ROOT / 'configs' / 'cifar10' / 'csg-s12-d72_resnet20_b64-20e_cifar10-npz.py'
+META = {'classes': [f'class {index}' for index in range(21)], 'palette': [[index * 9, 0, 99] for index in range(21)]}
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    """A CSG checkpoint, its compact and its materialised one, and an image."""
+    folder = tmp_path_factory.mktemp('files')
+    torch.manual_seed(0)
+    model = build_model(read_config(str(DEMO)))
+    torch.save({'meta': {'dataset_meta': META}, 'state_dict': model.state_dict()}, folder / 'csg.pth')
+    compact(read_config(str(DEMO)), folder / 'csg.pth', folder / 'csg.safetensors', dtype='float32')
+    torch.save(
+        {'meta': {'dataset_meta': META}, 'state_dict': csg_seg.materialise(model).state_dict()}, folder / 'dense.pth'
+    )
+    image = np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8)
+    mmcv.imwrite(image, str(folder / 'image.png'))
+    return folder
+
+
+def test_every_file_gives_the_same_scores(files):
+    given = [(DEMO, 'csg.pth'), (DEMO, 'csg.safetensors'), (None, 'csg.safetensors'), (DENSE, 'dense.pth')]
+    networks = [load_network(config, files / name) for config, name in given]
+    scores = [predict(network, files / 'image.png').seg_logits.data for network in networks]
+    assert scores[0].shape == (21, 70, 90)
+    for network, each in zip(networks, scores, strict=True):
+        torch.testing.assert_close(each, scores[0], rtol=1e-4, atol=1e-5)
+        assert list(network.dataset_meta['classes']) == META['classes']
+
+
+def test_shares_of_the_pixels_and_the_colours_agree_with_the_prediction(files):
+    network = load_network(None, files / 'csg.safetensors')
+    prediction = predict(network, files / 'image.png')
+    found = prediction.pred_sem_seg.data[0]
+    shares = name_classes(network, prediction, most=21)
+    assert sum(shares.values()) == pytest.approx(100, abs=0.2)
+    for index, name in enumerate(META['classes']):
+        assert shares.get(name, 0) == pytest.approx(100 * (found == index).float().mean().item(), abs=0.01)
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+    picture = draw(network, files / 'image.png', prediction, opacity=1.0)
+    assert picture.shape == (70, 90, 3)
+    drawn = torch.from_numpy(picture.copy()).int()
+    right = (drawn == torch.tensor(META['palette'])[found]).all(dim=-1).float().mean()
+    assert right > 0.5  # names of classes lie upon the rest
+
+
+def test_a_file_and_its_array_are_one_image(files):
+    network = load_network(None, files / 'csg.safetensors')
+    array = mmcv.imread(str(files / 'image.png'))
+    assert torch.equal(inputs(network, [files / 'image.png']), inputs(network, [array]))
+
+
+def test_cifars_images_reach_the_network_as_its_data_set_gives_them(tmp_path, real_data):
+    cfg = read_config(str(CIFAR))
+    cfg.test_dataloader.dataset.data_root = str(real_data)
+    dataset = DATASETS.build({**cfg.test_dataloader.dataset, '_scope_': 'mmpretrain'})
+    array = np.load(real_data / 'cifar10-subset.npz')['x_test'][0]
+    mmcv.imwrite(mmcv.rgb2bgr(array), str(tmp_path / 'image.png'))
+    torch.save({'state_dict': build_model(cfg).state_dict()}, tmp_path / 'x.pth')
+    network = load_network(CIFAR, tmp_path / 'x.pth')
+    wanted = network.data_preprocessor(pseudo_collate([dataset[0]]))['inputs']
+    assert torch.equal(inputs(network, [tmp_path / 'image.png']), wanted)
+    prediction = predict(network, tmp_path / 'image.png')
+    assert sum(name_classes(network, prediction, most=10).values()) == pytest.approx(100, abs=0.1)
+    assert min(draw(network, tmp_path / 'image.png', prediction, opacity=0.5).shape[:2]) >= 224
+
+
+def test_the_tool_draws_and_prints(files, tmp_path):
+    out = tmp_path / 'seen.png'
+    args = [files / 'image.png', files / 'csg.safetensors', '--out', out]
+    shares = json.loads(run_tool('demo.py', *args, '--json').stdout)
+    assert shares.keys() <= {*META['classes']}
+    assert mmcv.imread(str(out)).shape == (70, 90, 3)
+    again = run_tool('demo.py', *args, check=False)
+    assert again.returncode == 1 and 'give --overwrite' in again.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ('config', 'checkpoint', 'says'),
+    [
+        (None, 'csg.pth', 'only a compact checkpoint is enough by itself; give its config'),
+        (DENSE, 'csg.pth', 'use its CSG config'),
+        (DEMO, 'dense.pth', 'use it with the dense config'),
+        (None, 'none.safetensors', 'no such file'),
+        (None, 'image.safetensors', 'damaged, or no compact checkpoint'),
+    ],
+)
+def test_files_that_do_not_fit_are_named(config, checkpoint, says, files):
+    shutil.copy(files / 'image.png', files / 'image.safetensors')
+    with pytest.raises((CSGError, FileNotFoundError), match=says):
+        load_network(config, files / checkpoint)
+
+
+def test_what_is_no_image_is_named(files):
+    network = load_network(None, files / 'csg.safetensors')
+    with pytest.raises(CSGError, match=r'csg.pth: no image \(.*; give a JPEG or PNG file'):
+        predict(network, files / 'csg.pth')
+    with pytest.raises(FileNotFoundError, match='no such image'):
+        predict(network, files / 'none.png')
+    network.cfg.test_pipeline = []
+    with pytest.raises(CSGError, match='has no test_pipeline'):
+        predict(network, files / 'image.png')
