@@ -13,6 +13,8 @@ from .errors import CSGError
 warnings.filterwarnings('ignore', message='Fail to import ``MultiScaleDeformableAttention``')
 
 MM_PACKAGES = ('mmcv', 'mmengine', 'mmseg', 'mmpretrain')
+ONNX_PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
+EXTRAS = dict.fromkeys(MM_PACKAGES, 'mm') | dict.fromkeys(ONNX_PACKAGES, 'mm,onnx')
 
 
 def check_out(
@@ -57,6 +59,7 @@ def one_line_errors() -> Iterator[None]:
         print('interrupted', file=sys.stderr)
         sys.exit(130)
     except ModuleNotFoundError as error:
-        if (error.name or '').split('.')[0] not in MM_PACKAGES:
+        extra = EXTRAS.get((error.name or '').split('.')[0])
+        if extra is None:
             raise
-        sys.exit(f"error: {error.name} is not installed; pip install '.[mm]' in csg_seg's folder brings it")
+        sys.exit(f"error: {error.name} is not installed; pip install '.[{extra}]' in csg_seg's folder brings it")
