@@ -15,11 +15,13 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['csg_seg', 'csg_seg.*']),
+    # Configs and tools, which mim and 'csg_seg::' bases look for there; links to the folders of this project.
+    package_data={'csg_seg': ['.mim/model-index.yml', '.mim/configs/**/*', '.mim/tools/**/*']},
     python_requires='>=3.10,<3.13',
     install_requires=['torch>=2.6', 'torchvision', 'numpy', 'pillow', 'pycocotools', 'safetensors'],
     extras_require={
         'mm': MM,
         'onnx': ['onnx', 'onnxruntime', 'onnxscript'],
-        'dev': ['pytest', 'pytest-xdist', 'ruff', 'mypy', 'timm'],
+        'dev': ['setuptools', 'pytest', 'pytest-xdist', 'ruff', 'mypy', 'timm'],
     },
 )

@@ -27,6 +27,9 @@ with redirect_stdout(None):
         except (ImportError, AssertionError) as error:
             warnings.warn(f'mmpretrain is installed but does not import: {error}', stacklevel=2)
 
+# For configs that begin with 'csg_seg::'.
+MODULE2PACKAGE['csg_seg'] = 'csg_seg'
+
 for module, package in (('mmseg', 'mmsegmentation'), ('mmpretrain', 'mmpretrain')):
     try:
         distribution(package)

@@ -45,11 +45,28 @@ def read_config(path: str) -> Config:
         CSGError: it is no config.
     """
     try:
-        return Config.fromfile(path)
+        cfg = Config.fromfile(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f'{path}: no such config, or one of its bases is missing ({error})') from None
     except (OSError, SyntaxError) as error:
         raise CSGError(f'{path}: no config ({error}); give a .py file such as those in configs/') from None
+    _leave_scope(cfg._cfg_dict)
+    return cfg
+
+
+def _leave_scope(node: Any) -> None:
+    """Let what a config inherits from a 'csg_seg::' base be built in the config's own scope.
+
+    csg_seg registers its parts at the root, and its configs use other packages' parts.
+    """
+    if isinstance(node, dict):
+        if node.get('_scope_') == 'csg_seg':
+            del node['_scope_']
+        for each in node.values():
+            _leave_scope(each)
+    elif isinstance(node, (list, tuple)):
+        for each in node:
+            _leave_scope(each)
 
 
 def check_data(cfg: Config, split: str) -> None:
