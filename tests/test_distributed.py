@@ -96,11 +96,24 @@ class ObserveHook(Hook):
 '''
 
 
+OTHER_MACHINE = '''
+"""On the second rank, a fit's basis has the other sign, as another machine's libraries may give it."""
+import importlib
+import os
+
+fit = importlib.import_module('csg_seg.fit')
+if os.environ['RANK'] == '1':
+    nearest_basis = fit._nearest_basis
+    fit._nearest_basis = lambda *args: -nearest_basis(*args)
+'''
+
+
 @pytest.fixture(scope='module')
 def launch(drawn, tmp_path_factory):
     """Train in one process or in two; return what was seen and the final weights."""
     folder = tmp_path_factory.mktemp('ddp')
     (folder / 'ddp_hooks.py').write_text(HOOKS)
+    (folder / 'other_machine.py').write_text(OTHER_MACHINE)
 
     def train(name: str, base: Path, *, processes: int, batch_size: int, extra: str = ''):
         config = write_config(folder / f'{name}.py', base, extra=extra)
@@ -161,7 +174,9 @@ def test_two_processes_share_one_fit_and_learn_from_one_teacher(launch, tmp_path
     cfg = Config.fromfile(DENSE)
     cfg.merge_from_dict(SMALL_MODEL)
     torch.save({'state_dict': build_model(cfg).state_dict()}, tmp_path / 'dense.pth')
-    extra = f"model['teacher'] = dict(checkpoint={str(tmp_path / 'dense.pth')!r}, features=1.0, anneal=0.5)\n"
+    # By load_from, since mmengine shares itself what init_cfg loads.
+    extra = f"custom_imports['imports'].append('other_machine')\nload_from = {str(tmp_path / 'dense.pth')!r}\n"
+    extra += f"model['teacher'] = dict(checkpoint={str(tmp_path / 'dense.pth')!r}, features=1.0, anneal=0.5)\n"
     seen, weights = launch('taught', CSG, processes=2, batch_size=2, extra=extra)
     assert seen['kind'] == 'MMDistributedDataParallel' and seen['identical']
     assert not any('teacher' in name for name in weights)
