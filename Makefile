@@ -18,7 +18,7 @@ demo: $(VENV)/mm.installed
 		--work-dir work_dirs/demo --out work_dirs/demo/result.json
 
 test: $(VENV)/dev.installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'not full' -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'not full' -n 2 --dist loadfile --no-loadscope-reorder
 
 check-full: $(VENV)/dev.installed
 	$(RUN) -m pytest -m 'full or not full'

@@ -182,6 +182,7 @@ def test_two_processes_share_one_fit_and_learn_from_one_teacher(launch, tmp_path
     assert not any('teacher' in name for name in weights)
 
 
+@pytest.mark.full
 def test_slurm_script_trains_two_cpu_processes(drawn, tmp_path):
     srun = tmp_path / 'srun'
     srun.write_text(

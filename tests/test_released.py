@@ -61,7 +61,13 @@ def logits(model, x):
         return torch.cat([model.head(model.extract_feat(part)) for part in x.split(128)])
 
 
-@pytest.mark.parametrize('file', FILES)
+# The dense ResNet-56, whose generated twin is here too, and DenseNet take longest.
+LONG = ('associativeconv/resnet56_dense_acc93.43.t7', 'associativeconv/densenetbc40-36_csg_s12_c72_acc94.95.t7')
+
+
+@pytest.mark.parametrize(
+    'file', [pytest.param(file, marks=[pytest.mark.full] if file in LONG else []) for file in FILES]
+)
 def test_logits_are_those_of_the_authors_formulas(file, reference, test_images):
     network, params, stored, measured = FILES[file]
     converted, model = convert(reference / file)
