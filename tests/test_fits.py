@@ -43,7 +43,7 @@ def config(tmp_path_factory):
     np.savez(folder / 'cifar10-subset.npz', **images, **labels)
     cfg = read_config(CIFAR10 / f'{NAME}.py')
     cfg.merge_from_dict({'model.backbone.depth': 8})
-    for split in ('train', 'test'):
+    for split in ('train', 'val', 'test'):
         cfg[f'{split}_dataloader'].dataset.data_root = str(folder)
     return cfg
 
