@@ -23,7 +23,7 @@ def check_out(
     overwrite: bool,
     option: str = '--out',
     endings: Sequence[str] = (),
-    inputs: Sequence[str | os.PathLike] = (),
+    inputs: Sequence[str | os.PathLike | None] = (),
 ) -> None:
     """Refuse, before anything is computed, a file that cannot or must not be written.
 
@@ -42,7 +42,7 @@ def check_out(
         raise CSGError(f'{option} {out}: the file ends in {" or ".join(endings)}')
     if path.is_dir():
         raise CSGError(f'{option} {out} is a folder; give a file name')
-    if path.resolve() in [Path(each).resolve() for each in inputs]:
+    if path.resolve() in [Path(each).resolve() for each in inputs if each]:
         raise CSGError(f'{option} {out} is what is read here; choose another')
     if path.exists() and not overwrite:
         raise CSGError(f'{out} exists; choose another {option}, or give --overwrite')

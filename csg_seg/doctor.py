@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .cli import EXTRAS, ONNX_PACKAGES
 from .version import __version__
 
 # Import name, its distribution of the maintained line, and OpenMMLab's.
@@ -20,7 +21,7 @@ MM = (
     ('mmpretrain', 'onedl-mmpretrain', 'mmpretrain'),
 )
 REQUIRED = ('torchvision', 'numpy', 'pillow', 'pycocotools', 'safetensors')
-OPTIONAL = {'onnx': 'mm,onnx', 'onnxruntime': 'mm,onnx', 'onnxscript': 'mm,onnx', 'timm': 'dev'}
+OPTIONAL = (*ONNX_PACKAGES, 'timm')
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,15 @@ def _mm_packages() -> Iterator[Finding]:
 
 
 def _extras() -> Iterator[Finding]:
-    for name, extra in OPTIONAL.items():
-        yield Finding(name, _installed(name) or f"not installed; optional: pip install '.[{extra}]'")
+    for name in OPTIONAL:
+        extra = f"'.[{EXTRAS[name]}]' in csg_seg's folder" if name in EXTRAS else name
+        yield Finding(name, _installed(name) or f'not installed; optional: pip install {extra}')
 
 
 def _devices() -> Iterator[Finding]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             yield Finding(f'GPU {index}', torch.cuda.get_device_name(index))
-    elif torch.version.cuda and torch.cuda.device_count():
-        yield Finding('GPU', 'found but not usable', f'update its driver for CUDA {torch.version.cuda}')
     else:
         yield Finding('GPU', f'none; runs on the CPU, {torch.get_num_threads()} threads')
 

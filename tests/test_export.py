@@ -80,14 +80,24 @@ def test_a_file_that_computes_something_else_is_not_left(exported, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
+def test_a_network_of_one_score_has_no_labels_to_export(tmp_path):
+    cfg = read_config(str(DEMO))
+    loss = dict(type='CrossEntropyLoss', use_sigmoid=True)
+    cfg.model.decode_head.update(num_classes=2, out_channels=1, threshold=0.3, loss_decode=loss)
+    with pytest.raises(CSGError, match='export scores, not labels'):
+        export_onnx(build_model(cfg).eval(), tmp_path / 'x.onnx', images(), labels=True)
+
+
 @pytest.mark.full
 def test_half_precision_is_half_as_large_and_said_to_differ(exported, tmp_path):
     _, _, found = exported
     model = csg_seg.materialise(network(DEMO))
+    before = model.state_dict()['backbone.layer1.0.conv1.weight'].clone()
     half = export_onnx(model, tmp_path / 'half.onnx', images(), dtype='float16')
     assert half['bytes'] < 0.6 * found['plain']['bytes']
     assert found['plain']['max_difference'] < half['max_difference'] < 0.1
     assert next(model.parameters()).dtype == torch.float32
+    assert torch.equal(model.state_dict()['backbone.layer1.0.conv1.weight'], before)
 
 
 def test_torch_export_keeps_the_scores_of_plain_and_generated_networks(tmp_path):

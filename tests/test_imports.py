@@ -12,8 +12,8 @@ PACKAGE = Path(csg_seg.__file__).parent
 # Who may import whom: a module imports only what stands on a line above its own.
 ORDER = [
     {'errors', 'version'},
-    {'slices', 'drawing', 'frontier', 'builders', 'doctor', 'cli'},
-    {'settings'},
+    {'slices', 'drawing', 'frontier', 'builders', 'cli'},
+    {'settings', 'doctor'},
     {'generator'},
     {'descent'},
     {'fit'},

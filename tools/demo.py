@@ -7,20 +7,17 @@ from csg_seg.cli import check_out, one_line_errors
 
 with one_line_errors():
     import mmcv
-    from mmengine.config import DictAction
 
     from csg_seg.errors import CSGError
-    from csg_seg.mm.inference import draw, load_network, name_classes, predict
+    from csg_seg.mm.inference import add_network_options, draw, load_network, name_classes, predict
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('image', help='JPEG or PNG file')
-    parser.add_argument('config', nargs='?', help='config file; not needed for a compact checkpoint')
-    parser.add_argument('checkpoint', help='.pth or .safetensors')
+    add_network_options(parser)
     parser.add_argument('--out', default='demo.png', help='picture to write (default: demo.png)')
     parser.add_argument('--opacity', type=float, default=0.5, help='of the colours (default: 0.5)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings: key=value ...')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT when it exists')
     parser.add_argument('--json', action='store_true', help='print JSON')
     return parser.parse_args()
@@ -29,7 +26,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     with one_line_errors():
-        read = [args.image, args.checkpoint, *([args.config] if args.config else [])]
+        read = [args.image, args.config, args.checkpoint]
         check_out(args.out, overwrite=args.overwrite, endings=['.png', '.jpg'], inputs=read)
         if not 0 < args.opacity <= 1:
             raise CSGError(f'--opacity {args.opacity} is not above 0 and at most 1')

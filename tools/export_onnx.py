@@ -8,24 +8,21 @@ from csg_seg import materialise
 from csg_seg.cli import check_out, one_line_errors
 
 with one_line_errors():
-    from mmengine.config import DictAction
     from rich.console import Console
 
     from csg_seg.conv import find_bank
     from csg_seg.mm.export import DTYPES, export_onnx
-    from csg_seg.mm.inference import inputs, load_network
+    from csg_seg.mm.inference import add_network_options, inputs, load_network
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', nargs='?', help='config file; not needed for a compact checkpoint')
-    parser.add_argument('checkpoint', help='.pth or .safetensors')
+    add_network_options(parser)
     parser.add_argument('--out', required=True, help='file to write (.onnx)')
     parser.add_argument('--images', nargs='+', required=True, metavar='IMAGE', help='to compare with torch on')
     parser.add_argument('--labels', action='store_true', help='let it give classes, not their scores')
     parser.add_argument('--dtype', choices=list(DTYPES), default='float32', help='of weights (default: float32)')
     parser.add_argument('--generated', action='store_true', help='keep codes and generators, and make weights on use')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings: key=value ...')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT when it exists')
     parser.add_argument('--json', action='store_true', help='print JSON')
     return parser.parse_args()
@@ -34,7 +31,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     with one_line_errors():
-        read = [args.checkpoint, *args.images, *([args.config] if args.config else [])]
+        read = [args.config, args.checkpoint, *args.images]
         check_out(args.out, overwrite=args.overwrite, endings=['.onnx'], inputs=read)
         network = load_network(args.config, args.checkpoint, args.cfg_options)
         images = [inputs(network, [each]) for each in args.images]

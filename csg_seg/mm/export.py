@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,7 @@ class Scores(nn.Module):
             scores = self.network.encode_decode(image, [dict(img_shape=size, pad_shape=size)])
         else:
             scores = self.network(image, mode='tensor')
-        scores = scores.float()
-        return self._label(scores) if self.labels else scores
-
-    def _label(self, scores: Tensor) -> Tensor:
-        if scores.shape[1] > 1:
-            return scores.argmax(dim=1)
-        return (scores[:, 0].sigmoid() > self.network.decode_head.threshold).long()
+        return scores.argmax(dim=1) if self.labels else scores.float()
 
 
 def export_onnx(
@@ -87,12 +82,15 @@ def export_onnx(
         ``nodes`` and ``bytes`` of the file.
 
     Raises:
-        CSGError: torch cannot export the network, or the file computes something else.
+        CSGError: torch cannot export the network, the file computes something else, or labels are
+            asked of a network that gives one score.
     """
-    reference = Scores(network.float()).eval()
+    reference = Scores(network).eval()
     with torch.no_grad():
         wanted = [reference(image) for image in images]
-    scores = Scores(network, dtype=DTYPES[dtype], labels=labels).eval()
+    if labels and wanted[0].shape[1] == 1:
+        raise CSGError('the network gives one score, which its threshold makes a label; export scores, not labels')
+    scores = Scores(deepcopy(network), dtype=DTYPES[dtype], labels=labels).eval()
     model = _exported(scores, images[0])
     model.metadata_props.extend(_metadata(network))
     found: dict[str, Any] = {'dtype': dtype, 'nodes': len(model.graph.node)}
@@ -107,7 +105,6 @@ def export_onnx(
             )
 
     write_whole(Path(out), write)
-    network.float()
     return found
 
 
@@ -135,8 +132,6 @@ def max_difference(path: str | os.PathLike, images: Sequence[Tensor], wanted: Se
 def _difference(got: Tensor, scores: Tensor) -> float:
     if got.is_floating_point():
         return (got - scores).abs().max().item()
-    if scores.shape[1] == 1:
-        return ((got == 1) != (scores[:, 0] > 0)).float().max().item()
     return (scores.max(dim=1).values - scores.gather(1, got[:, None])[:, 0]).max().item()
 
 

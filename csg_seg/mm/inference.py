@@ -1,6 +1,7 @@
 """A trained network from any of its files, and images as it takes them."""
 
 import os
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import mmcv
 import numpy as np
 import torch
 from matplotlib import colormaps
+from mmengine.config import DictAction
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import TRANSFORMS, VISUALIZERS, init_default_scope
 from mmengine.structures import BaseDataElement
@@ -25,6 +27,13 @@ TAB20 = colormaps['tab20']
 SMALLEST = 224
 # What a pipeline does for the labels that an image of the user's does not have.
 LABELS = ('LoadAnnotations', 'LoadPanopticAnnotations')
+
+
+def add_network_options(parser: ArgumentParser) -> None:
+    """Add ``config``, ``checkpoint`` and ``--cfg-options``, as :func:`load_network` takes them."""
+    parser.add_argument('config', nargs='?', help='config file; not needed for a compact checkpoint')
+    parser.add_argument('checkpoint', help='.pth or .safetensors')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings: key=value ...')
 
 
 def load_network(
@@ -147,7 +156,8 @@ def channel_order(network: nn.Module) -> str:
 
 def _reads_files(network: nn.Module) -> bool:
     """Tell pipelines that read files, as BGR, from those of CIFAR, which begin with RGB arrays."""
-    return any(each['type'] == 'LoadImageFromFile' for each in network.cfg.get('test_pipeline') or [])
+    steps = network.cfg.get('test_pipeline')
+    return bool(steps) and steps[0]['type'] == 'LoadImageFromFile'
 
 
 def _array(image: np.ndarray) -> dict[str, Any]:
