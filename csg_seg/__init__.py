@@ -12,7 +12,7 @@ from .builders import register_builder
 from .checkpoint import load_compact, save_compact
 from .plan import plan
 from .report import summarise
-from .retrofit import fit, materialise, retrofit
+from .retrofit import fit, load_generators, materialise, retrofit
 from .version import __version__
 
 if find_spec('mmengine') is not None:
@@ -25,6 +25,7 @@ __all__ = [
     '__version__',
     'fit',
     'load_compact',
+    'load_generators',
     'materialise',
     'plan',
     'register_builder',

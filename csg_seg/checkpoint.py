@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from .bank import BANK, find_bank, find_roots
 from .builders import build, check_source, decode_source, encode_source
-from .conv import BANK, find_bank, find_roots, generated_convs
+from .conv import generated_convs
 from .errors import CSGError
 from .generator import MEANING, build_generator, encode_meaning
 from .precision import lower, matrices, restore

@@ -1,19 +1,15 @@
-"""The generated convolution, and the bank of generators that feeds it."""
+"""The generated convolution."""
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import CSGError, abridge
-from .fit import fit_generator
-from .generator import Generator, check_meaning, row_length
+from .errors import CSGError
+from .generator import Generator, row_length
 from .slices import grid, join
-
-BANK = 'csg'
 
 
 class CSGConv2d(nn.Conv2d):
@@ -94,67 +90,6 @@ class CSGConv2d(nn.Conv2d):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class GeneratorBank(nn.ModuleList):
-    """The generators of a model, its root's last child.
-
-    Attributes:
-        left_dense: name of each conv that stayed dense, and why.
-        fed: name and conv of each generated layer; the bank does not register them.
-        after_fit: called with the bank once weights are fitted.
-        fitted: the relative error of each layer's weight at the last fit, by name.
-        fits: whether dense weights that are loaded are fitted, or dropped because a
-            training checkpoint follows.
-    """
-
-    def __init__(self, generators: Iterable[Generator], left_dense: Mapping[str, str]):
-        super().__init__(generators)
-        self.left_dense = dict(left_dense)
-        self.fed: dict[str, CSGConv2d] = {}
-        self.after_fit: Callable[[GeneratorBank], None] | None = None
-        self.fitted: dict[str, float] = {}
-        self.fits = True
-
-    def forward(self, input: Any) -> Any:
-        """Return the input: a root that runs its children in turn, as ``nn.Sequential`` does, runs the bank too."""
-        return input
-
-    def __iter__(self) -> Iterator[Generator]:
-        return cast(Iterator[Generator], super().__iter__())
-
-    def init_weights(self) -> None:
-        """Fit what was loaded into parts of the network; mmengine calls it last, after all other children's."""
-        self.fit_loaded()
-
-    def forget_loaded(self) -> None:
-        """Drop dense weights that were loaded and not fitted."""
-        for conv in self.fed.values():
-            conv.loaded = None
-
-    def fit_loaded(self) -> dict[str, float]:
-        """Fit generators and codes to the dense weights that were loaded, in place.
-
-        Layers without one get new codes if their generator changes.
-
-        Returns:
-            the relative error of each fitted layer's weight, by name.
-        """
-        if not self.fits:
-            self.forget_loaded()
-        waiting = {name: conv.loaded for name, conv in self.fed.items() if conv.loaded is not None}
-        # First, so that none is left behind where a fit fails.
-        self.forget_loaded()
-        errors: dict[str, float] = {}
-        for generator in self:
-            fed = {name: conv for name, conv in self.fed.items() if conv.generator is generator}
-            loaded = {name: waiting[name] for name in fed if name in waiting}
-            if loaded:
-                errors |= _fit(generator, fed, loaded)
-        self.fitted = errors
-        if errors and self.after_fit is not None:
-            self.after_fit(self)
-        return errors
-
-
 def kaiming_std(weight_shape: Iterable[int]) -> float:
     """Return the std of He et al., ICCV 2015, for ReLU and the backward pass (fan out)."""
     out_channels, _, kh, kw = weight_shape
@@ -231,89 +166,6 @@ def named_convs(model: nn.Module) -> dict[str, CSGConv2d]:
     return {name: module for name, module in modules if isinstance(module, CSGConv2d)}
 
 
-def find_bank(model: nn.Module) -> GeneratorBank | None:
-    """Return the bank of a retrofitted root, None for any other module."""
-    bank = model._modules.get(BANK)
-    return bank if isinstance(bank, GeneratorBank) else None
-
-
-def attach_bank(root: nn.Module, bank: GeneratorBank) -> None:
-    """Register the bank on the root, and make loading into the root strict about it."""
-    bank.fed = dict(generated_convs(root))
-    root.add_module(BANK, bank)
-    root._register_load_state_dict_pre_hook(check_state_dict, with_module=True)
-    root.register_load_state_dict_post_hook(fit_after_load)
-
-
-def find_roots(model: nn.Module) -> Iterator[tuple[str, nn.Module, GeneratorBank]]:
-    """Yield each retrofitted root in a model, itself included: the prefix of its names, itself, its bank."""
-    for name, module in model.named_modules():
-        bank = find_bank(module)
-        if bank is not None:
-            yield f'{name}.' if name else '', module, bank
-
-
-def detach_bank(root: nn.Module) -> None:
-    """Undo :func:`attach_bank`."""
-    root._modules.pop(BANK)
-    for hooks, ours in (
-        (root._load_state_dict_pre_hooks, check_state_dict),
-        (root._load_state_dict_post_hooks, fit_after_load),
-    ):
-        for key in [key for key, hook in hooks.items() if getattr(hook, 'hook', hook) is ours]:
-            del hooks[key]
-
-
-def fit_after_load(root: nn.Module, incompatible_keys: Any) -> None:
-    """Fit what a dense state dict has just brought into the root."""
-    bank = find_bank(root)
-    assert bank is not None
-    bank.fit_loaded()
-
-
-def check_state_dict(root: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Refuse, before anything is copied, a state dict that does not fit the generated layers.
-
-    Trainers load without ``strict`` and would keep random codes in silence. A dense
-    state dict is completed by the generators as they are, which are fitted to it afterwards.
-
-    Raises:
-        CSGError: codes or generators are missing or were made with other settings,
-            or a dense state dict is another network's.
-    """
-    bank = find_bank(root)
-    assert bank is not None
-    bank.forget_loaded()
-    convs = named_convs(root)
-    stored_bank = {f'{prefix}{BANK}.{name}': tensor for name, tensor in bank.state_dict().items()}
-    if _is_dense(state_dict, prefix, convs) and not stored_bank.keys() & state_dict.keys():
-        _check_dense_network(root, state_dict, prefix)
-        state_dict.update(stored_bank)
-        return
-    for position, generator in enumerate(bank):
-        state = state_dict.get(f'{prefix}{BANK}.{position}._extra_state')
-        if state is not None:
-            check_meaning(generator.settings, state)
-    wanted: dict[str, Tensor] = dict(stored_bank)
-    for name, conv in convs.items():
-        wanted |= {f'{prefix}{name}.{key}': tensor for key, tensor in conv.stored().items()}
-    missing = [name for name in wanted if name not in state_dict]
-    if missing:
-        raise CSGError(
-            f'the checkpoint lacks {missing[0]} ({len(missing)} such entries of generated layers); '
-            'it was made from another network or with other settings: take a checkpoint of this config'
-        )
-    for name, tensor in wanted.items():
-        stored = state_dict[name].shape
-        if stored != tensor.shape and not name.endswith('_extra_state'):
-            raise CSGError(
-                f'{name}: the checkpoint holds {tuple(stored)}, this model wants {tuple(tensor.shape)}; '
-                "set the config's csg to the checkpoint's, or take another checkpoint"
-            )
-    for conv, visits in Counter(convs.values()).items():
-        conv.__dict__['_visits'] = visits
-
-
 def check_dense(name: str, conv: CSGConv2d, weight: Tensor) -> None:
     """Refuse a dense weight that no generator can be fitted to.
 
@@ -336,62 +188,3 @@ def check_finite(name: str, tensor: Tensor) -> None:
     """
     if not torch.isfinite(tensor).all():
         raise CSGError(f'{name} holds NaN or infinite values; take a checkpoint from before training diverged')
-
-
-def _is_dense(state_dict: Mapping[str, Tensor], prefix: str, convs: Iterable[str]) -> bool:
-    return any(f'{prefix}{name}.weight' in state_dict for name in convs) and not any(
-        f'{prefix}{name}.code' in state_dict for name in convs
-    )
-
-
-def _check_dense_network(root: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
-    """Refuse another network's weights; a part that only one of the two has, such as a head, may differ."""
-    convs = named_convs(root)
-    stored = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
-    known, parts = root.state_dict().keys(), set(map(_part, stored))
-    wrong = [f'{name}.weight is missing' for name in convs if f'{name}.weight' not in stored and _part(name) in parts]
-    for name, tensor in stored.items():
-        conv = convs.get(name.removesuffix('.weight')) if name.endswith('.weight') else None
-        if conv is None:
-            if tensor.ndim == 4 and name not in known and _part(name) in map(_part, convs):
-                wrong.append(f'{name} {tuple(tensor.shape)} is not in the model')
-        elif tensor.shape != conv.weight_shape:
-            wrong.append(f'{name} is {tuple(tensor.shape)}, not {tuple(conv.weight_shape)}')
-        check_finite(name, tensor)
-    if wrong:
-        raise CSGError(f"the dense checkpoint is another network's: {abridge(wrong)}")
-
-
-def _part(name: str) -> str:
-    return name.split('.')[0]
-
-
-def _fit(generator: Generator, fed: Mapping[str, CSGConv2d], loaded: Mapping[str, Tensor]) -> dict[str, float]:
-    """Fit one generator, and the convs it feeds, to dense weights of some of them."""
-    codes = dict(zip(loaded, fit_generator(generator, list(loaded.values())), strict=True))
-    rng = torch.Generator().manual_seed(generator.settings.seed)
-    errors = {}
-    for name, conv in fed.items():
-        if name not in loaded and generator.settings.freeze_generator:
-            continue
-        code = codes[name] if name in codes else draw_code(conv.weight_shape, generator, rng)
-        with torch.no_grad():
-            conv.code.copy_(code)
-            if name in loaded:
-                dense = loaded[name].to(conv.code)
-                _fit_residual(conv, dense)
-                norm = dense.norm().item()
-                errors[name] = (conv.generate_weight() - dense).norm().item() / norm if norm else 0.0
-    return errors
-
-
-def _fit_residual(conv: CSGConv2d, dense: Tensor) -> None:
-    """Set a conv's residual, if it has one, to the best of its rank: a truncated SVD of what the generator leaves."""
-    rank = conv.generator.settings.residual
-    if rank:
-        conv.residual_out.zero_()
-        left = (dense - conv.generate_weight()).flatten(1)
-        out, scale, into = torch.linalg.svd(left, full_matrices=False)
-        # Shared alike between the factors, so that both learn at one pace.
-        conv.residual_out.copy_(out[:, :rank] * scale[:rank].sqrt())
-        conv.residual_in.copy_(scale[:rank, None].sqrt() * into[:rank])

@@ -5,7 +5,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from .conv import BANK, find_roots, generated_convs
+from .bank import BANK, find_roots
+from .conv import generated_convs
 from .errors import CSGError
 
 # What a file can hold, and the type of its matrices.

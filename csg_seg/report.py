@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .conv import CSGConv2d, find_roots
+from .bank import find_roots
+from .conv import CSGConv2d
 from .errors import abridge
 from .generator import Generator
 from .settings import OPTIONAL

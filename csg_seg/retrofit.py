@@ -9,20 +9,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
-from .conv import (
-    BANK,
-    CSGConv2d,
-    GeneratorBank,
-    add_residual,
-    attach_bank,
-    detach_bank,
-    find_bank,
-    find_roots,
-    generated_convs,
-    named_convs,
-    swap_in,
-    swap_out,
-)
+from .bank import BANK, GeneratorBank, attach_bank, detach_bank, find_bank, find_roots
+from .conv import CSGConv2d, add_residual, generated_convs, named_convs, swap_in, swap_out
 from .errors import CSGError, abridge
 from .generator import build_generator
 from .settings import Settings, matches
@@ -124,6 +112,25 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
         raise CSGError(f"the weights are not those of the model's dense twin: {abridge(wrong)}")
     model.load_state_dict(dict(weights))
     return bank.fitted
+
+
+def load_generators(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give a retrofitted model the generators of another one, in place, and draw all its codes anew for them.
+
+    With ``freeze_generator`` in the model's settings, codes alone are trained, and
+    exchanged between workers, from there.
+
+    Args:
+        model: a retrofitted network, of any architecture.
+        weights: the state dict of a network with generators of the same settings.
+
+    Raises:
+        CSGError: the model is not retrofitted, or the generators are others than its own.
+    """
+    bank = find_bank(model)
+    if bank is None:
+        raise CSGError('there is no generator in the model; call csg_seg.retrofit on it first')
+    bank.load_generators(weights)
 
 
 def dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

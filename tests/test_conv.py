@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 
 from csg_seg import materialise, retrofit
-from csg_seg.conv import CSGConv2d, find_bank, generated_convs
+from csg_seg.bank import find_bank
+from csg_seg.conv import CSGConv2d, generated_convs
 from csg_seg.errors import CSGError
 from csg_seg.slices import split
 

@@ -14,7 +14,8 @@ from mmseg.apis import MMSegInferencer, inference_model, init_model
 from torch import nn
 
 from csg_seg import summarise
-from csg_seg.conv import CSGConv2d, find_bank
+from csg_seg.bank import find_bank
+from csg_seg.conv import CSGConv2d
 from csg_seg.errors import CSGError
 from csg_seg.mm.checkpoint import read_checkpoint
 

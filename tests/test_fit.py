@@ -7,7 +7,8 @@ from test_conv import BEYOND, Net, assert_same_state, snapshot, train
 from torch import nn
 
 from csg_seg import fit, materialise, retrofit
-from csg_seg.conv import CSGConv2d, find_bank, generated_convs, kaiming_std
+from csg_seg.bank import find_bank
+from csg_seg.conv import CSGConv2d, generated_convs, kaiming_std
 from csg_seg.errors import CSGError
 from csg_seg.fit import gram
 from csg_seg.generator import row_length

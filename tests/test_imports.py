@@ -18,6 +18,7 @@ ORDER = [
     {'descent'},
     {'fit'},
     {'conv', 'search'},
+    {'bank'},
     {'retrofit', 'precision'},
     {'checkpoint', 'report'},
     {'plan'},

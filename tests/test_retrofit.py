@@ -8,7 +8,8 @@ from torch.nn.utils import prune
 from torchvision.models import resnet18, resnet50
 
 from csg_seg import materialise, retrofit, summarise
-from csg_seg.conv import CSGConv2d, find_bank, generated_convs
+from csg_seg.bank import find_bank
+from csg_seg.conv import CSGConv2d, generated_convs
 from csg_seg.errors import CSGError
 
 CSG = {'slice_shape': (12, 20, 3, 3), 'code_dim': 24}

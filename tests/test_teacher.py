@@ -13,7 +13,8 @@ from mmpretrain.structures import DataSample
 from torch import nn
 
 from csg_seg import fit, materialise
-from csg_seg.conv import find_bank, generated_convs
+from csg_seg.bank import find_bank
+from csg_seg.conv import generated_convs
 from csg_seg.errors import CSGError
 from csg_seg.mm.teacher import divergence
 

@@ -10,7 +10,7 @@ from csg_seg.cli import check_out, one_line_errors
 with one_line_errors():
     from rich.console import Console
 
-    from csg_seg.conv import find_bank
+    from csg_seg.bank import find_bank
     from csg_seg.mm.export import DTYPES, export_onnx
     from csg_seg.mm.inference import add_network_options, inputs, load_network
 

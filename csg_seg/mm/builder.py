@@ -33,7 +33,7 @@ def describe(cfg: Config) -> dict[str, Any]:
     model = cfg.model.to_dict()
     if model['type'] in ('CSGModel', 'TaughtModel'):
         model['type'] = model.pop('base_type')
-        model = {key: value for key, value in model.items() if key not in ('csg', 'teacher')}
+        model = {key: value for key, value in model.items() if key not in ('csg', 'teacher', 'generators_from')}
     if cfg.get('data_preprocessor') and 'data_preprocessor' not in model:  # as a Runner does
         model['data_preprocessor'] = cfg.data_preprocessor.to_dict()
     source: dict[str, Any] = dict(builder='mmengine', scope=cfg.get('default_scope', 'mmseg'), model=_bare(model))

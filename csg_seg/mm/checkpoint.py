@@ -14,8 +14,9 @@ from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
+from ..bank import find_bank
 from ..checkpoint import read_compact
-from ..conv import check_finite, find_bank
+from ..conv import check_finite
 from ..errors import CSGError, abridge
 
 

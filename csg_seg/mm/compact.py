@@ -15,8 +15,8 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from ..bank import find_bank
 from ..checkpoint import load_compact, write_compact, write_whole
-from ..conv import find_bank
 from ..errors import CSGError
 from ..report import summarise
 from ..version import __version__

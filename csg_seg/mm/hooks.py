@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress, track
 from torch import nn
 
-from ..conv import BANK, GeneratorBank, find_bank
+from ..bank import BANK, GeneratorBank, find_bank
 from ..errors import CSGError
 from ..report import summarise
 from ..retrofit import CSG
@@ -39,13 +39,15 @@ class CSGHook(Hook):
         csg: one dict of generator settings, or a list of them; None when the
             model is a ``CSGModel``.
         save_compact: write a compact checkpoint beside each checkpoint.
+        generators_from: as for ``CSGModel``, when there is ``csg``.
     """
 
     # Before hooks that copy or inspect the model, such as EMAHook.
     priority = 'VERY_HIGH'
 
-    def __init__(self, csg: CSG | None = None, save_compact: bool = False):
+    def __init__(self, csg: CSG | None = None, save_compact: bool = False, generators_from: str | None = None):
         self.csg = csg
+        self.generators_from = generators_from
         self.save_compact = save_compact
 
     def retrofit(self, model: nn.Module) -> bool:
@@ -61,7 +63,7 @@ class CSGHook(Hook):
             return False
         if self.csg is None:
             raise CSGError('CSGHook found a dense model and has no csg; give it csg=dict(...), or build a CSGModel')
-        retrofit_for_runner(model, self.csg)
+        retrofit_for_runner(model, self.csg, self.generators_from)
         return True
 
     def before_train(self, runner: Runner) -> None:

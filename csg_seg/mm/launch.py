@@ -108,6 +108,8 @@ def check_starts(cfg: Config) -> None:
     """
     model = cfg.model
     paths = [cfg.get('load_from'), (model.get('teacher') or {}).get('checkpoint'), model.get('pretrained')]
+    parts = [model, *(hook for hook in (cfg.get('default_hooks') or {}).values() if hook)]
+    paths += [part.get('generators_from') for part in parts]
     for part in (model, model.get('backbone') or {}):
         starts = part.get('init_cfg') or []
         paths += [each.get('checkpoint') for each in (starts if isinstance(starts, (list, tuple)) else [starts])]

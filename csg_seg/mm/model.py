@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 from mmengine.config import Config
@@ -11,15 +12,20 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 from torch import nn
 
-from ..conv import GeneratorBank, find_bank
+from ..bank import GeneratorBank, find_bank
 from ..errors import CSGError
 from ..retrofit import CSG, retrofit
+from .checkpoint import read_checkpoint
 from .teacher import Teacher
 
 
 @MODELS.register_module()
 def CSGModel(
-    csg: CSG | None = None, base_type: str | None = None, teacher: Mapping[str, Any] | None = None, **base: Any
+    csg: CSG | None = None,
+    base_type: str | None = None,
+    teacher: Mapping[str, Any] | None = None,
+    generators_from: str | None = None,
+    **base: Any,
 ) -> nn.Module:
     """Build the model that a config inherited and retrofit it.
 
@@ -33,6 +39,8 @@ def CSGModel(
         teacher: arguments of :class:`csg_seg.mm.teacher.Teacher`, a trained dense
             network of this config; the generated one starts from its weights, unless
             the config has an ``init_cfg`` of its own.
+        generators_from: checkpoint of a CSG network of any architecture, whose
+            generators training starts with.
         base: all that ``base_type`` takes.
 
     Returns:
@@ -51,7 +59,7 @@ def CSGModel(
         base = _start_from(base, teacher)
     # Segmentors write into their config.
     architecture = deepcopy(dict(type=base_type, **base))
-    model = retrofit_for_runner(MODELS.build(dict(type=base_type, **base)), csg)
+    model = retrofit_for_runner(MODELS.build(dict(type=base_type, **base)), csg, generators_from)
     return model if teacher is None else _teach(model, teacher, architecture)
 
 
@@ -72,10 +80,13 @@ def TaughtModel(base_type: str | None = None, teacher: Mapping[str, Any] | None 
     return _teach(MODELS.build(dict(type=base_type, **base)), teacher)
 
 
-def retrofit_for_runner(model: nn.Module, csg: CSG) -> nn.Module:
+def retrofit_for_runner(model: nn.Module, csg: CSG, generators_from: str | None = None) -> nn.Module:
     """Retrofit a model so that weights which a Runner loads are fitted on all ranks alike."""
     bank = find_bank(retrofit(model, csg))
     assert bank is not None
+    if generators_from is not None:
+        # Once training begins: a test or a demonstration needs no such file.
+        bank.before_init = partial(_take_over, path=generators_from)
     bank.after_fit = _share_fit_and_tell
     return model
 
@@ -116,6 +127,14 @@ def share_fit(bank: GeneratorBank) -> None:
     """Take over the first rank's fit, which another machine's libraries may have rounded otherwise."""
     for tensor in [*bank.parameters(), *(each for conv in bank.fed.values() for each in conv.stored().values())]:
         broadcast(tensor.data)
+
+
+def _take_over(bank: GeneratorBank, path: str) -> None:
+    try:
+        bank.load_generators(read_checkpoint(path)['state_dict'])
+    except CSGError as error:
+        raise CSGError(f'generators_from: {path}: {str(error).removeprefix(f"{path}: ")}') from None
+    print_log(f'CSG: generators of {path}', logger='current')
 
 
 def _share_fit_and_tell(bank: GeneratorBank) -> None:

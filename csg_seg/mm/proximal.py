@@ -9,7 +9,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor
 
-from ..conv import check_finite, find_bank
+from ..bank import find_bank
+from ..conv import check_finite
 from ..errors import CSGError
 from ..retrofit import CSG, retrofit
 from .hooks import bare_model

@@ -14,7 +14,8 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..conv import BANK, generated_convs
+from ..bank import BANK
+from ..conv import generated_convs
 from ..errors import CSGError
 from .checkpoint import load_weights, read_checkpoint
 

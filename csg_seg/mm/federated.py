@@ -1,0 +1,186 @@
+"""Federated averaging: workers on disjoint parts of the data exchange codes, or whole networks."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from mmengine.config import Config
+from mmengine.registry import DATASETS
+from mmengine.runner import Runner
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..checkpoint import write_whole
+from ..errors import CSGError
+from .hooks import CheckpointGuardHook
+
+
+def federate(
+    cfg: Config,
+    checkpoint: str | os.PathLike,
+    travels: str = '*',
+    *,
+    workers: int,
+    rounds: int,
+    steps: int,
+    out: str | os.PathLike,
+    test_every: int = 1,
+    metric: str = 'mIoU',
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> dict[str, Any]:
+    """Train by federated averaging (McMahan et al., AISTATS 2017).
+
+    In each round every worker takes over the shared tensors, trains them on its own
+    part of the training data with an optimizer of its own, and returns them; the
+    mean of all is shared next. What does not travel stays as the checkpoint has it.
+
+    Args:
+        cfg: config of the network, dense or CSG; its schedulers are not used.
+        checkpoint: where all begin.
+        travels: pattern of the names in the state dict that are trained and exchanged.
+            Frozen parameters never are.
+        workers: parts that the training data are cut into, in their own order.
+        rounds: of averaging.
+        steps: that each worker trains in a round.
+        out: takes the checkpoint of the last mean, for the test tool and others.
+        test_every: rounds between two tests; there is one before the first and after the last.
+        metric: score to gather.
+        track: wraps the sequence of all turns of workers, to show progress.
+
+    Returns:
+        JSON-ready: ``tensors`` and ``bytes`` that one worker sends in a round, and ``scores``: ``round``, the
+        ``bytes`` that have gone to and from all workers by then, ``score``.
+
+    Raises:
+        CSGError: a number is out of range, nothing trained matches ``travels``, or there is no such metric.
+    """
+    if min(workers, rounds, steps, test_every) < 1:
+        raise CSGError(
+            f'cannot work with workers={workers}, rounds={rounds}, steps={steps}, test_every={test_every}: '
+            'each is at least 1'
+        )
+    cfg = deepcopy(cfg)
+    cfg.load_from = str(checkpoint)
+    runner = Runner.from_cfg(cfg)
+    runner.register_hook(CheckpointGuardHook())
+    scores = [{'round': 0, 'bytes': 0, 'score': _score(runner, metric)}]
+    shared = _shared(runner.model, travels)
+    batches = [iter(Runner.build_dataloader(loader, seed=runner.seed)) for loader in _loaders(cfg, workers)]
+    in_a_round = 2 * workers * _bytes(shared.values())
+    returned: list[dict[str, Tensor]] = []
+    for turn in track(range(rounds * workers)):
+        _set(runner.model, shared)
+        _train(runner, shared, (next(batches[turn % workers]) for _ in range(steps)))
+        returned.append(_get(runner.model, shared))
+        if len(returned) == workers:
+            shared = {name: torch.stack([each[name] for each in returned]).mean(0) for name in shared}
+            returned.clear()
+            done = turn // workers + 1
+            if done % test_every == 0 or done == rounds:
+                _set(runner.model, shared)
+                scores.append({'round': done, 'bytes': in_a_round * done, 'score': _score(runner, metric)})
+    meta = {'dataset_meta': runner.test_dataloader.dataset.metainfo}
+    content = {'meta': meta, 'state_dict': runner.model.state_dict()}
+    write_whole(Path(out), lambda partial: torch.save(content, partial))
+    return {'travels': travels, 'tensors': len(shared), 'bytes': _bytes(shared.values()), 'scores': scores}
+
+
+def draw_federated(networks: Mapping[str, Mapping[str, Any]], path: str | os.PathLike, *, metric: str) -> None:
+    """Save a picture of score against rounds, and against bytes.
+
+    Args:
+        networks: what :func:`federate` returned, by name.
+        path: of the picture; its ending names the format.
+        metric: the score's name.
+    """
+    figure = Figure(figsize=(9, 4), layout='constrained')
+    by_round, by_bytes = figure.subplots(1, 2, sharey=True)
+    for (name, each), marker in zip(networks.items(), 'os^Dv*' * len(networks), strict=False):
+        scores = [point['score'] for point in each['scores']]
+        by_round.plot([point['round'] for point in each['scores']], scores, marker=marker, label=name)
+        # The start, before anything was sent, has no place on a logarithmic axis.
+        megabytes = [point['bytes'] / 1e6 for point in each['scores']]
+        by_bytes.plot(megabytes[1:], scores[1:], marker=marker, label=name)
+    by_round.set_xlabel('rounds')
+    by_round.set_ylabel(metric)
+    by_bytes.set_xlabel('MB sent and received by all workers')
+    by_bytes.set_xscale('log')
+    for axis in (by_round, by_bytes):
+        axis.grid(which='both', alpha=0.3)
+    by_round.legend(loc='lower right')
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except (ValueError, OSError) as error:
+        raise CSGError(f'{path}: cannot be drawn ({error}); give a name that ends in .png') from None
+
+
+def _shared(model: nn.Module, travels: str) -> dict[str, Tensor]:
+    """Return copies of what is trained and exchanged, and freeze every other parameter."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    chosen = [name for name in _tensors(model) if fnmatchcase(name, travels) and name not in frozen]
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in chosen)
+    if not parameters.keys() & set(chosen):
+        raise CSGError(f'{travels!r} names nothing that is trained; names look like {list(parameters)[-1]!r}')
+    return {name: tensor.clone() for name, tensor in _tensors(model).items() if name in chosen}
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a state dict that can be averaged; they share the model's memory."""
+    state_dict = {name: each for name, each in model.state_dict().items() if isinstance(each, Tensor)}
+    return {name: each for name, each in state_dict.items() if each.is_floating_point()}
+
+
+def _get(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    tensors = _tensors(model)
+    return {name: tensors[name].clone() for name in names}
+
+
+def _set(model: nn.Module, shared: Mapping[str, Tensor]) -> None:
+    tensors = _tensors(model)
+    for name, tensor in shared.items():
+        tensors[name].copy_(tensor)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _loaders(cfg: Config, workers: int) -> list[dict[str, Any]]:
+    """Return a data loader's settings for each worker, with neighbouring images in one part."""
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    if len(dataset) < workers:
+        raise CSGError(f'{len(dataset)} training images are too few for {workers} workers; take fewer workers')
+    bounds = [len(dataset) * worker // workers for worker in range(workers + 1)]
+    loaders = []
+    for first, last in zip(bounds, bounds[1:], strict=False):
+        loader = deepcopy(cfg.train_dataloader)
+        loader['dataset'] = dataset.get_subset(list(range(first, last)))
+        loaders.append(loader)
+    return loaders
+
+
+def _train(runner: Runner, shared: Mapping[str, Tensor], batches: Iterable[Any]) -> None:
+    """Train a worker's turn, with an optimizer that has no past."""
+    model = runner.model.train()
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and f'{name}.running_mean' not in shared:
+            module.eval()
+    optim_wrapper = runner.build_optim_wrapper(deepcopy(runner.cfg.optim_wrapper))
+    for batch in batches:
+        model.train_step(batch, optim_wrapper)
+
+
+def _score(runner: Runner, metric: str) -> float:
+    scores = runner.test()
+    if metric not in scores:
+        raise CSGError(f'there is no metric {metric!r}; the test gave {", ".join(scores)}')
+    return float(scores[metric])
