@@ -61,8 +61,8 @@ class GeneratorBank(nn.ModuleList):
             state = stored.get(f'{position}._extra_state')
             if state is not None:
                 check_meaning(generator.settings, state)
-        wrong = [f'{name} is missing' for name in own if name not in stored]
-        wrong += [f'{name} is in excess' for name in stored if name not in own]
+        wrong = [f'{BANK}.{name} is missing' for name in own if name not in stored]
+        wrong += [f'{BANK}.{name} is in excess' for name in stored if name not in own]
         if wrong:
             count = len({name.split('.')[0] for name in stored})
             raise CSGError(f'the weights hold {count} generators, this network has {len(self)}: {abridge(wrong)}')

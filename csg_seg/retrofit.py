@@ -117,8 +117,7 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
 def load_generators(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Give a retrofitted model the generators of another one, in place, and draw all its codes anew for them.
 
-    With ``freeze_generator`` in the model's settings, codes alone are trained, and
-    exchanged between workers, from there.
+    With ``freeze_generator`` in the model's settings they stay as they are.
 
     Args:
         model: a retrofitted network, of any architecture.

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_tool
+from conftest import ROOT, cfg_options, run_tool
 from mmengine.config import Config
 from mmseg.apis import inference_model
 
@@ -43,9 +43,11 @@ def header_of(path):
     return json.loads(content[8 : 8 + int.from_bytes(content[:8], 'little')])['__metadata__']
 
 
-def test_the_tools_file_is_enough_by_itself(trained, tmp_path):
+def test_the_tools_file_is_enough_by_itself(trained, drawn, tmp_path):
     out = tmp_path / 'small.safetensors'
-    told = json.loads(compact(DEMO, trained, '--out', out, '--dtype', 'int8', '--json').stdout.splitlines()[-1])
+    options = ['--dtype', 'int8', '--images', 3, *cfg_options({'test_dataloader.dataset.data_root': drawn})]
+    told = json.loads(compact(DEMO, trained, '--out', out, *options, '--json').stdout.splitlines()[-1])
+    assert 0 < told['logit_error'] < 0.05 * told['logit_size']
     assert told['compact_bytes'] == out.stat().st_size
     assert told['compression_ratio'] == told['dense_bytes'] / told['compact_bytes']
     cfg = read_config(str(DEMO))
@@ -64,6 +66,15 @@ def test_the_tools_file_is_enough_by_itself(trained, tmp_path):
     header = header_of(out)
     assert json.loads(header['dataset_meta'])['classes'] == list(META['classes'])
     assert set(json.loads(header['versions'])) == {'csg_seg', 'torch', 'mmengine'}
+
+
+@pytest.mark.full
+def test_the_tool_tests_both_files(trained, drawn, tmp_path):
+    options = ['--dtype', 'int8', '--test', 'mIoU', *cfg_options({'test_dataloader.dataset.data_root': drawn})]
+    printed = compact(DEMO, trained, '--out', tmp_path / 'small.safetensors', *options, '--json').stdout
+    told = json.loads(printed.splitlines()[-1])
+    # Of untrained weights, where a class more or less is found by chance.
+    assert 0 < told['score'] < 10 and told['compact_score'] == pytest.approx(told['score'], abs=1)
 
 
 def test_a_file_that_is_not_smaller_is_not_left(tmp_path):

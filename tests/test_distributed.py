@@ -108,19 +108,41 @@ if os.environ['RANK'] == '1':
 '''
 
 
+KILLER = '''
+"""The second rank is killed once, between two checkpoints."""
+import os
+import signal
+from pathlib import Path
+
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class KillHook(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        killed = Path(runner.work_dir, 'killed')
+        if get_rank() == 1 and runner.iter == 3 and not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+'''
+
+
 @pytest.fixture(scope='module')
 def launch(drawn, tmp_path_factory):
     """Train in one process or in two; return what was seen and the final weights."""
     folder = tmp_path_factory.mktemp('ddp')
     (folder / 'ddp_hooks.py').write_text(HOOKS)
     (folder / 'other_machine.py').write_text(OTHER_MACHINE)
+    (folder / 'killer.py').write_text(KILLER)
 
-    def train(name: str, base: Path, *, processes: int, batch_size: int, extra: str = ''):
+    def train(name: str, base: Path, *more: str, processes: int, batch_size: int, extra: str = '', restarts: int = 0):
         config = write_config(folder / f'{name}.py', base, extra=extra)
         work_dir = folder / name
-        arguments = ['--work-dir', work_dir, *options(drawn, batch_size)]
+        arguments = ['--work-dir', work_dir, *options(drawn, batch_size), *more]
         threads = {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(folder), 'PYTHON': sys.executable}
-        env = {**os.environ, **threads, 'PORT': str(free_port())}
+        env = {**os.environ, **threads, 'PORT': str(free_port()), 'MAX_RESTARTS': str(restarts)}
         if processes == 1:
             run_program(sys.executable, ROOT / 'tools' / 'train.py', config, *arguments, env=env)
         else:
@@ -180,6 +202,14 @@ def test_two_processes_share_one_fit_and_learn_from_one_teacher(launch, tmp_path
     seen, weights = launch('taught', CSG, processes=2, batch_size=2, extra=extra)
     assert seen['kind'] == 'MMDistributedDataParallel' and seen['identical']
     assert not any('teacher' in name for name in weights)
+
+
+def test_a_killed_worker_is_started_again_and_nothing_is_lost(launch, two):
+    extra = "custom_imports['imports'].append('killer')\ndefault_hooks['kill'] = dict(type='KillHook')\n"
+    every_second = ['default_hooks.checkpoint.interval=2', '--resume']
+    seen, weights = launch('killed', CSG, *every_second, processes=2, batch_size=2, extra=extra, restarts=1)
+    assert seen['losses'] == two[0]['losses'][2:], 'it went on from the checkpoint after two of four steps'
+    assert all(torch.equal(tensor, two[1][name]) for name, tensor in weights.items())
 
 
 @pytest.mark.full

@@ -126,6 +126,7 @@ def test_the_public_names_are_these():
         '__version__',
         'fit',
         'load_compact',
+        'load_generators',
         'materialise',
         'plan',
         'register_builder',

@@ -51,8 +51,7 @@ def main() -> None:
             name = Path(path).stem
             if name in configs:
                 raise CSGError(f'two configs are named {name}; rename one')
-            configs[name] = read_config(path)
-            configs[name].merge_from_dict(args.cfg_options or {})
+            configs[name] = read_config(path, args.cfg_options)
         options = dict(tools=Path(__file__).parent, metric=args.metric, jobs=args.jobs)
         figures = benchmark(configs, args.seeds, args.work_dir, **options)
         result = write_result(args, figures)

@@ -50,8 +50,7 @@ def main() -> None:
     args = parse_args()
     with one_line_errors():
         check_result_options(args)
-        cfg = read_config(args.config)
-        cfg.merge_from_dict(args.cfg_options or {})
+        cfg = read_config(args.config, args.cfg_options)
         options = dict(tools=Path(__file__).parent, metric=args.metric, jobs=args.jobs)
         names = dict(layers=args.layers, seeds=args.seeds)
         figures = carry_over(cfg, args.checkpoint, args.ratios, args.ways, args.work_dir, **names, **options)

@@ -8,6 +8,8 @@ from pathlib import Path
 from csg_seg.cli import check_out, one_line_errors
 
 with one_line_errors():
+    from mmengine.config import DictAction
+
     from csg_seg.mm.benchmark import evaluate
     from csg_seg.mm.compact import compact, logit_error
     from csg_seg.mm.launch import read_config
@@ -24,6 +26,7 @@ def parse_args() -> argparse.Namespace:
         '--images', type=int, default=0, help="compare class scores on so many of the config's test images"
     )
     parser.add_argument('--test', metavar='METRIC', help='also test both, and compare this score, such as mIoU')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings: key=value ...')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT when it exists')
     parser.add_argument('--json', action='store_true', help='print JSON')
     return parser.parse_args()
@@ -60,7 +63,7 @@ def main() -> None:
     with one_line_errors():
         inputs = [args.config, args.checkpoint]
         check_out(args.out, overwrite=args.overwrite, endings=['.safetensors'], inputs=inputs)
-        cfg = read_config(args.config)
+        cfg = read_config(args.config, args.cfg_options)
         found = compact(cfg, args.checkpoint, args.out, dtype=args.dtype)
         found |= measure(args, cfg)
     print(json.dumps(found)) if args.json else print_lines(found, args.out)

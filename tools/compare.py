@@ -55,9 +55,9 @@ def main() -> None:
     with one_line_errors():
         if args.out:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        configs = [read_config(args.dense), read_config(args.csg)]
+        options = {'randomness.seed': args.seed, **(args.cfg_options or {})}
+        configs = [read_config(path, options) for path in (args.dense, args.csg)]
         for cfg in configs:
-            cfg.merge_from_dict({'randomness.seed': args.seed, **(args.cfg_options or {})})
             for split in ('train', 'val', 'test'):
                 check_data(cfg, split)
         with redirect_stdout(sys.stderr):  # mmengine prints notes, stdout is for the result

@@ -54,9 +54,9 @@ def read_configs(args: argparse.Namespace) -> dict:
     for name, config, checkpoint, _ in args.network:
         if name in configs or '/' in name:
             raise CSGError(f'--network {name}: give each network a name of its own, without a slash')
-        cfg = configs[name] = read_config(config)
-        cfg.merge_from_dict({'randomness.seed': args.seed, 'work_dir': args.work_dir, 'experiment_name': name})
-        cfg.merge_from_dict({**(args.cfg_options or {}), 'load_from': checkpoint})
+        options = {'randomness.seed': args.seed, 'work_dir': args.work_dir, 'experiment_name': name}
+        options |= {**(args.cfg_options or {}), 'load_from': checkpoint}
+        cfg = configs[name] = read_config(config, options)
         for split in ('train', 'test'):
             check_data(cfg, split)
         check_starts(cfg)

@@ -34,8 +34,7 @@ def main() -> None:
     out = Path(args.out)
     with one_line_errors():
         check_out(out, overwrite=args.overwrite, inputs=[args.config, args.checkpoint])
-        cfg = read_config(args.config)
-        cfg.merge_from_dict(args.cfg_options or {})
+        cfg = read_config(args.config, args.cfg_options)
         checkpoint = read_checkpoint(args.checkpoint)
         model = build_model(cfg)
         load_weights(model, checkpoint['state_dict'])

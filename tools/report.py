@@ -47,8 +47,7 @@ def draw(cfg, args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_args()
     with one_line_errors():
-        cfg = read_config(args.config)
-        cfg.merge_from_dict(args.cfg_options or {})
+        cfg = read_config(args.config, args.cfg_options)
         model = build_model(cfg)
         if args.checkpoint:
             load_weights(model, read_checkpoint(args.checkpoint)['state_dict'])

@@ -25,6 +25,6 @@ train_cfg = dict(max_iters=max_iters, val_interval=max_iters + 1)  # tested afte
 randomness = dict(seed=0)
 default_hooks = dict(
     logger=dict(interval=20),
-    checkpoint=dict(interval=250, max_keep_ckpts=1),
+    checkpoint=dict(interval=250, max_keep_ckpts=2),
     channels_last=dict(type='ChannelsLastHook'),
 )

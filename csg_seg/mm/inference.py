@@ -55,8 +55,7 @@ def load_network(
         CSGError: the file is damaged, is not the config's, or needs a config.
     """
     if config is not None:
-        cfg = read_config(str(config))
-        cfg.merge_from_dict(dict(options or {}))
+        cfg = read_config(config, options)
         network = build_model(cfg)
         read = read_checkpoint(checkpoint)
         load_weights(network, read['state_dict'])

@@ -24,10 +24,8 @@ def load_config(args: Namespace) -> Config:
     Args:
         args: ``config``, ``cfg_options``, ``work_dir`` and ``launcher``.
     """
-    cfg = read_config(args.config)
+    cfg = read_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
@@ -37,20 +35,25 @@ def load_config(args: Namespace) -> Config:
     return cfg
 
 
-def read_config(path: str) -> Config:
+def read_config(path: str | os.PathLike, options: Mapping[str, Any] | None = None) -> Config:
     """Read a config file.
+
+    Args:
+        path: of the file.
+        options: settings to override, by dotted name.
 
     Raises:
         FileNotFoundError: there is no such file.
         CSGError: it is no config.
     """
     try:
-        cfg = Config.fromfile(path)
+        cfg = Config.fromfile(str(path))
     except FileNotFoundError as error:
         raise FileNotFoundError(f'{path}: no such config, or one of its bases is missing ({error})') from None
     except (OSError, SyntaxError) as error:
         raise CSGError(f'{path}: no config ({error}); give a .py file such as those in configs/') from None
     _leave_scope(cfg._cfg_dict)
+    cfg.merge_from_dict(dict(options or {}))
     return cfg
 
 
@@ -142,7 +145,7 @@ def use_cpu_processes(cfg: Config) -> None:
         find_unused_parameters=cfg.get('find_unused_parameters', False),
     )
     cfg.model_wrapper_cfg = {**wrapper, **cfg.get('model_wrapper_cfg', {}), 'device_ids': None}
-    if _replace_sync_bn(cfg.model):
+    if replace_sync_bn(cfg.model):
         print_log('No GPU: SyncBN becomes BN, each process normalises its own batch.', logger='current')
 
 
@@ -209,13 +212,13 @@ def _export_slurm_ranks() -> None:
     os.environ.setdefault('MASTER_PORT', '29500')
 
 
-def _replace_sync_bn(node: Any) -> int:
+def replace_sync_bn(node: Any) -> int:
     """Turn every SyncBN of a config into BN, in place; return how many."""
     if isinstance(node, (list, tuple)):
-        return sum(map(_replace_sync_bn, node))
+        return sum(map(replace_sync_bn, node))
     if not isinstance(node, dict):
         return 0
     found = node.get('type') == 'SyncBN'
     if found:
         node['type'] = 'BN'
-    return found + sum(map(_replace_sync_bn, node.values()))
+    return found + sum(map(replace_sync_bn, node.values()))

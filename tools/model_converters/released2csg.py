@@ -36,7 +36,7 @@ def main() -> None:
     with one_line_errors():
         check_out(checkpoint, overwrite=args.overwrite, endings=['.pth'], inputs=[args.file])
         check_out(config, overwrite=args.overwrite, inputs=[args.like])
-        converted = convert_released(args.file, read_config(str(args.like)))
+        converted = convert_released(args.file, read_config(args.like))
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         write_whole(config, lambda partial_path: partial_path.write_text(converted.config.pretty_text))
         write_whole(checkpoint, partial(torch.save, {'meta': {}, 'state_dict': converted.state_dict}))
