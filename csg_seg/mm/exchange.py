@@ -257,6 +257,8 @@ def _time(
         for name, hook in cases:
             before = ends[0].sent() if first else 0
             seconds = trainees[name].step(hook)
+            # The other rank may wait yet for the last of what this one has sent.
+            dist.barrier()
             if first and turn > 0:
                 links[rate][name][hook]['seconds'].append(seconds)
                 links[rate][name][hook]['sent'].append(ends[0].sent() - before)
