@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .conv import CSGConv2d, check_finite, draw_code, generated_convs, named_convs
+from .conv import CSGConv, check_finite, draw_code, generated_convs, named_convs
 from .errors import CSGError, abridge
 from .fit import fit_generator
 from .generator import Generator, check_meaning
@@ -31,7 +31,7 @@ class GeneratorBank(nn.ModuleList):
     def __init__(self, generators: Iterable[Generator], left_dense: Mapping[str, str]):
         super().__init__(generators)
         self.left_dense = dict(left_dense)
-        self.fed: dict[str, CSGConv2d] = {}
+        self.fed: dict[str, CSGConv] = {}
         self.before_init: Callable[[GeneratorBank], None] | None = None
         self.after_fit: Callable[[GeneratorBank], None] | None = None
         self.fitted: dict[str, float] = {}
@@ -74,7 +74,7 @@ class GeneratorBank(nn.ModuleList):
             rng = torch.Generator().manual_seed(generator.settings.seed)
             for conv in self.fed.values():
                 if conv.generator is generator:
-                    conv.code.copy_(draw_code(conv.weight_shape, generator, rng))
+                    conv.code.copy_(draw_code(conv, rng))
 
     def forget_loaded(self) -> None:
         """Drop dense weights that were loaded and not fitted."""
@@ -217,7 +217,7 @@ def _part(name: str) -> str:
     return name.split('.')[0]
 
 
-def _fit(generator: Generator, fed: Mapping[str, CSGConv2d], loaded: Mapping[str, Tensor]) -> dict[str, float]:
+def _fit(generator: Generator, fed: Mapping[str, CSGConv], loaded: Mapping[str, Tensor]) -> dict[str, float]:
     """Fit one generator, and the convs it feeds, to dense weights of some of them."""
     codes = dict(zip(loaded, fit_generator(generator, list(loaded.values())), strict=True))
     rng = torch.Generator().manual_seed(generator.settings.seed)
@@ -225,7 +225,7 @@ def _fit(generator: Generator, fed: Mapping[str, CSGConv2d], loaded: Mapping[str
     for name, conv in fed.items():
         if name not in loaded and generator.settings.freeze_generator:
             continue
-        code = codes[name] if name in codes else draw_code(conv.weight_shape, generator, rng)
+        code = codes[name] if name in codes else draw_code(conv, rng)
         with torch.no_grad():
             conv.code.copy_(code)
             if name in loaded:
@@ -236,7 +236,7 @@ def _fit(generator: Generator, fed: Mapping[str, CSGConv2d], loaded: Mapping[str
     return errors
 
 
-def _fit_residual(conv: CSGConv2d, dense: Tensor) -> None:
+def _fit_residual(conv: CSGConv, dense: Tensor) -> None:
     """Set a conv's residual, if it has one, to the best of its rank: a truncated SVD of what the generator leaves."""
     rank = conv.generator.settings.residual
     if rank:

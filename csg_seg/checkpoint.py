@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .bank import BANK, find_bank, find_roots
 from .builders import build, check_source, decode_source, encode_source
-from .conv import generated_convs
+from .conv import DENSE_KINDS, dense_convs, generated_convs
 from .errors import CSGError
 from .generator import MEANING, build_generator, encode_meaning
 from .precision import lower, matrices, restore
@@ -251,7 +251,7 @@ def _in_range(position: Any, count: int) -> int:
 
 
 def _weight_shape(shape: Any) -> tuple[int, ...]:
-    if len(shape) != 4 or not all(type(size) is int and size > 0 for size in shape):
+    if len(shape) not in (3, 4, 5) or not all(type(size) is int and size > 0 for size in shape):
         raise ValueError(shape)
     return tuple(shape)
 
@@ -311,7 +311,7 @@ def _shapes_when_retrofitted(model: nn.Module, compact: Compact) -> dict[str, tu
     """Return the state-dict shapes that a dense model will have as the file's network."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     everywhere = list(model.named_modules(remove_duplicate=False))
-    convs = {name: module for name, module in everywhere if isinstance(module, nn.Conv2d)}
+    convs = {name: module for name, module in everywhere if isinstance(module, DENSE_KINDS)}
     for name, (position, weight_shape) in compact.layers.items():
         if name not in convs or shapes.pop(f'{name}.weight', None) != weight_shape:
             raise CSGError(
@@ -334,7 +334,7 @@ def _shapes_when_retrofitted(model: nn.Module, compact: Compact) -> dict[str, tu
 
 
 def _retrofit_like(model: nn.Module, compact: Compact) -> None:
-    convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    convs = dense_convs(model)
     left_dense = {name: 'dense in the compact checkpoint' for name in convs if name not in compact.layers}
     taken = {name: position for name, (position, _) in compact.layers.items()}
     swap_layers(model, compact.settings, taken, left_dense)

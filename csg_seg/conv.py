@@ -1,31 +1,37 @@
 """The generated convolution."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from .errors import CSGError
 from .generator import Generator, row_length
 from .slices import grid, join
 
+DENSE_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-class CSGConv2d(nn.Conv2d):
-    """A conv whose weight is generated from codes at each forward pass.
 
-    Never built, only swapped in for an ``nn.Conv2d`` by :func:`swap_in`, so that
-    names, hooks, stride, padding, dilation and bias stay as they are. ``weight``
-    is None: initialisers of mmengine pass it by, all others fail loudly.
+class CSGConv(_ConvNd):
+    """A conv whose weight is generated from codes each time it is read.
+
+    Never built, only swapped in by :func:`swap_in` for any conv of torch, plain or a
+    subclass of it, so that names, hooks, stride, padding, dilation, groups, bias and
+    the class's own forward stay as they are. A module that computes with
+    ``conv.weight`` itself works too; what an initialiser writes into it is lost,
+    since start values are the bank's, and assigning to it fails.
 
     Attributes:
         code: ``(rows * cols, code_dim)``, one code for each slice of the grid.
-        residual_out: ``(out, residual)``, only if the settings ask for a residual.
-        residual_in: ``(residual, in * kh * kw)``, likewise.
+        residual_out: ``(weight's first dimension, residual)``, only if the settings ask for a residual.
+        residual_in: ``(residual, all other dimensions)``, likewise.
         generator: shared by many convs and registered on the model's root alone.
         blend: a dense weight that takes part in training still, and the share of the generated one.
         loaded: a dense weight that was loaded and waits to be fitted.
+        dense_kind: the class that the conv had.
     """
 
     code: nn.Parameter
@@ -34,11 +40,34 @@ class CSGConv2d(nn.Conv2d):
     generator: Generator
     blend: tuple[Tensor, float] | None = None
     loaded: Tensor | None = None
+    dense_kind: type[_ConvNd]
 
     @property
     def weight_shape(self) -> torch.Size:
-        """``(out, in, kh, kw)`` of the generated weight."""
-        return torch.Size((self.out_channels, self.in_channels, *self.kernel_size))
+        """``(out, in / groups, *kernel)`` of the generated weight, ``(in, out / groups, *kernel)`` if transposed."""
+        first, second = self.out_channels, self.in_channels
+        if self.transposed:
+            first, second = second, first
+        return torch.Size((first, second // self.groups, *self.kernel_size))
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight that the conv computes with: generated, and blended with a dense one while that takes part."""
+        weight = self.generate_weight()
+        if self.blend is not None and self.training:
+            dense, share = self.blend
+            weight = torch.lerp(dense, weight, share)
+        return weight
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse a new weight: it would not last.
+
+        Raises:
+            CSGError: says what to do.
+        """
+        if name == 'weight':
+            raise CSGError('the weight of a generated conv is made from its code; materialise the network to set it')
+        super().__setattr__(name, value)
 
     def stored(self) -> dict[str, nn.Parameter]:
         """Return, by name, the parameters that stand in for the weight."""
@@ -46,7 +75,7 @@ class CSGConv2d(nn.Conv2d):
         return {name: getattr(self, name) for name in names}
 
     def generate_weight(self) -> Tensor:
-        """Return the weight ``(out, in, kh, kw)`` of the current code, generator and residual.
+        """Return the weight of the current code, generator and residual.
 
         Raises:
             CSGError: a dense weight was loaded into this part of the network and not fitted.
@@ -63,14 +92,6 @@ class CSGConv2d(nn.Conv2d):
             if not self.generator.settings.residual:
                 return weight
             return weight + (self.residual_out @ self.residual_in).view(self.weight_shape)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolve ``(n, in, h, w)`` with the generated weight."""
-        weight = self.generate_weight()
-        if self.blend is not None and self.training:
-            dense, share = self.blend
-            weight = torch.lerp(dense, weight, share)
-        return self._conv_forward(input, weight, self.bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         dense = state_dict.pop(f'{prefix}weight', None)
@@ -89,38 +110,58 @@ class CSGConv2d(nn.Conv2d):
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle and copy by the dense class: the generated one is made at run time."""
+        return _blank, (self.dense_kind,), self.__dict__.copy()
 
-def kaiming_std(weight_shape: Iterable[int]) -> float:
+
+_generated_kinds: dict[type, type[CSGConv]] = {}
+
+
+def generated_kind(kind: type) -> type[CSGConv]:
+    """Return the class of generated convs that behave as the given dense class otherwise."""
+    if kind not in _generated_kinds:
+        name, body = f'CSG{kind.__name__}', {'dense_kind': kind, '__doc__': CSGConv.__doc__}
+        _generated_kinds[kind] = type(name, (CSGConv, kind), body)
+    return _generated_kinds[kind]
+
+
+def _blank(kind: type[_ConvNd]) -> CSGConv:
+    made = generated_kind(kind)
+    return made.__new__(made)
+
+
+def kaiming_std(conv: _ConvNd) -> float:
     """Return the std of He et al., ICCV 2015, for ReLU and the backward pass (fan out)."""
-    out_channels, _, kh, kw = weight_shape
-    return math.sqrt(2.0 / (out_channels * kh * kw))
+    return math.sqrt(2.0 * conv.groups / (conv.out_channels * math.prod(conv.kernel_size)))
 
 
-def swap_in(conv: nn.Conv2d, generator: Generator, rng: torch.Generator) -> None:
+def swap_in(conv: _ConvNd, generator: Generator, rng: torch.Generator) -> None:
     """Turn a dense conv into a generated one in place, at its Kaiming variance.
 
     Args:
-        conv: a plain ``nn.Conv2d``.
+        conv: one of :data:`DENSE_KINDS`, or of a subclass.
         generator: still on the CPU, where start values are the same for all devices.
         rng: draws the codes; on the CPU too.
     """
-    weight = conv.weight
-    code = draw_code(weight.shape, generator, rng)
-    conv.__class__ = CSGConv2d  # type: ignore[assignment]
-    conv.register_parameter('weight', None)
-    conv.code = nn.Parameter(code.to(weight), requires_grad=weight.requires_grad)
+    weight = conv._parameters.pop('weight')
+    assert weight is not None
+    conv.__class__ = generated_kind(type(conv))  # type: ignore[assignment]
+    generated = cast(CSGConv, conv)
     # Past nn.Module's bookkeeping: registered here too, the generator would be
     # counted, saved and averaged once for each conv.
-    object.__setattr__(conv, 'generator', generator)
+    object.__setattr__(generated, 'generator', generator)
+    code = draw_code(generated, rng)
+    generated.code = nn.Parameter(code.to(weight), requires_grad=weight.requires_grad)
 
 
-def draw_code(weight_shape: Sequence[int], generator: Generator, rng: torch.Generator) -> Tensor:
-    """Draw the codes ``(rows * cols, code_dim)`` of a weight at its Kaiming variance, on the CPU."""
-    rows, cols = grid(weight_shape, generator.settings.slice_shape)
-    return generator.draw_code(rows * cols, weight_std=kaiming_std(weight_shape), rng=rng)
+def draw_code(conv: CSGConv, rng: torch.Generator) -> Tensor:
+    """Draw the codes ``(rows * cols, code_dim)`` of a conv at its Kaiming variance, on the CPU."""
+    rows, cols = grid(conv.weight_shape, conv.generator.settings.slice_shape)
+    return conv.generator.draw_code(rows * cols, weight_std=kaiming_std(conv), rng=rng)
 
 
-def add_residual(conv: CSGConv2d, rng: torch.Generator) -> None:
+def add_residual(conv: CSGConv, rng: torch.Generator) -> None:
     """Give a generated conv the residual that its generator's settings ask for.
 
     ``residual_out`` starts at zero, so the weight stays what it is; the rows of
@@ -141,32 +182,41 @@ def add_residual(conv: CSGConv2d, rng: torch.Generator) -> None:
         conv.residual_in = nn.Parameter(residual_in.to(conv.code), requires_grad=conv.code.requires_grad)
 
 
-def swap_out(conv: CSGConv2d) -> None:
+def swap_out(conv: CSGConv) -> None:
     """Turn a generated conv into a plain dense one in place."""
     weight = conv.generate_weight().detach().clone(memory_format=torch.contiguous_format)
-    conv.weight = nn.Parameter(weight, requires_grad=conv.code.requires_grad)
+    dense = nn.Parameter(weight, requires_grad=conv.code.requires_grad)
     for name in conv.stored():
         delattr(conv, name)
     object.__delattr__(conv, 'generator')
     for name in ('blend', 'loaded'):
         conv.__dict__.pop(name, None)
-    conv.__class__ = nn.Conv2d  # type: ignore[assignment]
+    conv.__class__ = conv.dense_kind  # type: ignore[assignment]
+    # The weight comes first, as in a conv that was never generated.
+    others = dict(conv._parameters)
+    conv._parameters.clear()
+    conv._parameters.update({'weight': dense, **others})
 
 
-def generated_convs(model: nn.Module) -> Iterator[tuple[str, CSGConv2d]]:
+def dense_convs(model: nn.Module) -> dict[str, _ConvNd]:
+    """Return each conv of torch by name, dense and generated, subclasses included."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, DENSE_KINDS)}
+
+
+def generated_convs(model: nn.Module) -> Iterator[tuple[str, CSGConv]]:
     """Yield the name and the conv of each generated layer."""
     for name, module in model.named_modules():
-        if isinstance(module, CSGConv2d):
+        if isinstance(module, CSGConv):
             yield name, module
 
 
-def named_convs(model: nn.Module) -> dict[str, CSGConv2d]:
+def named_convs(model: nn.Module) -> dict[str, CSGConv]:
     """Return each generated layer by all its names: one that stands in two places has two in a state dict."""
     modules = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in modules if isinstance(module, CSGConv2d)}
+    return {name: module for name, module in modules if isinstance(module, CSGConv)}
 
 
-def check_dense(name: str, conv: CSGConv2d, weight: Tensor) -> None:
+def check_dense(name: str, conv: CSGConv, weight: Tensor) -> None:
     """Refuse a dense weight that no generator can be fitted to.
 
     Raises:

@@ -183,7 +183,7 @@ def _check_weights(convs: Convs) -> None:
     if not convs:
         raise CSGError(
             'nothing to plan: the model has no nn.Conv2d that can be generated '
-            '(the first, grouped and frozen ones stay dense)'
+            '(the first and frozen ones stay dense, grouped and transposed ones are not planned)'
         )
     for name, conv in convs.items():
         if not conv.weight.isfinite().all():
@@ -192,11 +192,12 @@ def _check_weights(convs: Convs) -> None:
 
 def _candidates(model: nn.Module) -> tuple[Convs, set[str]]:
     """Return the convs to plan for, and the names of those that a generator would take but should not."""
-    convs, refused = generable(model)
+    everything = generable(model)
+    convs = {name: conv for name, conv in everything.items() if isinstance(conv, nn.Conv2d) and conv.groups == 1}
     _check_weights(convs)
     least = SMALLEST_SHARE * sum(conv.weight.numel() for conv in convs.values())
     large = {name: conv for name, conv in convs.items() if conv.weight.numel() >= least}
-    return large, {*refused, *convs} - {*large}
+    return large, {*everything} - {*large}
 
 
 def _curve(frontier: Frontier, convs: Iterable[nn.Conv2d], summary: Summary) -> tuple[Point, ...]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .bank import BANK, find_roots
-from .conv import generated_convs
+from .conv import DENSE_KINDS, generated_convs
 from .errors import CSGError
 
 # What a file can hold, and the type of its matrices.
@@ -25,7 +25,7 @@ def matrices(model: nn.Module) -> set[str]:
     for prefix, _, bank in find_roots(model):
         names |= {f'{prefix}{BANK}.{name}' for name, parameter in bank.named_parameters() if parameter.ndim > 1}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and module.weight is not None:
+        if isinstance(module, (*DENSE_KINDS, nn.Linear)) and 'weight' in module._parameters:
             names.add(f'{name}.weight' if name else 'weight')
     return names
 

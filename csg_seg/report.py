@@ -3,12 +3,12 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from .bank import find_roots
-from .conv import CSGConv2d
+from .conv import CSGConv, dense_convs
 from .errors import abridge
 from .generator import Generator
 from .settings import OPTIONAL
@@ -127,12 +127,8 @@ def summarise(model: nn.Module) -> Summary:
     roots = list(find_roots(model))
     generators = [generator for _, _, bank in roots for generator in bank]
     left_dense = {prefix + name: reason for prefix, _, bank in roots for name, reason in bank.left_dense.items()}
-    layers = tuple(
-        _layer(name, module, generators, left_dense)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d)
-    )
-    generated = [module for module in model.modules() if isinstance(module, CSGConv2d)]
+    layers = tuple(_layer(name, module, generators, left_dense) for name, module in dense_convs(model).items())
+    generated = [module for module in model.modules() if isinstance(module, CSGConv)]
     parameters = list(model.parameters())
     stored = sum(parameter.numel() for parameter in parameters)
     saved = sum(layer.dense_params - layer.stored_params for layer in layers)
@@ -151,9 +147,10 @@ def summarise(model: nn.Module) -> Summary:
     )
 
 
-def _layer(name: str, conv: nn.Conv2d, generators: Sequence[nn.Module], left_dense: dict[str, str]) -> Layer:
-    if not isinstance(conv, CSGConv2d):
-        shape, count = tuple(conv.weight.shape), conv.weight.numel()
+def _layer(name: str, conv: nn.Module, generators: Sequence[nn.Module], left_dense: dict[str, str]) -> Layer:
+    if not isinstance(conv, CSGConv):
+        weight = cast(Tensor, conv.weight)
+        shape, count = tuple(weight.shape), weight.numel()
         return Layer(name, shape, None, None, count, count, left_dense.get(name))
     return Layer(
         name=name,
@@ -166,7 +163,7 @@ def _layer(name: str, conv: nn.Conv2d, generators: Sequence[nn.Module], left_den
     )
 
 
-def _generator(generator: Generator, generated: Sequence[CSGConv2d]) -> GeneratorCount:
+def _generator(generator: Generator, generated: Sequence[CSGConv]) -> GeneratorCount:
     fed = [conv for conv in generated if conv.generator is generator]
     settings = generator.settings
     return GeneratorCount(
@@ -182,7 +179,7 @@ def _generator(generator: Generator, generated: Sequence[CSGConv2d]) -> Generato
     )
 
 
-def _stored(conv: CSGConv2d) -> int:
+def _stored(conv: CSGConv) -> int:
     return sum(parameter.numel() for parameter in conv.stored().values())
 
 

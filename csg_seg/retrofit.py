@@ -6,11 +6,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from .bank import BANK, GeneratorBank, attach_bank, detach_bank, find_bank, find_roots
-from .conv import CSGConv2d, add_residual, generated_convs, named_convs, swap_in, swap_out
+from .conv import CSGConv, add_residual, dense_convs, generated_convs, named_convs, swap_in, swap_out
 from .errors import CSGError, abridge
 from .generator import build_generator
 from .settings import Settings, matches
@@ -28,7 +29,8 @@ def retrofit(model: nn.Module, csg: CSG) -> nn.Module:
     Kaiming variance, drawn from the dicts' own seeds.
 
     Args:
-        model: any network of ``nn.Conv2d`` layers.
+        model: any network of convs: of one to three dimensions, grouped, transposed,
+            and subclasses that compute with their own ``weight``.
         csg: a dict of settings (see :class:`csg_seg.settings.Settings`), or a
             list of dicts for several generators; a layer goes to the first that takes it.
 
@@ -49,7 +51,7 @@ def retrofit(model: nn.Module, csg: CSG) -> nn.Module:
 
 
 def materialise(model: nn.Module) -> nn.Module:
-    """Turn all generated layers back into plain ``nn.Conv2d``, in place.
+    """Turn all generated layers back into the convs they were, in place.
 
     Outputs and the dense network's state-dict keys stay the same.
 
@@ -155,9 +157,10 @@ def swap_layers(
     Raises:
         CSGError: a layer cannot be generated; the model is as it was.
     """
-    convs = {name: cast(nn.Conv2d, model.get_submodule(name)) for name in taken}
-    _check_can_generate(convs)
-    _check_no_sharing(model, convs)
+    convs = {name: cast(_ConvNd, model.get_submodule(name)) for name in taken}
+    obstacles = _obstacles(model, convs)
+    if obstacles:
+        raise CSGError('; '.join(f'{name}: {why}' for name, why in obstacles.items()))
     first = next(iter(convs.values())).weight
     # One stream for a generator and its codes: two of the same seed would repeat each other.
     rngs = [torch.Generator().manual_seed(each.seed) for each in settings]
@@ -166,7 +169,7 @@ def swap_layers(
         swap_in(convs[name], generators[position], rngs[position])
     # After all codes, which are then the same with and without it.
     for name, position in taken.items():
-        add_residual(cast(CSGConv2d, convs[name]), rngs[position])
+        add_residual(cast(CSGConv, convs[name]), rngs[position])
     attach_bank(model, GeneratorBank(generators, left_dense).to(first))
 
 
@@ -177,15 +180,20 @@ def choose_layers(model: nn.Module, settings: Sequence[Settings]) -> tuple[dict[
         ``taken``, layer name to generator position, and ``left_dense``, layer name to reason.
 
     Raises:
-        CSGError: a dict takes no layer, a pattern names none, or a chosen layer cannot be generated.
+        CSGError: a dict takes no layer, a pattern names none, or a layer that is named in full cannot be generated.
     """
-    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    convs = dense_convs(model)
+    obstacles = _obstacles(model, convs)
     first = next(iter(convs), None)
     for position, each in enumerate(settings):
         _check_patterns(position, each, convs)
+        _check_named(position, each, obstacles)
     taken: dict[str, int] = {}
     left_dense: dict[str, str] = {}
     for name, conv in convs.items():
+        if name in obstacles:
+            left_dense[name] = obstacles[name]
+            continue
         for position, each in enumerate(settings):
             reason = _reason_to_pass(name, conv, each, is_first=name == first)
             if reason is None:
@@ -200,52 +208,42 @@ def choose_layers(model: nn.Module, settings: Sequence[Settings]) -> tuple[dict[
     return taken, left_dense
 
 
-def generable(model: nn.Module) -> tuple[dict[str, nn.Conv2d], dict[str, str]]:
-    """Find the convs that a generator takes without being named in full.
-
-    Returns:
-        ``convs``, layer name to conv, and ``refused``, the layers that would be
-        taken too but cannot be generated: layer name to reason.
-    """
-    everything = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+def generable(model: nn.Module) -> dict[str, _ConvNd]:
+    """Return the convs, by name, that a generator takes without being named in full."""
+    everything = dense_convs(model)
+    obstacles = _obstacles(model, everything)
     first = next(iter(everything), None)
-    convs: dict[str, nn.Conv2d] = {}
-    refused: dict[str, str] = {}
+    convs: dict[str, _ConvNd] = {}
     for name, conv in everything.items():
-        one_slice = (max(1, conv.out_channels), max(1, conv.in_channels), *conv.kernel_size)
-        widest = Settings(slice_shape=cast(tuple[int, int, int, int], one_slice), code_dim=1)
-        if _reason_to_pass(name, conv, widest, is_first=name == first) is not None:
-            continue
-        try:
-            _check_can_generate({name: conv})
-            _check_no_sharing(model, {name: conv})
-            convs[name] = conv
-        except CSGError as error:
-            refused[name] = str(error)
-    return convs, refused
+        if name not in obstacles:
+            widest = Settings(slice_shape=tuple(conv.weight.shape), code_dim=1)
+            if _reason_to_pass(name, conv, widest, is_first=name == first) is None:
+                convs[name] = conv
+    return convs
 
 
 _OTHER_KERNEL = 'no generator of its kernel size'
 
 
-def _reason_to_pass(name: str, conv: nn.Conv2d, settings: Settings, *, is_first: bool) -> str | None:
+def _reason_to_pass(name: str, conv: _ConvNd, settings: Settings, *, is_first: bool) -> str | None:
     """Say why a generator does not take a conv; None when it takes it."""
     if conv.kernel_size != settings.kernel:
         return _OTHER_KERNEL
-    if conv.groups != 1:
-        return 'grouped'
     if any(matches(name, pattern) for pattern in settings.exclude):
         return 'excluded'
     if settings.include is not None and not any(matches(name, pattern) for pattern in settings.include):
         return 'not included'
     if is_first and name not in (settings.include or ()):
         return "the network's first conv"
-    if isinstance(conv.weight, nn.Parameter) and not conv.weight.requires_grad:
+    if not conv.weight.requires_grad:
         return 'frozen (requires_grad is False)'
-    rows, cols = grid((conv.out_channels, conv.in_channels, *conv.kernel_size), settings.slice_shape)
-    fan_in = conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
-    generated = rows * cols * settings.code_dim + settings.residual * (conv.out_channels + fan_in)
-    dense = conv.out_channels * fan_in
+    of_a_group, of_a_slice = conv.weight.shape[1], settings.slice_shape[1]
+    if conv.groups > 1 and of_a_group < of_a_slice:
+        # A depthwise conv would use one column of each slice.
+        return f'grouped, {of_a_group} channels to a group and {of_a_slice} to a slice'
+    rows, cols = grid(conv.weight.shape, settings.slice_shape)
+    dense, out_channels = conv.weight.numel(), len(conv.weight)
+    generated = rows * cols * settings.code_dim + settings.residual * (out_channels + dense // out_channels)
     if generated >= dense:
         return f'costs more generated: {generated:,} against {dense:,}'
     return None
@@ -267,41 +265,44 @@ def check_root(model: nn.Module) -> None:
         raise CSGError(f'the model has an attribute named {BANK!r}, where its generators go; rename that attribute')
 
 
-def _check_can_generate(convs: Mapping[str, nn.Conv2d]) -> None:
-    """Refuse all convs at once that would lose something by the swap."""
-    obstacles = {name: obstacle for name, conv in convs.items() if (obstacle := _obstacle(conv))}
-    if obstacles:
-        first, obstacle = next(iter(obstacles.items()))
-        count = f' ({len(obstacles)} such layers)' if len(obstacles) > 1 else ''
-        raise CSGError(f'{first}: {obstacle}{count}; leave dense with exclude={list(obstacles)}')
-
-
-def _obstacle(conv: nn.Conv2d) -> str | None:
-    kind = type(conv)
-    own_forward = kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward
-    if own_forward or 'forward' in vars(conv):
-        return f'{kind.__name__} brings its own forward, which a generated layer would lose'
-    computed = is_parametrized(conv) or not isinstance(conv._parameters.get('weight'), nn.Parameter)
-    if computed or isinstance(conv.weight, UninitializedParameter):
-        return f'the weight of this {kind.__name__} is computed (parametrised, pruned or lazy)'
-    if conv.groups != 1:
-        return f'a conv of {conv.groups} groups cannot be generated'
-    return None
-
-
-def _check_no_sharing(model: nn.Module, convs: Mapping[str, nn.Conv2d]) -> None:
-    """Refuse weights that something else in the model holds too: it would keep the dense one."""
+def _obstacles(model: nn.Module, convs: Mapping[str, _ConvNd]) -> dict[str, str]:
+    """Return the convs that cannot be generated, and why."""
     holders = defaultdict(list)
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             holders[id(parameter)].append(f'{name}.{key}' if name else key)
+    obstacles = {}
     for name, conv in convs.items():
-        others = [other for other in holders[id(conv.weight)] if other != f'{name}.weight']
-        if others:
-            raise CSGError(f"{name}: its weight is also {others[0]}; leave it dense with exclude=['{name}']")
+        own = _obstacle(conv)
+        # Something else in the model would keep the dense weight.
+        others = [other for other in holders[id(conv._parameters.get('weight'))] if other != f'{name}.weight']
+        if own or others:
+            obstacles[name] = own or f'its weight is also {others[0]}'
+    return obstacles
 
 
-def _check_patterns(position: int, settings: Settings, convs: Mapping[str, nn.Conv2d]) -> None:
+def _obstacle(conv: _ConvNd) -> str | None:
+    kind = type(conv).__name__
+    if 'forward' in vars(conv):
+        return f'the forward of this {kind} has been replaced'
+    weight = conv._parameters.get('weight')
+    if is_parametrized(conv) or weight is None:
+        return f'the weight of this {kind} is computed (weight norm, spectral norm, pruning or the like)'
+    if isinstance(weight, UninitializedParameter):
+        return f'the weight of this {kind} has no shape before the first batch'
+    if weight.is_complex():
+        return f'the weight of this {kind} is complex'
+    return None
+
+
+def _check_named(position: int, settings: Settings, obstacles: Mapping[str, str]) -> None:
+    """Refuse a layer that the user asks for by name and cannot have."""
+    for name in settings.include or ():
+        if name in obstacles:
+            raise CSGError(f'csg[{position}]: {name} cannot be generated: {obstacles[name]}; take it out of include')
+
+
+def _check_patterns(position: int, settings: Settings, convs: Mapping[str, _ConvNd]) -> None:
     for key in ('include', 'exclude'):
         for pattern in getattr(settings, key) or ():
             if convs and not any(matches(name, pattern) for name in convs):
@@ -313,21 +314,21 @@ def _check_patterns(position: int, settings: Settings, convs: Mapping[str, nn.Co
 
 def _why_nothing(
     settings: Settings,
-    convs: Mapping[str, nn.Conv2d],
+    convs: Mapping[str, _ConvNd],
     taken: Mapping[str, int],
     left_dense: Mapping[str, str],
 ) -> str:
     """Explain that one dict takes no layer, and what to do."""
     fitting = [name for name, conv in convs.items() if conv.kernel_size == settings.kernel]
     if not fitting:
-        kh, kw = settings.kernel
+        kernel = 'x'.join(map(str, settings.kernel))
         kernels = sorted({conv.kernel_size for conv in convs.values()})
         if not kernels:
-            return 'the model has no nn.Conv2d at all; retrofit a network that has'
+            return 'the model has no conv at all; retrofit a network that has'
         found = ', '.join('x'.join(map(str, kernel)) for kernel in kernels)
         return (
-            f'slice_shape {settings.slice_shape} fits {kh}x{kw} kernels, the convs of the model have {found}; '
-            'change the last two numbers of slice_shape'
+            f'slice_shape {settings.slice_shape} fits {kernel} kernels, the convs of the model have {found}; '
+            'change the last numbers of slice_shape'
         )
     earlier = [name for name in fitting if name in taken]
     if earlier:

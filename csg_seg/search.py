@@ -22,7 +22,7 @@ from .generator import encode_meaning
 from .settings import Settings
 from .slices import grid
 
-Shape = tuple[int, int, int, int]
+Shape = tuple[int, ...]
 Layers = tuple[str, ...]
 Convs = Mapping[str, nn.Conv2d]
 Spectra = Mapping[tuple[Layers, Shape], Tensor]

@@ -22,7 +22,8 @@ class Settings:
     """Settings of one generator and of the layers it feeds.
 
     Args:
-        slice_shape: ``(s_out, s_in, kh, kw)`` of what the generator makes.
+        slice_shape: ``(s_out, s_in, kh, kw)`` of what the generator makes;
+            ``(s_out, s_in, k)`` for convs of one dimension, five numbers for three.
         code_dim: length of a code.
         layout: 'block', or 'flat' as in the authors' released files.
         generator: 'linear', 'binary' (frozen random signs, kept as a seed), 'mlp' or 'tensor_ring'.
@@ -37,7 +38,7 @@ class Settings:
         residual: rank of the correction that each layer adds to its generated weight; 0 for none.
     """
 
-    slice_shape: tuple[int, int, int, int]
+    slice_shape: tuple[int, ...]
     code_dim: int
     layout: str = 'block'
     generator: str = 'linear'
@@ -95,8 +96,8 @@ class Settings:
         return settings
 
     @property
-    def kernel(self) -> tuple[int, int]:
-        """``(kh, kw)`` of the convs this generator fits."""
+    def kernel(self) -> tuple[int, ...]:
+        """``(kh, kw)`` of the convs this generator fits, or as many numbers as they have dimensions."""
         return self.slice_shape[2:]
 
     @property
@@ -119,14 +120,16 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f'{pattern}.*')
 
 
-def _slice_shape(where: str, value: Any) -> tuple[int, int, int, int]:
-    wanted = 'slice_shape must be four positive integers (s_out, s_in, kh, kw), such as (16, 16, 3, 3)'
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 4:
+def _slice_shape(where: str, value: Any) -> tuple[int, ...]:
+    wanted = (
+        'slice_shape must be four positive integers (s_out, s_in, kh, kw), such as (16, 16, 3, 3), '
+        'or three or five for convs of one or three dimensions'
+    )
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) not in (3, 4, 5):
         raise CSGError(f'{where}: {wanted}; got {value!r}')
     if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in value):
         raise CSGError(f'{where}: {wanted}; got {value!r}')
-    s_out, s_in, kh, kw = value
-    return s_out, s_in, kh, kw
+    return tuple(value)
 
 
 def _integer(where: str, key: str, value: Any, *, minimum: int, maximum: int | None = None) -> int:

@@ -2,7 +2,9 @@
 
 A conv weight ``(out, in, kh, kw)`` is covered by a grid of ``(rows, cols)``
 slices of shape ``(s_out, s_in, kh, kw)``; what hangs over the weight's edge is
-cropped. Omidvar et al., AISTATS 2021, section 2.
+cropped. Omidvar et al., AISTATS 2021, section 2. Kernels may have one or three
+dimensions as well as two, and ``out`` and ``in`` are the first two dimensions of any
+conv's weight: ``(out, in / groups)``, or ``(in, out / groups)`` of a transposed one.
 """
 
 from collections.abc import Sequence
@@ -45,7 +47,7 @@ def join(slices: Tensor, weight_shape: Sequence[int], *, layout: str = 'block') 
         ValueError: the number of slices does not match the grid, or the layout is unknown.
     """
     _check_layout(layout)
-    n_slices, s_out, s_in, kh, kw = slices.shape
+    n_slices, s_out, s_in, *kernel = slices.shape
     rows, cols = grid(weight_shape, slices.shape[1:])
     if n_slices != rows * cols:
         raise ValueError(
@@ -53,9 +55,9 @@ def join(slices: Tensor, weight_shape: Sequence[int], *, layout: str = 'block') 
             f'which needs a grid of {rows} x {cols} = {rows * cols}'
         )
     if layout == 'block':
-        grid_of_slices = slices.reshape(rows, cols, s_out, s_in, kh, kw)
+        grid_of_slices = slices.reshape(rows, cols, s_out, s_in, *kernel)
         slices = grid_of_slices.transpose(1, 2)
-    whole = slices.reshape(rows * s_out, cols * s_in, kh, kw)
+    whole = slices.reshape(rows * s_out, cols * s_in, *kernel)
     return whole[: weight_shape[0], : weight_shape[1]]
 
 
@@ -77,13 +79,13 @@ def split(weight: Tensor, slice_shape: Sequence[int], *, layout: str = 'block') 
     """
     _check_layout(layout)
     rows, cols = grid(weight.shape, slice_shape)
-    s_out, s_in, kh, kw = slice_shape
-    overhang = (0, 0, 0, 0, 0, cols * s_in - weight.shape[1], 0, rows * s_out - weight.shape[0])
-    whole = F.pad(weight, overhang)
+    s_out, s_in, *kernel = slice_shape
+    overhang = (0, cols * s_in - weight.shape[1], 0, rows * s_out - weight.shape[0])
+    whole = F.pad(weight, (0, 0) * len(kernel) + overhang)
     if layout == 'block':
-        grid_of_slices = whole.reshape(rows, s_out, cols, s_in, kh, kw)
+        grid_of_slices = whole.reshape(rows, s_out, cols, s_in, *kernel)
         whole = grid_of_slices.transpose(1, 2)
-    return whole.reshape(rows * cols, s_out, s_in, kh, kw)
+    return whole.reshape(rows * cols, s_out, s_in, *kernel)
 
 
 def _check_layout(layout: str) -> None:

@@ -436,17 +436,6 @@ def test_generators_in_another_order_are_refused(tmp_path):
     assert_refused(tmp_path / 'model', retrofit(Net(), [other, one]), 'load it into the dense network')
 
 
-class Scaled(nn.Conv2d):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-def test_a_dense_conv_that_cannot_be_generated_is_refused(saved):
-    model = Net()
-    model.body[0] = Scaled(31, 17, 3, padding=1, bias=False)
-    assert_refused(saved, model, 'body.0')
-
-
 def test_a_dense_conv_with_a_computed_weight_is_refused(saved):
     model = Net()
     nn.utils.parametrizations.weight_norm(model.body[0])

@@ -11,7 +11,7 @@ from torchvision.models import resnet18
 
 from csg_seg import materialise, retrofit
 from csg_seg.bank import find_bank
-from csg_seg.conv import CSGConv2d, generated_convs
+from csg_seg.conv import CSGConv, generated_convs
 from csg_seg.errors import CSGError
 from csg_seg.slices import split
 
@@ -371,12 +371,17 @@ def test_in_place_writes_to_data_are_seen_at_once():
     assert torch.equal(doubled_generator, doubled_codes)
 
 
-def test_raw_initialisers_fail_loudly_on_a_generated_conv():
+def test_the_weight_can_be_read_and_not_set():
     model = build()
-    assert isinstance(model.narrow, CSGConv2d)
-    assert model.narrow.weight is None
-    with pytest.raises(AttributeError):
-        nn.init.kaiming_normal_(model.narrow.weight)
+    assert isinstance(model.narrow, CSGConv) and isinstance(model.narrow, nn.Conv2d)
+    weight = model.narrow.generate_weight()
+    assert torch.equal(model.narrow.weight, weight)
+    nn.init.zeros_(model.narrow.weight)  # start values are the generator's
+    assert torch.equal(model.narrow.weight, weight)
+    for other in (nn.Parameter(weight.detach()), weight, None):
+        with pytest.raises(CSGError, match='materialise the network to set it'):
+            model.narrow.weight = other
+    assert 'narrow.weight' not in model.state_dict()
 
 
 def test_every_conv_shares_one_generator():

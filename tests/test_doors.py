@@ -15,7 +15,7 @@ from torch import nn
 
 from csg_seg import summarise
 from csg_seg.bank import find_bank
-from csg_seg.conv import CSGConv2d
+from csg_seg.conv import CSGConv
 from csg_seg.errors import CSGError
 from csg_seg.mm.checkpoint import read_checkpoint
 
@@ -71,7 +71,7 @@ def test_cfg_options_reach_the_generator(small):
     model = MODELS.build(small(CSG, **{'model.csg.code_dim': 32, 'model.csg.exclude': ['auxiliary_head']}).model)
     (generator,) = summarise(model).generators
     assert generator.code_dim == 32
-    assert not isinstance(model.auxiliary_head.convs[0].conv, CSGConv2d)
+    assert not isinstance(model.auxiliary_head.convs[0].conv, CSGConv)
 
 
 @pytest.mark.parametrize('csg', [None, SETTINGS])
@@ -204,7 +204,7 @@ def test_sync_bn_conversion_keeps_generated_convs(small):
     model = MODELS.build(small(CSG).model)
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert converted is model and find_bank(model) is not None
-    assert isinstance(model.backbone.layer1[0].conv1, CSGConv2d)
+    assert isinstance(model.backbone.layer1[0].conv1, CSGConv)
 
 
 def test_checkpoint_of_other_settings_is_refused_before_it_is_loaded(small, tmp_path):

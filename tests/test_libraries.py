@@ -12,7 +12,7 @@ import torchvision
 from conftest import ROOT
 
 from csg_seg import load_compact, materialise, retrofit, save_compact, summarise
-from csg_seg.errors import CSGError
+from csg_seg.conv import CSGConv
 
 CONV3 = dict(slice_shape=(16, 16, 3, 3), code_dim=128)
 CONV1 = dict(slice_shape=(16, 16, 1, 1), code_dim=16)
@@ -69,9 +69,15 @@ def test_two_generators_take_3x3_and_1x1():
     assert summary.compression_ratio > 5
 
 
-def test_a_conv_with_its_own_forward_is_refused_by_name():
-    with pytest.raises(CSGError, match='Conv2dSame|StdConv2d|brings its own forward'):
-        retrofit(timm.create_model('resnetv2_50x1_bit'), CONV3)
+def test_convs_that_standardise_their_weights_are_generated_and_do_so():
+    torch.manual_seed(0)
+    model = retrofit(timm.create_model('resnetv2_50x1_bit'), CONV3).eval()
+    conv = model.stages[0].blocks[0].conv2
+    assert isinstance(conv, CSGConv) and 'Std' in type(conv).__name__
+    x = torch.randn(1, 3, 64, 64)
+    before = output(model, x)
+    after = output(materialise(model), x)
+    assert (after - before).abs().max() <= 1e-5 * before.abs().max()
 
 
 def test_the_table_of_the_documents_is_right():

@@ -53,7 +53,7 @@ def test_generators_are_the_others_and_weights_start_at_kaiming_variance(csg):
     for name, conv in generated_convs(model):
         std = conv.generate_weight().std().item()
         if 'mlp' not in str(csg):  # its variance is that of its linear part
-            assert std == pytest.approx(kaiming_std(conv.weight_shape), rel=0.15), name
+            assert std == pytest.approx(kaiming_std(conv), rel=0.15), name
 
 
 def test_a_binary_generator_is_the_others_by_its_seed():

@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torchvision.models import resnet18, resnet50
 
 from csg_seg import materialise, retrofit, summarise
 from csg_seg.bank import find_bank
-from csg_seg.conv import CSGConv2d, generated_convs
+from csg_seg.conv import CSGConv, generated_convs
 from csg_seg.errors import CSGError
 
 CSG = {'slice_shape': (12, 20, 3, 3), 'code_dim': 24}
@@ -83,7 +84,7 @@ def test_left_dense_convs_are_named_with_the_reason():
         'stem': "the network's first conv",
         'body.0': None,
         'body.3': 'frozen (requires_grad is False)',
-        'grouped': 'grouped',
+        'grouped': 'grouped, 17 channels to a group and 20 to a slice',
         'point': 'no generator of its kernel size',
         'tiny': 'costs more generated: 600 against 558',
         'head': 'excluded',
@@ -118,8 +119,10 @@ def test_include_and_exclude_choose_the_layers(change, names):
     assert generated(retrofit(Net(), CSG | change)) == names
 
 
-def test_a_grouped_conv_stays_dense_even_if_included():
+def test_a_grouped_conv_is_generated_by_slices_no_wider_than_its_groups():
     assert generated(retrofit(Net(), CSG | {'include': ['grouped', 'head']})) == ['head']
+    narrow = {'slice_shape': (12, 17, 3, 3), 'code_dim': 9, 'include': ['grouped']}
+    assert generated(retrofit(Net(), [CSG, narrow])) == ['body.0', 'body.3', 'grouped', 'tiny', 'head']
 
 
 def test_a_frozen_conv_keeps_its_weight():
@@ -142,8 +145,8 @@ def test_two_kernel_sizes_take_two_dicts():
     model = retrofit(Net(), [CSG, {'slice_shape': (12, 20, 1, 1), 'code_dim': 16}])
     assert model.point.generator is model.csg[1]
     assert model.head.generator is model.csg[0]
-    # A conv without a reason of its own has the one of the dict of its kernel size.
-    assert 'grouped' in find_bank(model).left_dense['grouped']
+    # A conv that is left dense has the reason of the dict of its kernel size.
+    assert 'to a group' in find_bank(model).left_dense['grouped']
 
 
 def test_a_conv_left_dense_by_one_dict_may_be_taken_by_the_next():
@@ -169,7 +172,7 @@ def test_a_plain_subclass_of_conv_is_generated():
     model = Net()
     model.head = Named(31, 17, 3, padding=1)
     retrofit(model, CSG)
-    assert isinstance(model.head, CSGConv2d)
+    assert isinstance(model.head, CSGConv)
     out = model.eval()(images())
     assert torch.equal(materialise(model)(images()), out)
 
@@ -336,16 +339,16 @@ def test_a_second_dict_that_takes_nothing_is_refused():
     [
         (
             {'slice_shape': (12, 20, 5, 5)},
-            r'fits 5x5 kernels, the convs of the model have 1x1, 3x3; change the last two',
+            r'fits 5x5 kernels, the convs of the model have 1x1, 3x3; change the last numbers',
         ),
         (
             {'slice_shape': (12, 20, 3, 1)},
-            r'fits 3x1 kernels, the convs of the model have 1x1, 3x3; change the last two',
+            r'fits 3x1 kernels, the convs of the model have 1x1, 3x3; change the last numbers',
         ),
         ({'code_dim': 5000}, r'csg\[0\] takes no layer: .*costs more generated.*lower code_dim'),
         ({'exclude': ['*']}, r'csg\[0\] takes no layer: .*excluded.*widen include'),
         ({'include': []}, r'csg\[0\] takes no layer: .*not included.*widen include'),
-        ({'include': ['grouped']}, r'csg\[0\] takes no layer: .*grouped'),
+        ({'include': ['grouped']}, r'csg\[0\] takes no layer: .*to a group'),
         ({'include': ['st*']}, r"csg\[0\] takes no layer: .*the network's first conv"),
         ({'include': ['heed']}, r"include pattern 'heed' names no conv of the model; names look like 'head'"),
         ({'include': ['body', 'heed']}, r"include pattern 'heed' names no conv of the model; names look like 'head'"),
@@ -360,7 +363,7 @@ def test_settings_that_fit_no_layer_are_refused_with_a_remedy(change, message):
 
 
 def test_a_model_without_convs_is_refused():
-    assert_refused(nn.Linear(3, 3), CSG, 'the model has no nn.Conv2d at all; retrofit a network that has')
+    assert_refused(nn.Linear(3, 3), CSG, 'the model has no conv at all; retrofit a network that has')
 
 
 def test_a_frozen_model_is_refused():
@@ -406,18 +409,32 @@ class Standardised(nn.Conv2d):
 
 
 @pytest.mark.parametrize('kind', [Scaled, Inner, Standardised])
-def test_a_conv_with_its_own_forward_is_refused_by_name(kind):
+def test_a_conv_keeps_its_own_forward(kind):
     model = Net()
     model.head = kind(31, 17, 3, padding=1)
-    message = rf"head: {kind.__name__} brings its own forward.*exclude=\['head'\]"
-    assert_refused(model, CSG, message)
-    assert generated(retrofit(model, CSG | {'exclude': ['head']})) == ['body.0', 'body.3', 'tiny']
+    retrofit(model, CSG).eval()
+    twin = kind(31, 17, 3, padding=1)
+    twin.load_state_dict({'weight': model.head.generate_weight(), 'bias': model.head.bias})
+    x = images(channels=31)
+    assert isinstance(model.head, (CSGConv, kind))
+    torch.testing.assert_close(model.head(x), twin(x))
+    before = model(images())
+    assert type(materialise(model).head) is kind
+    torch.testing.assert_close(model(images()), before)
 
 
-def test_a_conv_with_a_patched_forward_is_refused_by_name():
+def assert_left_dense(model, reason):
+    """Left alone unless it is asked for by its name."""
+    assert_refused(model, CSG | {'include': ['body', 'head']}, rf'csg\[0\]: head cannot be generated: .*{reason}')
+    retrofit(model, CSG)
+    assert 'head' not in generated(model)
+    assert re.search(reason, find_bank(model).left_dense['head'])
+
+
+def test_a_conv_with_a_replaced_forward_is_left_dense():
     model = Net()
     model.head.forward = lambda x: x
-    assert_refused(model, CSG, r"head: .*own forward.*exclude=\['head'\]")
+    assert_left_dense(model, 'the forward of this Conv2d has been replaced')
 
 
 @pytest.mark.filterwarnings('ignore:.*weight_norm.* is deprecated')
@@ -432,11 +449,11 @@ def test_a_conv_with_a_patched_forward_is_refused_by_name():
     ],
     ids=['weight_norm', 'spectral_norm', 'old weight_norm', 'old spectral_norm', 'pruned'],
 )
-def test_a_computed_weight_is_refused_by_name(computed):
+def test_a_computed_weight_is_left_dense(computed):
     model = Net()
     computed(model.head)
     model.eval()  # spectral norms move their vectors whenever the weight is read in training
-    assert_refused(model, CSG, r"head: the weight of this .* is computed.*exclude=\['head'\]")
+    assert_left_dense(model, 'the weight of this .* is computed')
 
 
 class Negated(nn.Module):
@@ -456,24 +473,21 @@ def test_a_computed_bias_is_refused_or_survives():
         assert torch.equal(materialise(model)(images()), out)
 
 
-@pytest.mark.parametrize('include', [None, ['head'], ['body']])
-def test_tied_weights_are_refused_by_both_names(include):
+def test_tied_weights_are_left_dense_and_name_each_other():
     model = Net()
     model.body.append(nn.Conv2d(34, 34, 3, padding=1))
     model.body.append(nn.Conv2d(34, 34, 3, padding=1))
     model.body[5].weight = model.body[4].weight
-    csg = CSG | ({'include': include} if include else {})
-    if include == ['head']:
-        assert generated(retrofit(model, csg)) == ['head']
-    else:
-        message = r"body.4: its weight is also body.5.weight; leave it dense with exclude=\['body.4'\]"
-        assert_refused(model, csg, message)
+    retrofit(model, CSG)
+    assert model.body[5].weight is model.body[4].weight
+    left = find_bank(model).left_dense
+    assert (left['body.4'], left['body.5']) == ('its weight is also body.5.weight', 'its weight is also body.4.weight')
 
 
-def test_a_weight_held_twice_is_refused():
+def test_a_weight_held_twice_is_left_dense():
     model = Net()
     model.anchor = model.head.weight
-    assert_refused(model, CSG, r"head.*exclude=\[.*'head'")
+    assert_left_dense(model, 'its weight is also anchor')
 
 
 def test_one_module_in_two_places_stays_one():

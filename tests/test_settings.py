@@ -15,8 +15,8 @@ EXCLUDE = r"exclude must be patterns on module names, such as \['backbone\.\*'\]
 RING = {'generator': 'tensor_ring', 'rank': 4, 'code_dim': 12}
 
 BAD_VALUES = [
-    ({'slice_shape': (16, 16, 3)}, SLICE_SHAPE),
-    ({'slice_shape': (16, 16, 3, 3, 3)}, SLICE_SHAPE),
+    ({'slice_shape': (16, 16)}, SLICE_SHAPE),
+    ({'slice_shape': (16, 16, 3, 3, 3, 3)}, SLICE_SHAPE),
     ({'slice_shape': ()}, SLICE_SHAPE),
     ({'slice_shape': 16}, SLICE_SHAPE),
     ({'slice_shape': None}, SLICE_SHAPE),
@@ -84,6 +84,8 @@ UNKNOWN_KEYS = [
 ROUND_TRIPS = [
     {},
     {'slice_shape': [12, 20, 1, 3], 'code_dim': 1},
+    {'slice_shape': [12, 20, 3], 'code_dim': 1},
+    {'slice_shape': [12, 20, 3, 1, 3], 'code_dim': 1},
     {'layout': 'flat', 'freeze_generator': True, 'seed': 2**40},
     {'generator': 'binary', 'include': ['layer*.conv2', 'head'], 'exclude': ['layer4']},
     {'generator': 'binary', 'freeze_generator': True, 'include': []},

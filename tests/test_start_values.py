@@ -68,9 +68,15 @@ def test_a_tensor_rings_weight_starts_at_its_layers_kaiming_variance(slice_shape
 
 
 def test_the_kaiming_std_is_torchs_fan_out():
-    weight = torch.empty(256, 128, 3, 5)
-    torch.nn.init.kaiming_normal_(weight, mode='fan_out', generator=torch.Generator().manual_seed(0))
-    assert kaiming_std(weight.shape) == pytest.approx(weight.std().item(), rel=0.01)
+    conv = torch.nn.Conv2d(128, 256, (3, 5))
+    torch.nn.init.kaiming_normal_(conv.weight, mode='fan_out', generator=torch.Generator().manual_seed(0))
+    assert kaiming_std(conv) == pytest.approx(conv.weight.std().item(), rel=0.01)
+
+
+def test_the_kaiming_std_keeps_gradients_variance_through_groups_and_transposed_convs():
+    # One output channel of a group reaches as many inputs: gradients add up over out / groups.
+    assert kaiming_std(torch.nn.Conv2d(64, 256, 3, groups=4)) == kaiming_std(torch.nn.Conv2d(64, 64, 3))
+    assert kaiming_std(torch.nn.ConvTranspose2d(64, 32, 3)) == kaiming_std(torch.nn.Conv2d(64, 32, 3))
 
 
 def test_codes_are_drawn_apart_from_their_generator():

@@ -5,7 +5,6 @@ custom_imports = dict(imports=['csg_seg'])
 model = dict(
     type='CSGModel',
     base_type={{_base_.model.type}},
-    backbone=dict(type='CSGShuffleNetV2'),
     csg=dict(
         slice_shape=(16, 16, 1, 1),
         code_dim=16,

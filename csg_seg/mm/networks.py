@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from mmcv.cnn import ConvModule
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
@@ -10,7 +9,6 @@ from mmpretrain.models import DenseNet, ShuffleNetV2
 from torch import nn
 
 from .. import models
-from ..conv import CSGConv2d
 from ..errors import CSGError
 
 
@@ -76,19 +74,3 @@ class CIFARShuffleNetV2(ShuffleNetV2):
     def init_weights(self) -> None:
         """Let every conv start as mmcv does, and follow ``init_cfg``."""
         BaseModule.init_weights(self)
-
-
-@MODELS.register_module()
-class CSGShuffleNetV2(ShuffleNetV2):
-    """mmpretrain's ShuffleNetV2, which can be retrofitted: its start values read every conv's weight."""
-
-    def init_weights(self) -> None:
-        """Start dense convs as mmpretrain does; generated ones have started already."""
-        generated = [module for module in self.modules() if isinstance(module, CSGConv2d)]
-        for conv in generated:
-            conv._parameters['weight'] = nn.Parameter(torch.empty(conv.weight_shape))
-        try:
-            super().init_weights()
-        finally:
-            for conv in generated:
-                conv._parameters['weight'] = None
