@@ -231,6 +231,11 @@ def _parse(tensors: dict[str, Tensor], header: dict[str, str]) -> Compact:
         name: (_in_range(position, len(settings)), _weight_shape(shape))
         for name, (position, shape) in json.loads(header.pop('layers')).items()
     }
+    for name, (position, weight_shape) in layers.items():
+        if weight_shape[2:] != settings[position].kernel:
+            raise CSGError(
+                f'{name}: a weight of {weight_shape} and slices of {settings[position].slice_shape}; it lies'
+            )
     source = decode_source(header.pop('source', 'null'))
     if source is not None:
         check_source(source)

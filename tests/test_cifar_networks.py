@@ -7,6 +7,7 @@ from mmengine.config import Config
 from torch import nn
 
 from csg_seg import models, retrofit, summarise
+from csg_seg.conv import CSGConv
 from csg_seg.errors import CSGError
 from csg_seg.mm.model import build_model
 
@@ -129,6 +130,6 @@ def test_a_retrofitted_shufflenet_starts_its_dense_convs_as_mmpretrain_does():
     assert len(codes) == 19
     assert all(torch.equal(model.state_dict()[name], code) for name, code in codes.items())
     backbone = model.backbone
-    assert backbone.layers[0][1].branch2[0].conv.weight is None
+    assert isinstance(backbone.layers[0][1].branch2[0].conv, CSGConv)
     # mmpretrain draws with a std of 1 over the input channels.
     assert backbone.layers[3].conv.weight.std().item() == pytest.approx(1 / 464, rel=0.02)
