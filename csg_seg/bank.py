@@ -24,6 +24,7 @@ class GeneratorBank(nn.ModuleList):
         before_init: called with the bank when a trainer initialises the network.
         after_fit: called with the bank once weights are fitted.
         fitted: the relative error of each layer's weight at the last fit, by name.
+        taken_over: whether the generators are another network's, which a fit keeps.
         fits: whether dense weights that are loaded are fitted, or dropped because a
             training checkpoint follows.
     """
@@ -35,6 +36,7 @@ class GeneratorBank(nn.ModuleList):
         self.before_init: Callable[[GeneratorBank], None] | None = None
         self.after_fit: Callable[[GeneratorBank], None] | None = None
         self.fitted: dict[str, float] = {}
+        self.taken_over = False
         self.fits = True
 
     def forward(self, input: Any) -> Any:
@@ -57,19 +59,24 @@ class GeneratorBank(nn.ModuleList):
         own = self.state_dict()
         if not stored:
             raise CSGError('there is no generator in these weights; give those of a CSG network')
+        count = len({name.split('.')[0] for name in stored})
+        if count != len(self):
+            raise CSGError(f'the weights hold {count} generators, this network has {len(self)}')
         for position, generator in enumerate(self):
             state = stored.get(f'{position}._extra_state')
             if state is not None:
                 check_meaning(generator.settings, state)
-        wrong = [f'{BANK}.{name} is missing' for name in own if name not in stored]
-        wrong += [f'{BANK}.{name} is in excess' for name in stored if name not in own]
-        if wrong:
-            count = len({name.split('.')[0] for name in stored})
-            raise CSGError(f'the weights hold {count} generators, this network has {len(self)}: {abridge(wrong)}')
-        for name, tensor in stored.items():
-            if tensor.is_floating_point():
-                check_finite(f'{BANK}.{name}', tensor)
+        for name, tensor in own.items():
+            other = stored.get(name)
+            if other is None:
+                raise CSGError(f'the weights lack {BANK}.{name}; take those of a whole CSG network')
+            if other.shape != tensor.shape and not name.endswith('_extra_state'):
+                raise CSGError(f'{BANK}.{name} is {tuple(other.shape)} there and {tuple(tensor.shape)} here')
+            if other.is_floating_point():
+                check_finite(f'{BANK}.{name}', other)
+        stored = {name: stored[name] for name in own}
         self.load_state_dict(stored)
+        self.taken_over = True
         for generator in self:
             rng = torch.Generator().manual_seed(generator.settings.seed)
             for conv in self.fed.values():
@@ -99,7 +106,7 @@ class GeneratorBank(nn.ModuleList):
             fed = {name: conv for name, conv in self.fed.items() if conv.generator is generator}
             loaded = {name: waiting[name] for name in fed if name in waiting}
             if loaded:
-                errors |= _fit(generator, fed, loaded)
+                errors |= _fit(generator, fed, loaded, keep=self.taken_over or generator.settings.freeze_generator)
         self.fitted = errors
         if errors and self.after_fit is not None:
             self.after_fit(self)
@@ -217,13 +224,15 @@ def _part(name: str) -> str:
     return name.split('.')[0]
 
 
-def _fit(generator: Generator, fed: Mapping[str, CSGConv], loaded: Mapping[str, Tensor]) -> dict[str, float]:
-    """Fit one generator, and the convs it feeds, to dense weights of some of them."""
-    codes = dict(zip(loaded, fit_generator(generator, list(loaded.values())), strict=True))
+def _fit(
+    generator: Generator, fed: Mapping[str, CSGConv], loaded: Mapping[str, Tensor], *, keep: bool
+) -> dict[str, float]:
+    """Fit one generator, unless it is kept, and the convs it feeds to dense weights of some of them."""
+    codes = dict(zip(loaded, fit_generator(generator, list(loaded.values()), keep=keep), strict=True))
     rng = torch.Generator().manual_seed(generator.settings.seed)
     errors = {}
     for name, conv in fed.items():
-        if name not in loaded and generator.settings.freeze_generator:
+        if name not in loaded and keep:
             continue
         code = codes[name] if name in codes else draw_code(conv, rng)
         with torch.no_grad():

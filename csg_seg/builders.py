@@ -19,7 +19,7 @@ from .errors import CSGError
 
 Builder = Callable[..., nn.Module]
 BUILDERS: dict[str, Builder] = {}
-FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye, torch.arange}
+FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye}
 
 
 def register_builder(name: str) -> Callable[[Builder], Builder]:
@@ -120,7 +120,8 @@ class _Limit(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in FACTORIES:
             shape = kwargs.get('size', args[0] if args and isinstance(args[0], (tuple, list)) else args)
-            self.left -= math.prod(size for size in shape if isinstance(size, int) and size > 0)
+            values = math.prod(size for size in shape if isinstance(size, int) and size > 0)
+            self.left -= values**2 if func is torch.eye and len(shape) == 1 else values
             self._check(0)
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):

@@ -43,7 +43,7 @@ def gram(weights: Iterable[Tensor], settings: Settings) -> Tensor:
     return total
 
 
-def fit_generator(generator: Generator, weights: Sequence[Tensor]) -> list[Tensor]:
+def fit_generator(generator: Generator, weights: Sequence[Tensor], *, keep: bool = False) -> list[Tensor]:
     """Set a generator to the one nearest to several weights, in place, and encode them.
 
     A frozen generator stays as it is: its codes alone are fitted.
@@ -52,34 +52,37 @@ def fit_generator(generator: Generator, weights: Sequence[Tensor]) -> list[Tenso
         generator: of any kind. A tensor ring and a frozen MLP are fitted by descent,
             overhang included; of any other MLP the linear part alone.
         weights: each ``(out, in, kh, kw)``, finite.
+        keep: leave the generator as it is although it is not frozen.
 
     Returns:
         the code of each weight ``(rows * cols, code_dim)``, on the CPU in float64.
     """
     settings = generator.settings
+    keep = keep or settings.freeze_generator
     slices = torch.cat([_split(weight, settings) for weight in weights])
-    if settings.generator == 'tensor_ring' or (settings.freeze_generator and not generator.is_linear()):
-        code = _descend(generator, slices)
+    if settings.generator == 'tensor_ring' or (keep and not generator.is_linear()):
+        code = _descend(generator, slices, keep)
     else:
-        code = _fit_linear(generator, slices, _overhangs([weight.shape for weight in weights], settings))
+        code = _fit_linear(generator, slices, _overhangs([weight.shape for weight in weights], settings), keep)
     return list(code.split([math.prod(grid(weight.shape, settings.slice_shape)) for weight in weights]))
 
 
-def _fit_linear(generator: Generator, slices: Tensor, overhangs: Sequence['_Overhang']) -> Tensor:
+def _fit_linear(generator: Generator, slices: Tensor, overhangs: Sequence['_Overhang'], keep: bool) -> Tensor:
     settings = generator.settings
-    if not settings.freeze_generator:
+    if not keep:
         # A fitted weight then moves at each step as far as one that started anew.
         generator.set_linear(row_length(settings) * _nearest_basis(slices, overhangs, settings.code_dim))
     basis = generator.weight.detach()[: settings.code_dim].to('cpu', torch.float64)
     return _encode(slices, overhangs, basis)
 
 
-def _descend(generator: Generator, slices: Tensor) -> Tensor:
-    """Fit from the start values of the settings' seed, not from what the generator has become."""
+def _descend(generator: Generator, slices: Tensor, keep: bool) -> Tensor:
+    """Fit from the start values of the settings' seed, not from what a generator that is not kept has become."""
     rng = torch.Generator().manual_seed(generator.settings.seed)
     fresh = build_generator(generator.settings, rng)
-    if generator.settings.freeze_generator:
+    if keep:
         fresh.load_state_dict(generator.state_dict())
+        fresh.requires_grad_(False)
     code = fit_by_descent(fresh, slices.float(), steps=STEPS, rng=rng)
     generator.load_state_dict(fresh.state_dict())
     return code.double()

@@ -100,9 +100,7 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
     bank = find_bank(model)
     if bank is None:
         raise CSGError('nothing to fit: the model is not retrofitted; call csg_seg.retrofit on it first')
-    if not isinstance(weights, Mapping) or not all(isinstance(each, Tensor) for each in weights.values()):
-        what = "its entry 'state_dict'" if isinstance(weights, Mapping) and 'state_dict' in weights else 'a state dict'
-        raise CSGError(f'fit wants the weights by name, not this {type(weights).__name__}; give {what}')
+    _check_weights('fit', weights)
     wanted = dense_shapes(model)
     given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = [f'{name} is missing' for name in wanted if name not in given]
@@ -116,10 +114,18 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
     return bank.fitted
 
 
+def _check_weights(who: str, weights: Any) -> None:
+    """Refuse what is no state dict, such as a whole checkpoint or its path."""
+    if not isinstance(weights, Mapping) or not all(isinstance(each, Tensor) for each in weights.values()):
+        what = "its entry 'state_dict'" if isinstance(weights, Mapping) and 'state_dict' in weights else 'a state dict'
+        raise CSGError(f'{who} wants the weights by name, not this {type(weights).__name__}; give {what}')
+
+
 def load_generators(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Give a retrofitted model the generators of another one, in place, and draw all its codes anew for them.
 
-    With ``freeze_generator`` in the model's settings they stay as they are.
+    A later :func:`fit` keeps them and fits codes alone; training moves them, unless the
+    model's settings have ``freeze_generator``.
 
     Args:
         model: a retrofitted network, of any architecture.
@@ -131,6 +137,7 @@ def load_generators(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     bank = find_bank(model)
     if bank is None:
         raise CSGError('there is no generator in the model; call csg_seg.retrofit on it first')
+    _check_weights('load_generators', weights)
     bank.load_generators(weights)
 
 

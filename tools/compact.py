@@ -10,9 +10,10 @@ from csg_seg.cli import check_out, one_line_errors
 with one_line_errors():
     from mmengine.config import DictAction
 
+    from csg_seg.errors import CSGError
     from csg_seg.mm.benchmark import evaluate
     from csg_seg.mm.compact import compact, logit_error
-    from csg_seg.mm.launch import read_config
+    from csg_seg.mm.launch import check_data, read_config
     from csg_seg.precision import DTYPES
 
 
@@ -64,6 +65,10 @@ def main() -> None:
         inputs = [args.config, args.checkpoint]
         check_out(args.out, overwrite=args.overwrite, endings=['.safetensors'], inputs=inputs)
         cfg = read_config(args.config, args.cfg_options)
+        if args.images < 0:
+            raise CSGError(f'--images {args.images}: give a number of test images')
+        if args.images or args.test:
+            check_data(cfg, 'test')
         found = compact(cfg, args.checkpoint, args.out, dtype=args.dtype)
         found |= measure(args, cfg)
     print(json.dumps(found)) if args.json else print_lines(found, args.out)

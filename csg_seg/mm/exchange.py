@@ -19,6 +19,7 @@ from rich.progress import track
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.futures import Future
+from torch.multiprocessing import ProcessException
 from torch.nn.parallel import DistributedDataParallel
 
 from ..bank import BANK
@@ -35,16 +36,45 @@ POWERSGD_RANK = 4
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is measured: see :func:`measure_exchange`."""
+class Measurement:
+    """What :func:`measure_exchange` does with the networks.
 
-    processes: int
-    hooks: Sequence[str]
-    rates: Sequence[str]
-    rounds: int
-    batch_size: int
-    size: tuple[int, int]
-    threads: int
+    Attributes:
+        processes: ranks of the training; 2 for ``rates``.
+        hooks: of :data:`HOOKS`: 'none' for DDP's own all-reduce, 'fp16' and 'powersgd' for PyTorch's.
+        rates: speeds of a link between two ranks, such as '100mbit'; in each round every network takes a
+            step with every hook. Without any, bytes are counted and nothing is timed.
+        rounds: of steps at each rate.
+        batch_size: images of each rank.
+        size: height and width of them, in pixels.
+        threads: of each rank.
+
+    Raises:
+        CSGError: a value is out of range.
+    """
+
+    processes: int = 2
+    hooks: Sequence[str] = ('none',)
+    rates: Sequence[str] = ()
+    rounds: int = 3
+    batch_size: int = 2
+    size: tuple[int, int] = (64, 64)
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        unknown = [hook for hook in self.hooks if hook not in HOOKS]
+        if unknown:
+            raise CSGError(f'there is no hook {unknown[0]!r}; take some of {", ".join(HOOKS)}')
+        if min(self.processes, self.rounds, self.threads, *self.size) < 1 or self.batch_size < 2:
+            raise CSGError(
+                f'cannot measure with processes={self.processes}, rounds={self.rounds}, batch_size={self.batch_size}, '
+                f'size={tuple(self.size)}, threads={self.threads}: each is at least 1, and batch_size 2, because of '
+                'batch norm'
+            )
+        for rate in self.rates:
+            parse_rate(rate)
+        if self.rates and self.processes != 2:
+            raise CSGError(f'a link has two ends; take 2 processes, not {self.processes}')
 
 
 @dataclass
@@ -88,17 +118,17 @@ def _exchange(state: CountingHook, bucket: dist.GradBucket) -> Future[torch.Tens
 class Trainee:
     """A network under DDP, with its optimizer and a batch of random images of this rank's own."""
 
-    def __init__(self, cfg: Config, settings: Settings):
+    def __init__(self, cfg: Config, measurement: Measurement):
         torch.manual_seed(0)
         self.model = build_model(cfg)
         self.hook = CountingHook({id(parameter): name for name, parameter in self.model.named_parameters()})
-        self.batch = random_batch(self.model, settings.batch_size, *settings.size, seed=dist.get_rank())
+        self.batch = random_batch(self.model, measurement.batch_size, *measurement.size, seed=dist.get_rank())
         self.ddp = DistributedDataParallel(self.model, broadcast_buffers=False)
         self.ddp.register_comm_hook(self.hook, _exchange)
         self.optimizer = build_optim_wrapper(self.model, cfg.optim_wrapper).optimizer
 
     def step(self, hook: str) -> float:
-        """Train one step, all ranks at once; return its seconds."""
+        """Train one step; return the seconds until all ranks have done it."""
         self.hook.hook = hook
         self.optimizer.zero_grad()
         dist.barrier()
@@ -106,7 +136,10 @@ class Trainee:
         loss, _ = self.model.parse_losses(self.ddp(**self.batch, mode='loss'))
         loss.backward()
         self.optimizer.step()
-        return time.perf_counter() - start
+        seconds = torch.tensor(time.perf_counter() - start)
+        # One rank may wait yet for the last of what the other has sent.
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)
+        return seconds.item()
 
     def figures(self) -> dict[str, Any]:
         """Return what a rank holds, and hands to be all-reduced in a step, in bytes."""
@@ -121,51 +154,38 @@ class Trainee:
         }
 
 
-def measure_exchange(
-    cfgs: Mapping[str, Config],
-    *,
-    processes: int = 2,
-    hooks: Sequence[str] = ('none',),
-    rates: Sequence[str] = (),
-    rounds: int = 3,
-    batch_size: int = 2,
-    size: tuple[int, int] = (64, 64),
-    threads: int = 1,
-) -> dict[str, Any]:
+def measure_exchange(cfgs: Mapping[str, Config], measurement: Measurement) -> dict[str, Any]:
     """Train several networks by turns in processes that exchange gradients through gloo, on random images.
 
     Args:
         cfgs: config of each network, by name, of mmseg or mmpretrain.
-        processes: ranks of the training; 2 for ``rates``.
-        hooks: of :data:`HOOKS`: 'none' for DDP's own all-reduce, 'fp16' and 'powersgd' for PyTorch's.
-        rates: speeds of a link between two ranks, such as '100mbit'; in each round every network takes a
-            step with every hook. Without any, bytes are counted and nothing is timed.
-        rounds: of steps at each rate.
-        batch_size: images of each rank.
-        size: height and width of them, in pixels.
-        threads: of each rank.
+        measurement: how.
 
     Returns:
         JSON-ready: ``networks``, by name what one rank holds and hands over (:meth:`Trainee.figures`); ``links``,
-        by rate, network and hook the ``seconds`` of each step on the first rank and the bytes it ``sent``, by
-        the interface's count. The rate 'none' is the same link, unlimited.
+        by rate, network and hook the ``seconds`` of each step, until both ranks have done it, and the bytes that
+        the first rank ``sent``, by the interface's count. The rate 'none' is the same link, unlimited.
 
     Raises:
-        CSGError: a setting is out of range, or this machine makes no link.
+        CSGError: a network cannot be trained so, or this machine makes no link.
     """
-    _check(processes, hooks, rates, rounds, batch_size, size, threads)
-    settings = Settings(processes, hooks, rates, rounds, batch_size, size, threads)
     for cfg in cfgs.values():
         replace_sync_bn(cfg.model)
-    with link() if rates else nullcontext() as ends:
+        random_batch(build_model(cfg), 1, 1, 1)  # a mistake in a config shows here, in one line
+    with link() if measurement.rates else nullcontext() as ends:
         context = torch.multiprocessing.get_context('spawn')
         results = context.SimpleQueue()
-        port = _free_port()
-        workers = torch.multiprocessing.spawn(
-            _work, (cfgs, settings, ends, port, results), nprocs=processes, join=False
-        )
-        while not workers.join(timeout=1):
-            pass
+        arguments = (cfgs, measurement, ends, _free_port(), results)
+        workers = torch.multiprocessing.spawn(_work, arguments, nprocs=measurement.processes, join=False)
+        try:
+            while not workers.join(timeout=1):
+                pass
+        except ProcessException as error:
+            last = str(error).strip().splitlines()[-1]
+            raise CSGError(f'a worker failed: {last}') from error
+        finally:
+            for process in workers.processes:
+                process.kill()
         return results.get()
 
 
@@ -173,29 +193,6 @@ def summarise_seconds(seconds: Sequence[float], reference: Sequence[float]) -> d
     """Return the median of steps, and that of the ratios to steps of the same rounds."""
     ratios = [one / other for one, other in zip(seconds, reference, strict=True)]
     return {'seconds': statistics.median(seconds), 'ratio': statistics.median(ratios)}
-
-
-def _check(
-    processes: int,
-    hooks: Sequence[str],
-    rates: Sequence[str],
-    rounds: int,
-    batch_size: int,
-    size: Sequence[int],
-    threads: int,
-) -> None:
-    unknown = [hook for hook in hooks if hook not in HOOKS]
-    if unknown:
-        raise CSGError(f'there is no hook {unknown[0]!r}; take some of {", ".join(HOOKS)}')
-    if min(processes, rounds, threads, *size) < 1 or batch_size < 2:
-        raise CSGError(
-            f'cannot measure with processes={processes}, rounds={rounds}, batch_size={batch_size}, size={tuple(size)}, '
-            f'threads={threads}: each is at least 1, and batch_size 2, because of batch norm'
-        )
-    for rate in rates:
-        parse_rate(rate)
-    if rates and processes != 2:
-        raise CSGError(f'a link has two ends; take 2 processes, not {processes}')
 
 
 def _free_port() -> int:
@@ -207,13 +204,13 @@ def _free_port() -> int:
 def _work(
     rank: int,
     cfgs: Mapping[str, Config],
-    settings: Settings,
+    measurement: Measurement,
     ends: tuple[End, End] | None,
     port: int,
     results: Any,
 ) -> None:
     """Do one rank's part; the first gives back what is found."""
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(measurement.threads)
     address = '127.0.0.1'
     if ends is not None:
         ends[rank].enter()
@@ -221,15 +218,15 @@ def _work(
         os.environ['GLOO_SOCKET_IFNAME'] = ends[rank].interface
     # Ranks of one machine need no host name, which may lead elsewhere.
     os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')
-    dist.init_process_group('gloo', f'tcp://{address}:{port}', rank=rank, world_size=settings.processes)
+    dist.init_process_group('gloo', f'tcp://{address}:{port}', rank=rank, world_size=measurement.processes)
     try:
-        trainees = {name: Trainee(cfg, settings) for name, cfg in cfgs.items()}
-        cases = [(name, hook) for name in trainees for hook in settings.hooks]
+        trainees = {name: Trainee(cfg, measurement) for name, cfg in cfgs.items()}
+        cases = [(name, hook) for name in trainees for hook in measurement.hooks]
         for name, hook in cases:
             for _ in range(WARM_UP):
                 trainees[name].step(hook)
         networks = {name: trainee.figures() for name, trainee in trainees.items()}
-        links = _time(trainees, cases, settings, ends) if ends is not None else {}
+        links = _time(trainees, cases, measurement, ends) if ends is not None else {}
         dist.barrier()
         if rank == 0:
             results.put({'networks': networks, 'links': links})
@@ -240,25 +237,23 @@ def _work(
 def _time(
     trainees: Mapping[str, Trainee],
     cases: Sequence[tuple[str, str]],
-    settings: Settings,
+    measurement: Measurement,
     ends: tuple[End, End],
 ) -> dict[str, Any]:
     first = dist.get_rank() == 0
     links: dict[str, Any] = {}
     # The first turn is not noted: connections have yet to learn how fast a link is.
-    turns = [(rate, turn) for rate in ('none', *settings.rates) for turn in range(settings.rounds + 1)]
+    turns = [(rate, turn) for rate in ('none', *measurement.rates) for turn in range(measurement.rounds + 1)]
     console = Console(stderr=True)
     for rate, turn in track(turns, 'Timing', console=console, disable=not first):
         if turn == 0:
-            if first:
-                limit(ends, None if rate == 'none' else rate)
+            if first and rate != 'none':
+                limit(ends, rate)
             links[rate] = defaultdict(lambda: defaultdict(lambda: {'seconds': [], 'sent': []}))
             dist.barrier()
         for name, hook in cases:
             before = ends[0].sent() if first else 0
             seconds = trainees[name].step(hook)
-            # The other rank may wait yet for the last of what this one has sent.
-            dist.barrier()
             if first and turn > 0:
                 links[rate][name][hook]['seconds'].append(seconds)
                 links[rate][name][hook]['sent'].append(ends[0].sent() - before)

@@ -46,6 +46,8 @@ class CSGHook(Hook):
     priority = 'VERY_HIGH'
 
     def __init__(self, csg: CSG | None = None, save_compact: bool = False, generators_from: str | None = None):
+        if csg is None and generators_from is not None:
+            raise CSGError('CSGHook: generators_from goes with csg; of a CSGModel, give it to the model')
         self.csg = csg
         self.generators_from = generators_from
         self.save_compact = save_compact

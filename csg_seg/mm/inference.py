@@ -65,6 +65,11 @@ def load_network(
         raise CSGError(f'{checkpoint}: {why}; give its config too')
     else:
         network = load_compact(checkpoint)
+        if not hasattr(network, 'test_step'):
+            raise CSGError(
+                f'{checkpoint}: a {type(network).__name__} of neither mmseg nor mmpretrain; load it with '
+                'csg_seg.load_compact'
+            )
         read = read_checkpoint(checkpoint)
     network.dataset_meta = read['meta'].get('dataset_meta') or {}
     return network.eval()

@@ -111,12 +111,14 @@ def check_starts(cfg: Config) -> None:
     """
     model = cfg.model
     paths = [cfg.get('load_from'), (model.get('teacher') or {}).get('checkpoint'), model.get('pretrained')]
-    parts = [model, *(hook for hook in (cfg.get('default_hooks') or {}).values() if hook)]
-    paths += [part.get('generators_from') for part in parts]
+    hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or [])]
+    paths += [part.get('generators_from') for part in (model, *hooks) if part]
     for part in (model, model.get('backbone') or {}):
         starts = part.get('init_cfg') or []
         paths += [each.get('checkpoint') for each in (starts if isinstance(starts, (list, tuple)) else [starts])]
     for path in paths:
+        if path and not isinstance(path, str):
+            raise CSGError(f'a start of the training is named by {path!r}; give the path of a checkpoint')
         if path and '://' not in path:
             check_file(path)
 

@@ -92,18 +92,13 @@ def link() -> Iterator[tuple[End, End]]:
                 _run('ip', 'netns', 'delete', end.namespace)
 
 
-def limit(ends: Sequence[End], rate: str | None) -> None:
-    """Hold both directions of a link to a rate such as '100mbit'; None lifts it."""
+def limit(ends: Sequence[End], rate: str) -> None:
+    """Hold both directions of a link to a rate such as '100mbit'."""
+    # What passes at once, after a pause: 1 ms' worth, and no less than a few packets.
+    burst = max(round(parse_rate(rate) / 8 / 1000), 8 * 1024)
     for end in ends:
-        place = ('tc', '-n', end.namespace, 'qdisc')
-        if rate is None:
-            # There is nothing to delete at first.
-            subprocess.run([*place, 'delete', 'dev', end.interface, 'root'], capture_output=True)
-        else:
-            # What the bucket holds lasts for 5 ms, several ticks of any kernel's clock.
-            burst = max(round(parse_rate(rate) / 8 * 0.005), 128 * 1024)
-            shape = ('tbf', 'rate', rate, 'burst', f'{burst}b', 'latency', '50ms')
-            _run(*place, 'replace', 'dev', end.interface, 'root', *shape)
+        shape = ('tbf', 'rate', rate, 'burst', f'{burst}b', 'latency', '50ms')
+        _run('tc', '-n', end.namespace, 'qdisc', 'replace', 'dev', end.interface, 'root', *shape)
 
 
 def _run(*command: str) -> None:

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 
 from csg_seg.cli import one_line_errors
@@ -13,8 +14,9 @@ with one_line_errors():
     from rich.console import Console
     from rich.table import Column, Table
 
+    from csg_seg.errors import CSGError
     from csg_seg.mm.compare import made_with
-    from csg_seg.mm.exchange import HOOKS, measure_exchange, summarise_seconds
+    from csg_seg.mm.exchange import HOOKS, Measurement, measure_exchange, summarise_seconds
     from csg_seg.mm.launch import read_config
     from csg_seg.mm.results import add_result_options, check_result_options, write_result
 
@@ -62,11 +64,13 @@ def main() -> None:
     with one_line_errors():
         check_result_options(args)
         cfgs = {Path(path).stem: read_config(path, args.cfg_options) for path in args.configs}
+        if len(cfgs) < len(args.configs):
+            raise CSGError('two of the configs have one name; give each its own')
         settings = {key: getattr(args, key) for key in ('processes', 'hooks', 'rounds', 'batch_size', 'threads')}
-        settings |= {'rates': args.links, 'size': tuple(args.size)}
+        measurement = Measurement(**settings, rates=args.links, size=tuple(args.size))
         with redirect_stdout(sys.stderr):  # mmengine prints notes, stdout is for the result
-            figures = measure_exchange(cfgs, **settings)
-        result = write_result(args, {**settings, **figures, 'made_with': made_with(seed=0)})
+            figures = measure_exchange(cfgs, measurement)
+        result = write_result(args, {**asdict(measurement), **figures, 'made_with': made_with(seed=0)})
     print(json.dumps(result)) if args.json else print_tables(result)
 
 
