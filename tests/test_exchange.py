@@ -1,5 +1,9 @@
 """What workers exchange is what is stored: counted in buckets, and on the wire."""
 
+import json
+import os
+import runpy
+
 import pytest
 import torch
 from conftest import ROOT, run_tool
@@ -7,9 +11,9 @@ from conftest import ROOT, run_tool
 from csg_seg import summarise
 from csg_seg.errors import CSGError
 from csg_seg.mm.batches import random_batch
-from csg_seg.mm.exchange import measure_exchange, summarise_seconds
+from csg_seg.mm.exchange import Measurement, measure_exchange, summarise_seconds
 from csg_seg.mm.launch import read_config
-from csg_seg.mm.links import check_links, parse_rate
+from csg_seg.mm.links import NAMESPACES, link, parse_rate
 from csg_seg.mm.model import build_model
 
 DENSE = ROOT / 'configs' / 'cifar10' / 'resnet20_b192-200e_cifar10.py'
@@ -22,10 +26,10 @@ HOOKS = ('none', 'fp16', 'powersgd')
 
 def links_or_reason() -> str | None:
     try:
-        check_links()
+        with link():
+            return None
     except CSGError as error:
         return str(error)
-    return None
 
 
 NO_LINKS = links_or_reason()
@@ -33,10 +37,11 @@ NO_LINKS = links_or_reason()
 
 @pytest.fixture(scope='module')
 def measured():
-    """Three networks in two processes, over a slow link where one can be made."""
-    cfgs = {'dense': read_config(DENSE), 'csg': read_config(CSG), 'large': read_config(LARGE)}
+    """Four networks in two processes, over a slow link where one can be made."""
+    frozen = read_config(CSG, {'model.csg.freeze_generator': True})
+    cfgs = {'dense': read_config(DENSE), 'csg': read_config(CSG), 'frozen': frozen, 'large': read_config(LARGE)}
     rates = () if NO_LINKS else (RATE,)
-    return measure_exchange(cfgs, hooks=HOOKS, rates=rates, rounds=1, size=(32, 32))
+    return measure_exchange(cfgs, Measurement(hooks=HOOKS, rates=rates, rounds=1, size=(32, 32)))
 
 
 @pytest.mark.parametrize(('name', 'config'), [('dense', DENSE), ('csg', CSG), ('large', LARGE)])
@@ -46,10 +51,19 @@ def test_a_step_exchanges_what_is_trained_and_no_more(measured, name, config):
     assert found['all_reduced_bytes'] == found['gradient_bytes'] == found['parameter_bytes'] == trained
 
 
+def test_a_frozen_generator_is_held_and_not_exchanged(measured):
+    free, frozen = measured['networks']['csg'], measured['networks']['frozen']
+    generator = 4 * 72 * 12 * 12 * 9
+    assert frozen['parameter_bytes'] == free['parameter_bytes']
+    for key in ('gradient_bytes', 'all_reduced_bytes'):
+        assert frozen[key] == free[key] - generator
+    assert not any(each['generator'] for each in frozen['buckets'])
+
+
 def test_the_optimizer_holds_as_much_as_its_method_needs(measured):
-    for name, copies in (('dense', 1), ('csg', 1), ('large', 2)):  # SGD with momentum, AdamW
+    for name, copies in (('dense', 1), ('csg', 1), ('frozen', 1), ('large', 2)):  # SGD with momentum, AdamW
         found = measured['networks'][name]
-        assert found['optimizer_bytes'] == pytest.approx(copies * found['parameter_bytes'], rel=1e-3)
+        assert found['optimizer_bytes'] == pytest.approx(copies * found['gradient_bytes'], rel=1e-3)
 
 
 def test_the_generator_whose_gradient_is_ready_last_travels_last(measured):
@@ -71,6 +85,15 @@ def test_the_wire_carries_the_gradients_and_takes_its_time(measured):
         waited = slow['none']['seconds'][0]
         assert waited > 8 * (found['all_reduced_bytes'] - 2**18) / parse_rate(RATE)
     assert measured['links']['none']['large']['none']['seconds'] < measured['links'][RATE]['large']['none']['seconds']
+
+
+@pytest.mark.skipif(NO_LINKS is not None, reason=str(NO_LINKS))
+def test_links_are_gone_afterwards(measured):
+    assert list(NAMESPACES.glob(f'csg{os.getpid()}*')) == []
+    with pytest.raises(KeyboardInterrupt), link() as (one, _):
+        assert (NAMESPACES / one.namespace).exists()
+        raise KeyboardInterrupt
+    assert list(NAMESPACES.glob(f'csg{os.getpid()}*')) == []
 
 
 def test_batches_are_what_losses_need_and_repeat_with_their_seed():
@@ -100,10 +123,34 @@ def test_ratios_are_those_of_the_same_rounds():
 )
 def test_mistakes_are_named(change, said):
     with pytest.raises(CSGError, match=said):
-        measure_exchange({'csg': read_config(CSG)}, **change)
+        Measurement(**change)
 
 
-def test_tool_ends_with_one_line_on_a_mistake():
-    done = run_tool('analysis_tools/exchange.py', CSG, '--links', 'fast', check=False)
+def test_the_tool_counts_in_four_processes_and_prints(tmp_path, capsys):
+    out = tmp_path / 'counts.json'
+    done = run_tool(
+        'analysis_tools/exchange.py', DENSE, CSG, '--processes', 4, '--size', 32, 32, '--out', out, '--json'
+    )
+    result = json.loads(done.stdout)
+    assert result == json.loads(out.read_text())
+    dense, csg = result['networks'].values()
+    assert dense['all_reduced_bytes'] / csg['all_reduced_bytes'] == pytest.approx(269_722 / 115_426)
+    times = {'none': {'seconds': [1.5], 'sent': [5_000_000]}}
+    tool = runpy.run_path(str(ROOT / 'tools' / 'analysis_tools' / 'exchange.py'))
+    tool['print_tables']({**result, 'links': {'1gbit': {'dense': times, 'csg': times}}})
+    printed = capsys.readouterr().out
+    assert all(each in printed for each in ('1.08', '0.5*', '1gbit', '1.50', '1.00x', '5.0'))
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'said'),
+    [
+        ([CSG, '--links', 'fast'], "'fast' is no rate of a link"),
+        ([CSG, CSG], 'two of the configs have one name'),
+        ([CSG, '--cfg-options', 'model.csg.code_dim=0'], 'code_dim must be an integer'),
+    ],
+)
+def test_the_tool_ends_with_one_line_on_a_mistake(arguments, said):
+    done = run_tool('analysis_tools/exchange.py', *arguments, check=False)
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: 'fast' is no rate of a link")
+    assert done.stderr.strip().splitlines()[-1].startswith('error: ') and said in done.stderr

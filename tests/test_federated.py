@@ -3,16 +3,18 @@
 import json
 import time
 
+import numpy as np
 import pytest
 import torch
-from conftest import run_tool
+from conftest import ROOT, run_tool
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
-from test_doors import CSG, DENSE, small_config
+from test_doors import CSG, DENSE, small_config, train
 
 from csg_seg.errors import CSGError
 from csg_seg.mm.checkpoint import read_checkpoint
 from csg_seg.mm.federated import draw_federated, federate
+from csg_seg.mm.launch import read_config
 from csg_seg.mm.model import build_model
 
 FROZEN = {'model.csg.freeze_generator': True}
@@ -71,6 +73,30 @@ def test_rounds_of_one_worker_are_plain_training(network, tmp_path):
         torch.testing.assert_close(tensor, often[name], msg=lambda said, name=name: f'{name}: {said}')
 
 
+def test_one_worker_trains_as_a_runner_does(network, tmp_path):
+    cfg, start = network(CSG, **SGD, param_scheduler=[])
+    federate(cfg, start, workers=1, rounds=1, steps=3, out=tmp_path / 'end.pth')
+    cfg.load_from = start
+    train(cfg)
+    alone = weights(tmp_path / 'iter_3.pth')
+    for name, tensor in weights(tmp_path / 'end.pth').items():
+        torch.testing.assert_close(tensor, alone[name], msg=lambda said, name=name: f'{name}: {said}')
+
+
+def test_parts_are_gone_through_again_and_again_by_epochs_too(tmp_path):
+    path = ROOT / 'configs' / 'cifar10' / 'csg-s12-d72_resnet20_b64-20e_cifar10-npz.py'
+    rng = np.random.default_rng(0)
+    images = {f'x_{split}': rng.integers(0, 255, (8, 32, 32, 3), dtype=np.uint8) for split in ('train', 'test')}
+    np.savez(tmp_path / 'cifar10-subset.npz', **images, **{f'y_{split}': np.arange(8) for split in ('train', 'test')})
+    loaders = {f'{split}_dataloader.dataset.data_root': str(tmp_path) for split in ('train', 'val', 'test')}
+    small = {'train_dataloader.batch_size': 2, 'work_dir': str(tmp_path), 'experiment_name': f'{time.time_ns()}'}
+    cfg = read_config(path, {**loaders, **small})
+    torch.save({'state_dict': build_model(cfg).state_dict()}, tmp_path / 'start.pth')
+    options = dict(workers=2, rounds=1, steps=5, out=tmp_path / 'end.pth', metric='accuracy/top1')
+    result = federate(cfg, tmp_path / 'start.pth', '*.code', **options)
+    assert len(result['scores']) == 2
+
+
 def test_the_mean_is_that_of_workers_on_disjoint_parts(network, tmp_path):
     cfg, start = network(CSG, **SGD)
     count = len(build_part(cfg))
@@ -124,7 +150,7 @@ def test_tool_compares_networks_and_draws(network, drawn, tmp_path):
     run_tool('test.py', config, tmp_path / 'runs' / 'codes.pth', '--work-dir', tmp_path / 'test')
     again = run_tool('federated.py', *networks, *numbers, *outputs, check=False)
     assert again.returncode == 1 and '--overwrite' in again.stderr
-    twice = run_tool('federated.py', *networks[:5], *networks[:5], *numbers, check=False)
+    twice = run_tool('federated.py', *networks[:5], *networks[:5], *numbers, '--overwrite', check=False)
     assert 'give each network a name of its own' in twice.stderr
 
 

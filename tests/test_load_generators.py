@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 from conftest import run_tool
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from test_doors import CSG, SETTINGS, hook_door, small_config, train
 from test_retrofit import Net
+from torch import nn
 from torchvision.models import resnet18
 
 from csg_seg import fit, load_generators, retrofit, save_compact
@@ -76,6 +78,22 @@ def test_another_architecture_is_fitted_by_a_frozen_generator_of_the_first():
     assert not find_bank(model)[0].weight.requires_grad
 
 
+@pytest.mark.parametrize('kind', [{}, {'generator': 'mlp', 'hidden': 8}, {'generator': 'tensor_ring', 'rank': 3}])
+def test_a_fit_keeps_what_was_taken_over_though_it_will_train(kind):
+    csg = {'slice_shape': (12, 20, 3, 3), 'code_dim': 24} | kind
+    first = retrofit(Net(seed=1), csg)
+    nn.init.normal_(find_bank(first)[0].weight, std=0.3)
+    weights = first.state_dict()
+    model = retrofit(Net(seed=2), csg)
+    load_generators(model, weights)
+    before = [conv.code.detach().clone() for _, conv in generated_convs(model)]
+    fit(model, Net(seed=3).state_dict())
+    for name, tensor in find_bank(model).state_dict().items():
+        assert torch.equal(tensor, weights[f'csg.{name}']), name
+    assert all(parameter.requires_grad for parameter in find_bank(model).parameters())
+    assert not any(torch.equal(conv.code, code) for (_, conv), code in zip(generated_convs(model), before, strict=True))
+
+
 def refusals():
     weights = learned(SMALL)
     spoiled = {**weights, 'csg.0.weight': torch.full_like(weights['csg.0.weight'], math.nan)}
@@ -83,7 +101,11 @@ def refusals():
         'no generator': (SMALL, resnet18().state_dict(), 'there is no generator in these weights'),
         'other code length': (SMALL | {'code_dim': 16}, weights, 'code_dim'),
         'other kind': (SMALL | {'generator': 'binary'}, weights, 'generator'),
-        'too few': ([SMALL, NARROW], weights, 'hold 1 generators, this network has 2: csg.1'),
+        'too few': ([SMALL, NARROW], weights, 'hold 1 generators, this network has 2'),
+        'other shape': (SMALL, {**weights, 'csg.0.weight': torch.ones(3, 3)}, r'csg.0.weight is \(3, 3\) there and'),
+        'half of it': (SMALL, {'csg.0.weight': weights['csg.0.weight']}, 'the weights lack csg.0._extra_state'),
+        'no state dict': (SMALL, {'state_dict': weights}, "give its entry 'state_dict'"),
+        'a path': (SMALL, 'trained.pth', 'load_generators wants the weights by name'),
         'not finite': (SMALL, spoiled, 'csg.0.weight holds NaN or infinite values'),
     }
 
@@ -130,7 +152,8 @@ def test_codes_alone_train_upon_a_generator_from_elsewhere(drawn, tmp_path, else
     generator = read_checkpoint(elsewhere)['state_dict']['csg.0.weight']
     bank = find_bank(runner.model)
     assert torch.equal(bank[0].weight, generator)
-    assert all(each['params'][0] is not bank[0].weight for each in runner.optim_wrapper.param_groups)
+    held = runner.optim_wrapper.optimizer.state
+    assert bank[0].weight not in held and next(iter(bank.fed.values())).code in held
     elsewhere.unlink()  # testing, showing, resuming need it no more
     checkpoint = tmp_path / 'run' / 'iter_3.pth'
     resumed = frozen(drawn, tmp_path, elsewhere, door)
@@ -144,6 +167,11 @@ def test_a_file_of_the_path_is_in_no_compact_checkpoint(drawn, tmp_path, elsewhe
     cfg = frozen(drawn, tmp_path, elsewhere, 'model')
     assert 'elsewhere' not in str(describe(cfg))
     assert find_bank(build_model(cfg)) is not None
+
+
+def test_the_hook_takes_no_generators_for_a_model_of_its_own_settings():
+    with pytest.raises(CSGError, match='generators_from goes with csg'):
+        HOOKS.build(dict(type='CSGHook', generators_from='other.pth'))
 
 
 def test_a_missing_file_is_named_before_training(drawn, tmp_path):

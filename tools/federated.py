@@ -16,25 +16,17 @@ with one_line_errors():
     from rich.table import Table
 
     from csg_seg.cli import check_out
-    from csg_seg.errors import CSGError
     from csg_seg.mm.checkpoint import forbid_unpickling
     from csg_seg.mm.compare import made_with
-    from csg_seg.mm.federated import draw_federated, federate
-    from csg_seg.mm.launch import check_data, check_starts, read_config
+    from csg_seg.mm.federated import draw_federated, federate, read_networks
     from csg_seg.mm.results import add_result_options, check_result_options, write_result
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        '--network',
-        nargs=4,
-        action='append',
-        required=True,
-        metavar=('NAME', 'CONFIG', 'CHECKPOINT', 'TRAVELS'),
-        help="what to train: CHECKPOINT is the start of all workers, TRAVELS a pattern such as '*' or '*.code' of what "
-        'is trained and exchanged; may be given several times',
-    )
+    four = dict(nargs=4, metavar=('NAME', 'CONFIG', 'CHECKPOINT', 'TRAVELS'))
+    what = "CHECKPOINT is the start of all workers, TRAVELS a pattern such as '*' or '*.code' of what is trained"
+    parser.add_argument('--network', **four, action='append', required=True, help=f'{what} and exchanged; repeatable')
     parser.add_argument('--workers', type=int, default=4, help='parts of the training data (default: 4)')
     parser.add_argument('--rounds', type=int, default=10, help='of averaging (default: 10)')
     parser.add_argument('--steps', type=int, default=10, help="of each worker's training in a round (default: 10)")
@@ -48,37 +40,23 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_configs(args: argparse.Namespace) -> dict:
-    """Read the config of each network, and see that its data and its start are there."""
-    configs = {}
-    for name, config, checkpoint, _ in args.network:
-        if name in configs or '/' in name:
-            raise CSGError(f'--network {name}: give each network a name of its own, without a slash')
-        options = {'randomness.seed': args.seed, 'work_dir': args.work_dir, 'experiment_name': name}
-        options |= {**(args.cfg_options or {}), 'load_from': checkpoint}
-        cfg = configs[name] = read_config(config, options)
-        for split in ('train', 'test'):
-            check_data(cfg, split)
-        check_starts(cfg)
-    return configs
-
-
 def main() -> None:
     args = parse_args()
     forbid_unpickling()
+    numbers = {key: getattr(args, key) for key in ('workers', 'rounds', 'steps', 'test_every')}
+    networks = {}
     with one_line_errors():
         check_result_options(args)
         if args.picture:
             check_out(args.picture, overwrite=args.overwrite, option='--picture', endings=['.png'])
-        configs = read_configs(args)
-        networks = {}
-        options = {key: getattr(args, key) for key in ('workers', 'rounds', 'steps', 'test_every', 'metric')}
+        configs = read_networks(args, numbers)
         for name, _, checkpoint, travels in args.network:
-            progress = partial(track, description=name, console=Console(stderr=True))
-            out = Path(args.work_dir, f'{name}.pth')
+            options = dict(out=Path(args.work_dir, f'{name}.pth'), metric=args.metric)
+            options['track'] = partial(track, description=name, console=Console(stderr=True))
             with redirect_stdout(sys.stderr):  # mmengine prints notes, stdout is for the result
-                networks[name] = federate(configs[name], checkpoint, travels, out=out, **options, track=progress)
-        result = write_result(args, {**options, 'networks': networks, 'made_with': made_with(seed=args.seed)})
+                networks[name] = federate(configs[name], checkpoint, travels, **numbers, **options)
+        figures = {**numbers, 'metric': args.metric, 'networks': networks, 'made_with': made_with(seed=args.seed)}
+        result = write_result(args, figures)
         if args.picture:
             draw_federated(networks, args.picture, metric=args.metric)
     print(json.dumps(result)) if args.json else print_table(result)

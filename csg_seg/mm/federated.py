@@ -1,6 +1,7 @@
 """Federated averaging: workers on disjoint parts of the data exchange codes, or whole networks."""
 
 import os
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from fnmatch import fnmatchcase
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoint import write_whole
+from ..cli import check_out
 from ..errors import CSGError
 from .hooks import CheckpointGuardHook
+from .launch import check_data, check_starts, read_config
+from .model import build_model
 
 
 def federate(
@@ -36,8 +40,9 @@ def federate(
     """Train by federated averaging (McMahan et al., AISTATS 2017).
 
     In each round every worker takes over the shared tensors, trains them on its own
-    part of the training data with an optimizer of its own, and returns them; the
-    mean of all is shared next. What does not travel stays as the checkpoint has it.
+    part of the training data with an optimizer of its own, and returns them; their
+    plain mean, since the parts are of one size, is shared next. What does not travel
+    stays as the checkpoint has it.
 
     Args:
         cfg: config of the network, dense or CSG; its schedulers are not used.
@@ -59,11 +64,7 @@ def federate(
     Raises:
         CSGError: a number is out of range, nothing trained matches ``travels``, or there is no such metric.
     """
-    if min(workers, rounds, steps, test_every) < 1:
-        raise CSGError(
-            f'cannot work with workers={workers}, rounds={rounds}, steps={steps}, test_every={test_every}: '
-            'each is at least 1'
-        )
+    check_federated(cfg, travels, workers=workers, rounds=rounds, steps=steps, test_every=test_every)
     cfg = deepcopy(cfg)
     cfg.load_from = str(checkpoint)
     runner = Runner.from_cfg(cfg)
@@ -88,6 +89,53 @@ def federate(
     content = {'meta': meta, 'state_dict': runner.model.state_dict()}
     write_whole(Path(out), lambda partial: torch.save(content, partial))
     return {'travels': travels, 'tensors': len(shared), 'bytes': _bytes(shared.values()), 'scores': scores}
+
+
+def read_networks(args: Namespace, numbers: Mapping[str, int]) -> dict[str, Config]:
+    """Read the configs of a comparison, and find mistakes before any network is trained.
+
+    Args:
+        args: ``network``, a list of name, config, checkpoint and pattern of what travels; ``work_dir``, ``seed``,
+            ``cfg_options`` and ``overwrite``.
+        numbers: of workers, rounds, steps, and rounds between tests.
+
+    Returns:
+        the config of each network, by name.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        CSGError: says what is wrong.
+    """
+    if Path(args.work_dir).is_file():
+        raise CSGError(f'--work-dir {args.work_dir} is a file; give a folder')
+    configs: dict[str, Config] = {}
+    for name, config, checkpoint, travels in args.network:
+        if name in configs or '/' in name:
+            raise CSGError(f'--network {name}: give each network a name of its own, without a slash')
+        out = Path(args.work_dir, f'{name}.pth')
+        check_out(out, overwrite=args.overwrite, option='--work-dir', inputs=[checkpoint])
+        options = {'randomness.seed': args.seed, 'work_dir': args.work_dir, 'experiment_name': name}
+        cfg = configs[name] = read_config(config, options | (args.cfg_options or {}) | {'load_from': checkpoint})
+        for split in ('train', 'test'):
+            check_data(cfg, split)
+        check_starts(cfg)
+        check_federated(cfg, travels, **numbers)
+    return configs
+
+
+def check_federated(cfg: Config, travels: str, *, workers: int, rounds: int, steps: int, test_every: int) -> None:
+    """Refuse, before anything is trained, what :func:`federate` cannot do.
+
+    Raises:
+        CSGError: says what.
+    """
+    if min(workers, rounds, steps, test_every) < 1:
+        raise CSGError(
+            f'cannot work with workers={workers}, rounds={rounds}, steps={steps}, test_every={test_every}: '
+            'each is at least 1'
+        )
+    _shared(build_model(cfg), travels)
+    _loaders(cfg, workers)
 
 
 def draw_federated(networks: Mapping[str, Mapping[str, Any]], path: str | os.PathLike, *, metric: str) -> None:
@@ -164,6 +212,7 @@ def _loaders(cfg: Config, workers: int) -> list[dict[str, Any]]:
     for first, last in zip(bounds, bounds[1:], strict=False):
         loader = deepcopy(cfg.train_dataloader)
         loader['dataset'] = dataset.get_subset(list(range(first, last)))
+        loader['sampler'] = dict(type='InfiniteSampler', shuffle=True)
         loaders.append(loader)
     return loaders
 

@@ -1,6 +1,7 @@
 """Results of the comparing tools: their options, and the file they go to."""
 
 import json
+import shlex
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ def check_result_options(args: Namespace) -> None:
 
 def write_result(args: Namespace, figures: Mapping[str, Any]) -> dict[str, Any]:
     """Put the command before the figures, and write both to the file that was asked for, if one was."""
-    result = {'command': ' '.join(['python', *sys.argv]), **figures}
+    result = {'command': shlex.join(['python', *sys.argv]), **figures}
     if args.out:
         out = Path(args.out)
         out.parent.mkdir(parents=True, exist_ok=True)
