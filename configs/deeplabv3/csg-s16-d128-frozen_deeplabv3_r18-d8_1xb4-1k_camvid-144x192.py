@@ -2,6 +2,6 @@
 _base_ = './csg-s16-d128_deeplabv3_r18-d8_1xb4-1k_camvid-144x192.py'
 model = dict(
     csg=dict(freeze_generator=True),
-    # Of any network with such a generator.
-    generators_from='work_dirs/csg-s16-d128_deeplabv3_r18-d8_2xb4-20k_camvid-360x480/iter_20000.pth',
+    # Another architecture's, trained on other data.
+    generators_from='work_dirs/csg-s16-d128_deeplabv3_r50-d8_4xb4-20k_voc12-512x512/iter_20000.pth',
 )
