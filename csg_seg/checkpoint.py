@@ -280,6 +280,7 @@ def _check_built(built: nn.Module, model: nn.Module) -> None:
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Have ``write`` fill a file that takes its name only once it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
     try:
         write(partial)

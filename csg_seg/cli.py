@@ -2,15 +2,11 @@
 
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import CSGError
-
-# Of mmcv without compiled ops, at every start; no network of ours uses the op.
-warnings.filterwarnings('ignore', message='Fail to import ``MultiScaleDeformableAttention``')
 
 MM_PACKAGES = ('mmcv', 'mmengine', 'mmseg', 'mmpretrain')
 ONNX_PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
@@ -42,6 +38,9 @@ def check_out(
         raise CSGError(f'{option} {out}: the file ends in {" or ".join(endings)}')
     if path.is_dir():
         raise CSGError(f'{option} {out} is a folder; give a file name')
+    folder = next(each for each in path.absolute().parents if each.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise CSGError(f'{option} {out}: nothing can be written in {folder}; choose another')
     if path.resolve() in [Path(each).resolve() for each in inputs if each]:
         raise CSGError(f'{option} {out} is what is read here; choose another')
     if path.exists() and not overwrite:

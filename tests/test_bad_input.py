@@ -66,7 +66,7 @@ def small(drawn, **more) -> list[str]:
     [
         ({'model.csg.code_dims': 64}, ["unknown key 'code_dims'", "did you mean 'code_dim'"]),
         ({'model.csg.include': "['backbon']"}, ["'backbon' names no conv", 'names look like']),
-        ({'model.csg.slice_shape': '(16,16,5,5)'}, ['fits 5x5 kernels', '1x1, 3x3', 'change the last two numbers']),
+        ({'model.csg.slice_shape': '(16,16,5,5)'}, ['fits 5x5 kernels', '1x1, 3x3', 'change the last numbers']),
         ({'model.csg.slice_shape': '(16,16,3)'}, ['four positive integers', '(16, 16, 3)']),
         ({'model.csg.code_dim': 0}, ['code_dim must be an integer of at least 1']),
         ({'model.csg.exclude': "['*']"}, ['csg[0] takes no layer', 'all stay dense (excluded)']),

@@ -89,11 +89,11 @@ def test_the_wire_carries_the_gradients_and_takes_its_time(measured):
 
 @pytest.mark.skipif(NO_LINKS is not None, reason=str(NO_LINKS))
 def test_links_are_gone_afterwards(measured):
-    assert list(NAMESPACES.glob(f'csg{os.getpid()}*')) == []
+    assert list(NAMESPACES.glob(f'csg{os.getpid()}-*')) == []
     with pytest.raises(KeyboardInterrupt), link() as (one, _):
         assert (NAMESPACES / one.namespace).exists()
         raise KeyboardInterrupt
-    assert list(NAMESPACES.glob(f'csg{os.getpid()}*')) == []
+    assert list(NAMESPACES.glob(f'csg{os.getpid()}-*')) == []
 
 
 def test_batches_are_what_losses_need_and_repeat_with_their_seed():

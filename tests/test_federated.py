@@ -119,7 +119,7 @@ def build_part(cfg: Config):
 @pytest.mark.parametrize(
     ('travels', 'change', 'said'),
     [
-        ('*.kode', {}, r"'\*.kode' names nothing that is trained; names look like"),
+        ('*.kode', {}, r"'\*.kode' names nothing that is trained; that would be"),
         ('csg.0.weight', {}, "'csg.0.weight' names nothing that is trained"),
         ('*', {'workers': 1000}, 'training images are too few for 1000 workers'),
         ('*', {'rounds': 0}, 'rounds=0'),

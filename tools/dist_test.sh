@@ -2,9 +2,10 @@
 # Evaluate on several GPUs, or on several CPU processes where there is no GPU:
 #   tools/dist_test.sh CONFIG CHECKPOINT GPUS [arguments of test.py]
 set -eu
-CONFIG=$1
-CHECKPOINT=$2
-GPUS=$3
+USAGE="usage: tools/dist_test.sh CONFIG CHECKPOINT GPUS [arguments of test.py]"
+CONFIG=${1:?$USAGE}
+CHECKPOINT=${2:?$USAGE}
+GPUS=${3:?$USAGE}
 PYTHONPATH="$(dirname "$0")/..:${PYTHONPATH:-}" \
 exec "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes="${NNODES:-1}" \

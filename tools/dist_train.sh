@@ -3,14 +3,17 @@
 #   tools/dist_train.sh CONFIG GPUS [arguments of train.py]
 # With MAX_RESTARTS=3 and --resume, a worker's death costs the steps since the last checkpoint.
 set -eu
-CONFIG=$1
-GPUS=$2
+CONFIG=${1:?usage: tools/dist_train.sh CONFIG GPUS [arguments of train.py]}
+GPUS=${2:?usage: tools/dist_train.sh CONFIG GPUS [arguments of train.py]}
+MASTER="${MASTER_ADDR:-127.0.0.1}:${PORT:-29500}"
+RENDEZVOUS=(--node_rank="${NODE_RANK:-0}" --master_addr="${MASTER%:*}" --master_port="${MASTER##*:}")
+if [ "${MAX_RESTARTS:-0}" != 0 ]; then
+    # Static addresses would lead workers that are started again to those that are dead.
+    RENDEZVOUS=(--rdzv_backend=c10d --rdzv_endpoint="$MASTER" --max_restarts="$MAX_RESTARTS")
+fi
 PYTHONPATH="$(dirname "$0")/..:${PYTHONPATH:-}" \
 exec "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes="${NNODES:-1}" \
-    --node_rank="${NODE_RANK:-0}" \
-    --master_addr="${MASTER_ADDR:-127.0.0.1}" \
-    --master_port="${PORT:-29500}" \
+    "${RENDEZVOUS[@]}" \
     --nproc_per_node="$GPUS" \
-    --max_restarts="${MAX_RESTARTS:-0}" \
     "$(dirname "$0")/train.py" "$CONFIG" --launcher pytorch "${@:3}"

@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--test-every', type=int, default=1, help='rounds between two tests (default: 1)')
     parser.add_argument('--metric', default='mIoU', help='score to gather (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='of data order and augmentation (default: 0)')
-    parser.add_argument('--work-dir', required=True, help='folder for logs')
+    parser.add_argument('--work-dir', required=True, help='folder for logs, and for NAME.pth of each network')
     parser.add_argument('--picture', help='also draw score against rounds and bytes (.png)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings of all: key=value ...')
     add_result_options(parser)

@@ -14,8 +14,10 @@ from mmengine.config.utils import MODULE2PACKAGE
 
 from . import builder, checkpoint, hooks, model, proximal  # noqa: F401
 
-# They print a note about a package nobody asked for; stdout belongs to programs that read JSON.
-with redirect_stdout(None):
+# They print a note about a package nobody asked for, and warn that mmcv has no compiled ops, which none of
+# our networks uses; stdout belongs to programs that read JSON.
+with redirect_stdout(None), warnings.catch_warnings():
+    warnings.filterwarnings('ignore', message='Fail to import ``MultiScaleDeformableAttention``')
     if find_spec('mmseg') is not None:
         try:
             from . import deeplab, seg_datasets  # noqa: F401

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner
@@ -18,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoint import write_whole
 from ..cli import check_out
-from ..errors import CSGError
+from ..errors import CSGError, abridge
 from .hooks import CheckpointGuardHook
 from .launch import check_data, check_starts, read_config
 from .model import build_model
@@ -155,6 +156,7 @@ def draw_federated(networks: Mapping[str, Mapping[str, Any]], path: str | os.Pat
         megabytes = [point['bytes'] / 1e6 for point in each['scores']]
         by_bytes.plot(megabytes[1:], scores[1:], marker=marker, label=name)
     by_round.set_xlabel('rounds')
+    by_round.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_round.set_ylabel(metric)
     by_bytes.set_xlabel('MB sent and received by all workers')
     by_bytes.set_xscale('log')
@@ -177,7 +179,8 @@ def _shared(model: nn.Module, travels: str) -> dict[str, Tensor]:
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in chosen)
     if not parameters.keys() & set(chosen):
-        raise CSGError(f'{travels!r} names nothing that is trained; names look like {list(parameters)[-1]!r}')
+        some = abridge([name for name, parameter in model.named_parameters() if name not in frozen])
+        raise CSGError(f'{travels!r} names nothing that is trained; that would be {some}')
     return {name: tensor.clone() for name, tensor in _tensors(model).items() if name in chosen}
 
 

@@ -4,17 +4,21 @@ import ctypes
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import CSGError
 
 NAMESPACES = Path('/run/netns')
 CLONE_NEWNET = 0x40000000
 UNITS = {'kbit': 1e3, 'mbit': 1e6, 'gbit': 1e9}
+SLOWEST, FASTEST = 1e4, 1e11
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,10 @@ def parse_rate(rate: str) -> float:
         CSGError: it is none.
     """
     found = re.fullmatch(r'(\d+(?:\.\d+)?)(kbit|mbit|gbit)', rate)
-    if found is None or float(found[1]) == 0:
-        raise CSGError(f'{rate!r} is no rate of a link; give one such as 100mbit, 1gbit')
-    return float(found[1]) * UNITS[found[2]]
+    bits = float(found[1]) * UNITS[found[2]] if found else 0.0
+    if not SLOWEST <= bits <= FASTEST:
+        raise CSGError(f'{rate!r} is no rate of a link; give one from 10kbit to 100gbit, such as 100mbit or 1gbit')
+    return bits
 
 
 def check_links() -> None:
@@ -72,8 +77,11 @@ def link() -> Iterator[tuple[End, End]]:
         CSGError: the machine does not allow it.
     """
     check_links()
-    tag = f'csg{os.getpid()}'
+    _sweep()
+    tag = f'csg{os.getpid()}-'
     ends = End(f'{tag}a', 'linka', '10.91.0.1'), End(f'{tag}b', 'linkb', '10.91.0.2')
+    # A program that is asked to end removes them too.
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         for end in ends:
             _run('ip', 'netns', 'add', end.namespace)
@@ -90,6 +98,19 @@ def link() -> Iterator[tuple[End, End]]:
         for end in ends:
             if (NAMESPACES / end.namespace).exists():
                 _run('ip', 'netns', 'delete', end.namespace)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(number: int, frame: Any) -> None:
+    sys.exit(128 + number)
+
+
+def _sweep() -> None:
+    """Remove what processes left that were killed."""
+    for path in NAMESPACES.glob('csg*-?'):
+        process = re.fullmatch(r'csg(\d+)-[ab]', path.name)
+        if process and not Path('/proc', process[1]).exists():
+            _run('ip', 'netns', 'delete', path.name)
 
 
 def limit(ends: Sequence[End], rate: str) -> None:
