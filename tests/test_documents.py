@@ -1,5 +1,6 @@
 """What README and docs tell users to type works."""
 
+import json
 import re
 import subprocess
 import sys
@@ -94,3 +95,43 @@ def test_the_recipes_from_trained_weights_train(recipes, drawn, tmp_path):
         options = one_step | {f'{loader}.dataset.data_root': data for loader in loaders}
         run_tool('train.py', folder / 'taught.py', '--work-dir', folder, *cfg_options(options))
         assert list(folder.glob('*_1.pth'))
+
+
+def median(values):
+    return f'{np.median(values):.2f}'
+
+
+@pytest.mark.parametrize('name', ['deeplabv3-r50', 'resnet56'])
+def test_the_tables_of_what_workers_exchange_are_the_results(name):
+    results = {n: json.loads((ROOT / 'results' / f'exchange-{name}{n}.json').read_text()) for n in ('', '-4')}
+    text = (ROOT / 'docs' / 'distributed.md').read_text()
+    dense, csg = results[''].pop('networks').values()
+    for one, other in zip((dense, csg), results['-4']['networks'].values(), strict=True):
+        assert {key: one[key] for key in one if key != 'buckets'} == {
+            key: other[key] for key in one if key != 'buckets'
+        }
+    for each in (dense, csg):
+        keys = ('parameter_bytes', 'gradient_bytes', 'optimizer_bytes', 'all_reduced_bytes')
+        assert ' | '.join(f'{each[key] / 1e6:.2f}' for key in keys) in text
+        assert f'{each["all_reduced_bytes"] / 1e6:.2f} MB' in README
+    links = results['']['links']
+    for network in links['none']:
+        for hook in results['']['hooks']:
+            cells = []
+            for networks in links.values():
+                seconds, first = networks[network][hook]['seconds'], next(iter(networks.values()))['none']['seconds']
+                ratio = median(np.divide(seconds, first))
+                cells.append(f'{median(seconds)} ({ratio}x)')
+            assert ' | '.join(cells) in text, f'{network} {hook}'
+    if name == 'deeplabv3-r50':
+        for rate, networks in links.items():
+            one, two = (median(networks[network]['none']['seconds']) for network in networks)
+            assert rate == 'none' or f'{one} | {two} |' in README
+
+
+def test_the_table_of_federated_averaging_is_the_result():
+    result = json.loads((ROOT / 'results' / 'federated-camvid.json').read_text())
+    text = (ROOT / 'docs' / 'distributed.md').read_text()
+    for each in result['networks'].values():
+        scores = ' | '.join(f'{point["score"]:.2f}' for point in each['scores'])
+        assert f'| {each["bytes"] / 1e6:.2f} | {scores} | {each["scores"][-1]["bytes"] / 1e6:,.0f} |' in text

@@ -114,11 +114,14 @@ def _sweep() -> None:
 
 
 def limit(ends: Sequence[End], rate: str) -> None:
-    """Hold both directions of a link to a rate such as '100mbit'."""
+    """Hold both directions of a link to a rate such as '100mbit'.
+
+    Its queue is so long that nothing is dropped: how TCP recovers is not what is measured.
+    """
     # What passes at once, after a pause: 1 ms' worth, and no less than a few packets.
     burst = max(round(parse_rate(rate) / 8 / 1000), 8 * 1024)
     for end in ends:
-        shape = ('tbf', 'rate', rate, 'burst', f'{burst}b', 'latency', '50ms')
+        shape = ('tbf', 'rate', rate, 'burst', f'{burst}b', 'latency', '1s')
         _run('tc', '-n', end.namespace, 'qdisc', 'replace', 'dev', end.interface, 'root', *shape)
 
 

@@ -1,0 +1,285 @@
+"""Every network that an installed library offers: retrofitted, trained for a step, stored, loaded, materialised."""
+
+import json
+import multiprocessing
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from copy import deepcopy
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import Tensor, nn
+
+from ..checkpoint import load_compact, save_compact
+from ..conv import generated_convs
+from ..errors import CSGError
+from ..report import summarise
+from ..retrofit import generable, materialise, retrofit
+from .batches import random_batch
+from .launch import replace_sync_bn
+
+SCOPES = ('mmseg', 'mmpretrain', 'torchvision', 'timm')
+# Smallest first; some networks take one size alone.
+SIZES = (64, 128, 224, 256, 384, 512)
+SIDE, RATIO = 16, 9
+# What differs between configs and says nothing of the network.
+WEIGHTS = ('init_cfg', 'pretrained', 'checkpoint')
+PRELOAD = ('csg_seg', 'mmseg.models', 'mmpretrain.models', 'torchvision', 'timm')
+
+
+def list_networks(scope: str) -> dict[str, Any]:
+    """Return what builds each distinct network of a library, by the name of its model or first config.
+
+    Args:
+        scope: one of :data:`SCOPES`.
+
+    Raises:
+        CSGError: there is no such scope, or its library is not installed.
+    """
+    if scope not in SCOPES:
+        raise CSGError(f'there is no scope {scope!r}; take one of {", ".join(SCOPES)}')
+    if find_spec(scope) is None:
+        raise CSGError(f'{scope} is not installed')
+    if scope == 'torchvision':
+        return {name: name for name in import_module('torchvision.models').list_models()}
+    if scope == 'timm':
+        return {name: name for name in import_module('timm').list_models()}
+    folder = Path(import_module(scope).__file__ or '').parent / '.mim' / 'configs'
+    networks: dict[str, Any] = {}
+    for path in sorted(folder.glob('*/*.py')):
+        if path.parent.name == '_base_':
+            continue
+        try:
+            model = _bare(Config.fromfile(str(path)).get('model'))
+        except Exception:  # a config for packages that are not there
+            continue
+        key = json.dumps(model, sort_keys=True, default=str)
+        if model:
+            networks.setdefault(key, (path.stem, model))
+    return dict(networks.values())
+
+
+def settings_for(model: nn.Module) -> list[dict[str, Any]]:
+    """Return a dict of settings for each kernel size, and each width of narrow groups, that a model's convs have.
+
+    Args:
+        model: dense.
+    """
+    shapes = Counter(
+        (min(SIDE, conv.weight.shape[1]) if conv.groups > 1 else SIDE, conv.kernel_size)
+        for conv in generable(model).values()
+    )
+    csg = []
+    # Wide slices first: they leave narrow groups to the next.
+    for width, kernel in sorted(shapes, reverse=True):
+        size = SIDE * width * torch.Size(kernel).numel()
+        csg.append(dict(slice_shape=(SIDE, width, *kernel), code_dim=max(1, size // RATIO)))
+    return csg
+
+
+def check_all(
+    scope: str,
+    networks: Mapping[str, Any],
+    *,
+    jobs: int = 1,
+    seconds: float = 300.0,
+    track: Callable[..., Iterable[Any]] = iter,
+) -> Iterator[dict[str, Any]]:
+    """Yield what :func:`check_network` finds of each network, in a process each, as they end.
+
+    Args:
+        scope: of the networks.
+        networks: of :func:`list_networks`.
+        jobs: networks at a time.
+        seconds: after which one is given up.
+        track: wraps the sequence of results, to show progress.
+    """
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload([name for name in PRELOAD if find_spec(name.split('.')[0])])
+    with ThreadPoolExecutor(jobs) as pool:
+        runs = [pool.submit(_apart, context, scope, name, spec, seconds) for name, spec in networks.items()]
+        for run in track(as_completed(runs), total=len(runs)):
+            yield run.result()
+
+
+def check_network(scope: str, spec: Any) -> dict[str, Any]:
+    """Retrofit a network with a generator for each kernel, and see that everything works.
+
+    Args:
+        scope: its library.
+        spec: a value of :func:`list_networks`.
+
+    Returns:
+        JSON-ready: ``result``, 'pass', 'no conv', 'not run dense' or 'fail'; ``reason`` of all but a pass; counts.
+    """
+    torch.manual_seed(0)
+    try:
+        model = _build(scope, spec)
+        run, run_loss = _runs(model)
+        used = _used(model, run_loss)
+    except Exception as error:  # whatever a foreign network makes of this machine and input
+        return {'result': 'not run dense', 'reason': _line(error)}
+    csg = settings_for(model)
+    if not csg:
+        return {'result': 'no conv', 'reason': 'it has no conv that could be generated'}
+    keys = list(model.state_dict())
+    try:
+        while True:
+            try:
+                retrofit(model, csg)
+                break
+            except CSGError as error:
+                # A kernel whose every conv would cost more: its generator takes nothing.
+                position = next(i for i in range(len(csg)) if str(error).startswith(f'csg[{i}] takes no layer'))
+                csg.pop(position)
+                if not csg:
+                    return {'result': 'no conv', 'reason': 'every conv would cost more generated'}
+        left = Counter(reason.split(':')[0].split(',')[0] for reason in model.csg.left_dense.values())
+        row = _check_retrofitted(model, run, run_loss, used, keys, lambda: _build(scope, spec))
+        return {**row, 'left_dense': dict(left)}
+    except Exception as error:
+        return {'result': 'fail', 'reason': _line(error)}
+
+
+def _bare(value: Any) -> Any:
+    """Return a config without what names weights."""
+    if isinstance(value, Mapping):
+        return {key: _bare(each) for key, each in value.items() if key not in WEIGHTS}
+    return [_bare(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _line(error: BaseException) -> str:
+    return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+
+
+def _apart(context: Any, scope: str, name: str, spec: Any, seconds: float) -> dict[str, Any]:
+    """Check one network in a process of its own, which may crash or hang."""
+    start = time.perf_counter()
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(scope, spec, send))
+    process.start()
+    send.close()
+    row = {'result': 'fail', 'reason': f'not done after {seconds:g} s'}
+    try:
+        if receive.poll(seconds):
+            row = receive.recv()
+    except EOFError:
+        process.join()
+        row = {'result': 'fail', 'reason': f'its process ended with status {process.exitcode}'}
+    process.kill()
+    process.join()
+    return {'scope': scope, 'name': name, **row, 'seconds': round(time.perf_counter() - start, 1)}
+
+
+def _send(scope: str, spec: Any, connection: Any) -> None:
+    torch.set_num_threads(1)
+    with open('/dev/null', 'w') as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):  # noqa: PTH123
+        row = check_network(scope, spec)
+    connection.send(row)
+
+
+def _build(scope: str, spec: Any) -> nn.Module:
+    if scope == 'torchvision':
+        models = import_module('torchvision.models')
+        try:
+            return models.get_model(spec, weights=None, weights_backbone=None)
+        except TypeError:
+            return models.get_model(spec, weights=None)
+    if scope == 'timm':
+        return import_module('timm').create_model(spec, pretrained=False)
+    init_default_scope(scope)
+    model = deepcopy(spec)
+    replace_sync_bn(model)
+    return MODELS.build(model)
+
+
+Run = Callable[[nn.Module], list[Tensor]]
+
+
+def _runs(model: nn.Module) -> tuple[Run, Run]:
+    """Return how to run a network, and how to get losses from it, on the smallest input that it takes."""
+    ours = hasattr(model, 'data_preprocessor')
+    last: Exception = ValueError('it takes no input')
+    for size in SIZES:
+        images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        options = {'mode': 'tensor'} if ours else {}
+
+        def run(network: nn.Module, images: Tensor = images, options: Any = options) -> list[Tensor]:
+            return _floats(network(images, **options))
+
+        try:
+            with torch.no_grad():
+                run(model.eval())
+        except Exception as error:
+            last = error
+            continue
+
+        def run_loss(network: nn.Module, size: int = size) -> list[Tensor]:
+            batch = random_batch(network, 2, size, size)
+            return [network.parse_losses(network(**batch, mode='loss'))[0]]
+
+        try:
+            run_loss(model.train())
+            return run, run_loss
+        except Exception:  # no head that it knows labels for: its outputs will do
+            run(model)
+            return run, run
+    raise last
+
+
+def _floats(outputs: Any) -> list[Tensor]:
+    """Return all floating tensors in what a network gives."""
+    if isinstance(outputs, Tensor):
+        return [outputs] if outputs.is_floating_point() else []
+    if isinstance(outputs, Mapping):
+        outputs = list(outputs.values())
+    return [each for part in outputs for each in _floats(part)] if isinstance(outputs, (list, tuple)) else []
+
+
+def _backward(model: nn.Module, run: Run) -> None:
+    model.zero_grad()
+    torch.stack([each.float().square().mean() for each in run(model.train())]).sum().backward()
+
+
+def _used(model: nn.Module, run: Run) -> set[str]:
+    """Return the parameters that the losses of a dense network depend on."""
+    _backward(model, run)
+    return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def _check_retrofitted(
+    model: nn.Module, run: Run, run_loss: Run, used: set[str], keys: Sequence[str], build: Callable[[], nn.Module]
+) -> dict[str, Any]:
+    _backward(model, run_loss)
+    convs = dict(generated_convs(model))
+    for name, conv in convs.items():
+        if f'{name}.weight' in used and (conv.code.grad is None or not conv.code.grad.isfinite().all()):
+            return {'result': 'fail', 'reason': f'{name}.code gets no finite gradient'}
+    fed = {id(conv.generator) for name, conv in convs.items() if f'{name}.weight' in used}
+    for position, generator in enumerate(model.csg):
+        gradient = generator.weight.grad
+        if id(generator) in fed and (gradient is None or not gradient.isfinite().all()):
+            return {'result': 'fail', 'reason': f'generator {position} gets no finite gradient'}
+    with torch.no_grad(), TemporaryDirectory() as folder:
+        expected = run(model.eval())
+        save_compact(model, Path(folder, 'small.safetensors'))
+        loaded = load_compact(Path(folder, 'small.safetensors'), build()).eval()
+        after_loading = run(loaded)
+        plain = run(materialise(model).eval())
+    for what, outputs in (('loaded', after_loading), ('materialised', plain)):
+        for one, other in zip(expected, outputs, strict=True):
+            if not torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(one.abs().max().nan_to_num()) + 1e-12):
+                return {'result': 'fail', 'reason': f'the {what} network differs by {float((one - other).abs().max())}'}
+    if list(model.state_dict()) != list(keys):
+        return {'result': 'fail', 'reason': 'materialised, its state dict has other names'}
+    ratio = summarise(loaded).compression_ratio
+    return {'result': 'pass', 'reason': '', 'generated': len(convs), 'ratio': round(ratio, 2)}

@@ -1,0 +1,69 @@
+"""Retrofit every network of an installed library; see that it trains, is stored, loaded and materialised."""
+
+import argparse
+import fnmatch
+import json
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+from csg_seg.cli import one_line_errors
+
+with one_line_errors():
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from csg_seg.cli import check_out
+    from csg_seg.errors import CSGError
+    from csg_seg.mm.zoo import SCOPES, check_all, list_networks
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--scope', required=True, choices=SCOPES, help='library')
+    parser.add_argument('--names', nargs='+', default=['*'], help="patterns of names (default: '*')")
+    parser.add_argument('--jobs', type=int, default=1, help='networks at a time (default: 1)')
+    parser.add_argument('--seconds', type=float, default=300, help='after which one is given up (default: 300)')
+    parser.add_argument('--out', required=True, help='file of a JSON line for each network')
+    parser.add_argument('--resume', action='store_true', help='leave out the networks that OUT holds already')
+    parser.add_argument('--json', action='store_true', help='print the rows as JSON instead of a table')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    with one_line_errors():
+        out = Path(args.out)
+        check_out(out, overwrite=args.resume)
+        networks = list_networks(args.scope)
+        chosen = {name: spec for name, spec in networks.items() if any(fnmatch.fnmatch(name, p) for p in args.names)}
+        if not chosen:
+            raise CSGError(f'no network of {args.scope} is named {args.names}; names look like {next(iter(networks))}')
+        rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+        done = {row['name'] for row in rows}
+        waiting = {name: spec for name, spec in chosen.items() if name not in done}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        progress = partial(track, description=args.scope, console=Console(stderr=True))
+        with out.open('a') as file:
+            for row in check_all(args.scope, waiting, jobs=args.jobs, seconds=args.seconds, track=progress):
+                rows.append(row)
+                file.write(json.dumps(row) + '\n')
+                file.flush()
+    print(json.dumps(rows)) if args.json else print_table(rows)
+    sys.exit(any(row['result'] == 'fail' for row in rows))
+
+
+def print_table(rows: list) -> None:
+    """Print the networks that did not pass, and the counts."""
+    table = Table('network', 'result', 'reason', 'seconds')
+    for row in rows:
+        if row['result'] != 'pass':
+            table.add_row(row['name'], row['result'], row['reason'], str(row['seconds']))
+    Console(width=None if sys.stdout.isatty() else 130).print(table)
+    print(', '.join(f'{count} {result}' for result, count in Counter(row['result'] for row in rows).most_common()))
+
+
+if __name__ == '__main__':
+    main()
