@@ -1,0 +1,80 @@
+"""The check of a whole library: a generator for each kernel, everything tried, nothing hidden."""
+
+import json
+
+import pytest
+import timm
+import torch
+import torchvision
+from conftest import run_tool
+
+from csg_seg import retrofit
+from csg_seg.bank import find_bank
+from csg_seg.errors import CSGError
+from csg_seg.mm.zoo import check_network, list_networks, settings_for
+
+
+@pytest.mark.parametrize(
+    ('scope', 'name', 'generated'),
+    [
+        ('torchvision', 'squeezenet1_0', 25),  # 8 modules of 3, and the classifier
+        ('torchvision', 'mobilenet_v3_small', 51),  # 1x1, and depthwise 3x3 and 5x5
+        ('timm', 'resnext26ts', None),
+    ],
+)
+def test_a_network_passes_with_every_conv_but_its_first_generated(scope, name, generated):
+    row = check_network(scope, name)
+    assert (row['result'], row['reason']) == ('pass', '')
+    assert generated is None or row['generated'] == generated
+    assert sum(row['left_dense'].values()) == 1
+    assert row['ratio'] > 1
+
+
+def test_there_is_a_dict_for_each_kernel_and_width_of_narrow_groups():
+    model = torchvision.models.mobilenet_v3_small()
+    shapes = [each['slice_shape'] for each in settings_for(model)]
+    assert shapes == [(16, 16, 1, 1), (16, 1, 5, 5), (16, 1, 3, 3)]
+    retrofit(model, settings_for(model))
+    assert set(find_bank(model).left_dense.values()) == {"the network's first conv"}
+
+
+def test_a_network_that_does_not_run_dense_or_has_no_conv_says_so():
+    assert check_network('timm', 'no_such_network')['result'] == 'not run dense'
+    row = check_network('timm', 'vit_tiny_patch16_224')
+    assert (row['result'], row['reason']) == ('no conv', 'it has no conv that could be generated')
+
+
+def test_a_network_whose_gradients_are_not_finite_fails(monkeypatch):
+    def build(*_, **__):
+        model = torchvision.models.squeezenet1_0()
+        model.register_forward_hook(lambda module, _, output: output * torch.nan if module.training else output)
+        return model
+
+    monkeypatch.setattr(timm, 'create_model', build)
+    row = check_network('timm', 'broken')
+    assert row['result'] == 'fail' and 'gets no finite gradient' in row['reason']
+
+
+@pytest.mark.full
+def test_configs_of_one_network_are_checked_once():
+    networks = list_networks('mmseg')
+    models = [json.dumps(model, sort_keys=True, default=str) for model in networks.values()]
+    assert len(set(models)) == len(models) > 100
+    assert not any('pretrained' in text for text in models)
+    with pytest.raises(CSGError, match="there is no scope 'keras'; take one of mmseg"):
+        list_networks('keras')
+
+
+def test_the_tool_goes_on_where_it_stopped(tmp_path):
+    out = tmp_path / 'rows.jsonl'
+    first = {'scope': 'torchvision', 'name': 'squeezenet1_0', 'result': 'pass', 'reason': '', 'seconds': 1.0}
+    out.write_text(json.dumps(first) + '\n')
+    arguments = ['--scope', 'torchvision', '--names', 'squeezenet1_*', '--out', out, '--json']
+    refused = run_tool('analysis_tools/zoo_check.py', *arguments, check=False)
+    assert refused.returncode == 1 and 'exists' in refused.stderr
+    rows = json.loads(run_tool('analysis_tools/zoo_check.py', *arguments, '--resume').stdout)
+    assert rows[0] == first and [row['name'] for row in rows] == ['squeezenet1_0', 'squeezenet1_1']
+    assert rows[1]['result'] == 'pass'
+    assert [json.loads(line) for line in out.read_text().splitlines()] == rows
+    nothing = run_tool('analysis_tools/zoo_check.py', *arguments, '--names', 'alexnot', '--resume', check=False)
+    assert 'no network of torchvision is named' in nothing.stderr
