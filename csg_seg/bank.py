@@ -62,10 +62,7 @@ class GeneratorBank(nn.ModuleList):
         count = len({name.split('.')[0] for name in stored})
         if count != len(self):
             raise CSGError(f'the weights hold {count} generators, this network has {len(self)}')
-        for position, generator in enumerate(self):
-            state = stored.get(f'{position}._extra_state')
-            if state is not None:
-                check_meaning(generator.settings, state)
+        self.check_meanings(stored)
         for name, tensor in own.items():
             other = stored.get(name)
             if other is None:
@@ -82,6 +79,20 @@ class GeneratorBank(nn.ModuleList):
             for conv in self.fed.values():
                 if conv.generator is generator:
                     conv.code.copy_(draw_code(conv, rng))
+
+    def check_meanings(self, state_dict: Mapping[str, Tensor], prefix: str = '') -> None:
+        """Refuse generators that were made with settings of another meaning.
+
+        Args:
+            state_dict: holds the bank's entries, with the prefix before their names.
+
+        Raises:
+            CSGError: says which setting differs.
+        """
+        for position, generator in enumerate(self):
+            state = state_dict.get(f'{prefix}{position}._extra_state')
+            if state is not None:
+                check_meaning(generator.settings, state)
 
     def forget_loaded(self) -> None:
         """Drop dense weights that were loaded and not fitted."""
@@ -172,10 +183,7 @@ def check_state_dict(root: nn.Module, state_dict: dict[str, Tensor], prefix: str
         _check_dense_network(root, state_dict, prefix)
         state_dict.update(stored_bank)
         return
-    for position, generator in enumerate(bank):
-        state = state_dict.get(f'{prefix}{BANK}.{position}._extra_state')
-        if state is not None:
-            check_meaning(generator.settings, state)
+    bank.check_meanings(state_dict, f'{prefix}{BANK}.')
     wanted: dict[str, Tensor] = dict(stored_bank)
     for name, conv in convs.items():
         wanted |= {f'{prefix}{name}.{key}': tensor for key, tensor in conv.stored().items()}

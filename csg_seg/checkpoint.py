@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .bank import BANK, find_bank, find_roots
 from .builders import build, check_source, decode_source, encode_source
-from .conv import DENSE_KINDS, dense_convs, generated_convs
+from .conv import DENSE_KINDS, find_convs, generated_convs
 from .errors import CSGError
 from .generator import MEANING, build_generator, encode_meaning
 from .precision import lower, matrices, restore
@@ -340,7 +340,7 @@ def _shapes_when_retrofitted(model: nn.Module, compact: Compact) -> dict[str, tu
 
 
 def _retrofit_like(model: nn.Module, compact: Compact) -> None:
-    convs = dense_convs(model)
+    convs = find_convs(model)
     left_dense = {name: 'dense in the compact checkpoint' for name in convs if name not in compact.layers}
     taken = {name: position for name, (position, _) in compact.layers.items()}
     swap_layers(model, compact.settings, taken, left_dense)

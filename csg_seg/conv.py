@@ -198,7 +198,7 @@ def swap_out(conv: CSGConv) -> None:
     conv._parameters.update({'weight': dense, **others})
 
 
-def dense_convs(model: nn.Module) -> dict[str, _ConvNd]:
+def find_convs(model: nn.Module) -> dict[str, _ConvNd]:
     """Return each conv of torch by name, dense and generated, subclasses included."""
     return {name: module for name, module in model.named_modules() if isinstance(module, DENSE_KINDS)}
 

@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from .bank import BANK, GeneratorBank, attach_bank, detach_bank, find_bank, find_roots
-from .conv import CSGConv, add_residual, dense_convs, generated_convs, named_convs, swap_in, swap_out
+from .conv import CSGConv, add_residual, find_convs, generated_convs, named_convs, swap_in, swap_out
 from .errors import CSGError, abridge
 from .generator import build_generator
 from .settings import Settings, matches
@@ -189,7 +189,7 @@ def choose_layers(model: nn.Module, settings: Sequence[Settings]) -> tuple[dict[
     Raises:
         CSGError: a dict takes no layer, a pattern names none, or a layer that is named in full cannot be generated.
     """
-    convs = dense_convs(model)
+    convs = find_convs(model)
     obstacles = _obstacles(model, convs)
     first = next(iter(convs), None)
     for position, each in enumerate(settings):
@@ -202,7 +202,7 @@ def choose_layers(model: nn.Module, settings: Sequence[Settings]) -> tuple[dict[
             left_dense[name] = obstacles[name]
             continue
         for position, each in enumerate(settings):
-            reason = _reason_to_pass(name, conv, each, is_first=name == first)
+            reason = reason_to_pass(name, conv, each, is_first=name == first)
             if reason is None:
                 taken[name] = position
                 left_dense.pop(name, None)
@@ -217,14 +217,14 @@ def choose_layers(model: nn.Module, settings: Sequence[Settings]) -> tuple[dict[
 
 def generable(model: nn.Module) -> dict[str, _ConvNd]:
     """Return the convs, by name, that a generator takes without being named in full."""
-    everything = dense_convs(model)
+    everything = find_convs(model)
     obstacles = _obstacles(model, everything)
     first = next(iter(everything), None)
     convs: dict[str, _ConvNd] = {}
     for name, conv in everything.items():
         if name not in obstacles:
             widest = Settings(slice_shape=tuple(conv.weight.shape), code_dim=1)
-            if _reason_to_pass(name, conv, widest, is_first=name == first) is None:
+            if reason_to_pass(name, conv, widest, is_first=name == first) is None:
                 convs[name] = conv
     return convs
 
@@ -232,7 +232,7 @@ def generable(model: nn.Module) -> dict[str, _ConvNd]:
 _OTHER_KERNEL = 'no generator of its kernel size'
 
 
-def _reason_to_pass(name: str, conv: _ConvNd, settings: Settings, *, is_first: bool) -> str | None:
+def reason_to_pass(name: str, conv: _ConvNd, settings: Settings, *, is_first: bool) -> str | None:
     """Say why a generator does not take a conv; None when it takes it."""
     if conv.kernel_size != settings.kernel:
         return _OTHER_KERNEL

@@ -114,7 +114,7 @@ def test_ratios_are_those_of_the_same_rounds():
     ('change', 'said'),
     [
         ({'hooks': ['zip']}, "there is no hook 'zip'; take some of none, fp16, powersgd"),
-        ({'rates': ['fast']}, "'fast' is no rate of a link; give one such as 100mbit"),
+        ({'rates': ['fast']}, "'fast' is no rate of a link; give one from 10kbit to 100gbit, such as 100mbit or 1gbit"),
         ({'rates': ['0mbit']}, "'0mbit' is no rate"),
         ({'rates': ['1gbit'], 'processes': 4}, 'a link has two ends; take 2 processes, not 4'),
         ({'processes': 0}, 'processes=0'),

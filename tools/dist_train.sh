@@ -8,7 +8,8 @@ GPUS=${2:?usage: tools/dist_train.sh CONFIG GPUS [arguments of train.py]}
 MASTER="${MASTER_ADDR:-127.0.0.1}:${PORT:-29500}"
 RENDEZVOUS=(--node_rank="${NODE_RANK:-0}" --master_addr="${MASTER%:*}" --master_port="${MASTER##*:}")
 if [ "${MAX_RESTARTS:-0}" != 0 ]; then
-    # Static addresses would lead workers that are started again to those that are dead.
+    # Workers that are started again meet anew: addresses of those before them lead nowhere.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     RENDEZVOUS=(--rdzv_backend=c10d --rdzv_endpoint="$MASTER" --max_restarts="$MAX_RESTARTS")
 fi
 PYTHONPATH="$(dirname "$0")/..:${PYTHONPATH:-}" \

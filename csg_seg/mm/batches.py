@@ -1,10 +1,10 @@
-"""Random batches, for measurements that need no data set."""
+"""Random batches, and what a training step holds: for measurements that need no data set."""
 
 from typing import Any
 
 import torch
 from mmengine.structures import BaseDataElement, PixelData
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import CSGError
 
@@ -38,3 +38,14 @@ def random_batch(model: nn.Module, n: int, height: int, width: int, *, seed: int
         labels = torch.randint(classes, (n, 1), generator=rng).to(device)
         samples = [BaseDataElement(gt_label=label) for label in labels]
     return dict(inputs=images, data_samples=samples)
+
+
+def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Return what a model and its optimizer hold after a step, in bytes: parameters, gradients, optimizer state."""
+    parameters = list(model.parameters())
+    states = [each for state in optimizer.state.values() for each in state.values()]
+    return {
+        'parameter_bytes': sum(each.nbytes for each in parameters),
+        'gradient_bytes': sum(each.grad.nbytes for each in parameters if each.grad is not None),
+        'optimizer_bytes': sum(each.nbytes for each in states if isinstance(each, Tensor)),
+    }

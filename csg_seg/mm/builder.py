@@ -30,18 +30,26 @@ def describe(cfg: Config) -> dict[str, Any]:
     Raises:
         CSGError: the config holds values that JSON cannot hold, or names files.
     """
-    model = cfg.model.to_dict()
-    if model['type'] in ('CSGModel', 'TaughtModel'):
-        model['type'] = model.pop('base_type')
-        model = {key: value for key, value in model.items() if key not in ('csg', 'teacher', 'generators_from')}
+    model = dense_model(cfg)
     if cfg.get('data_preprocessor') and 'data_preprocessor' not in model:  # as a Runner does
         model['data_preprocessor'] = cfg.data_preprocessor.to_dict()
-    source: dict[str, Any] = dict(builder='mmengine', scope=cfg.get('default_scope', 'mmseg'), model=_bare(model))
+    source: dict[str, Any] = dict(
+        builder='mmengine', scope=cfg.get('default_scope', 'mmseg'), model=without_weights(model)
+    )
     if cfg.get('test_pipeline'):
         source['test_pipeline'] = [dict(each) for each in cfg.test_pipeline]
     check_source(source)
     _check_all(**source)
     return source
+
+
+def dense_model(cfg: Config) -> dict[str, Any]:
+    """Return the ``model`` of a config without what csg_seg's model doors add."""
+    model = cfg.model.to_dict()
+    if model['type'] in ('CSGModel', 'TaughtModel'):
+        model['type'] = model.pop('base_type')
+        model = {key: value for key, value in model.items() if key not in ('csg', 'teacher', 'generators_from')}
+    return model
 
 
 @register_builder('mmengine')
@@ -57,18 +65,18 @@ def build_mmengine(*, scope: str, model: Mapping[str, Any], test_pipeline: list 
         CSGError: a type is not registered, or a file or an address is named.
     """
     _check_all(scope=scope, model=model, test_pipeline=test_pipeline)
-    cfg = Config(dict(model=_bare(model), default_scope=scope, test_pipeline=test_pipeline or []))
+    cfg = Config(dict(model=without_weights(model), default_scope=scope, test_pipeline=test_pipeline or []))
     init_default_scope(scope)
     network = MODELS.build(deepcopy(cfg.model))
     network.cfg = cfg
     return network
 
 
-def _bare(value: Any) -> Any:
+def without_weights(value: Any) -> Any:
     """Return a config without what says where its weights come from."""
     if isinstance(value, Mapping):
-        return {key: _bare(each) for key, each in value.items() if key not in WEIGHTS}
-    return type(value)(_bare(each) for each in value) if type(value) in (list, tuple) else value
+        return {key: without_weights(each) for key, each in value.items() if key not in WEIGHTS}
+    return type(value)(without_weights(each) for each in value) if type(value) in (list, tuple) else value
 
 
 def _check_all(*, scope: str, model: Any, test_pipeline: Any = None, builder: str = 'mmengine') -> None:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -11,6 +10,7 @@ from torch import nn
 
 from ..errors import CSGError
 from ..plan import Point, predict
+from .results import save_figure
 
 # Omidvar et al., AISTATS 2021: for small and for large networks.
 PAPER = {
@@ -41,7 +41,6 @@ def draw_curve(curve: Sequence[Point], marks: Mapping[str, Point], path: str | o
         path: of the picture; its ending names the format.
         title: the network's name.
     """
-    path = Path(path)
     figure = Figure(figsize=(7, 4.5), layout='constrained')
     axis = figure.subplots()
     dense = curve[-1].stored_params * curve[-1].compression_ratio
@@ -62,8 +61,4 @@ def draw_curve(curve: Sequence[Point], marks: Mapping[str, Point], path: str | o
     axis.set_title(f'{title}: {dense / 1e6:.2f} M parameters dense')
     axis.grid(which='both', alpha=0.3)
     axis.legend(loc='lower right')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    except (ValueError, OSError) as error:
-        raise CSGError(f'{path}: cannot be drawn ({error}); give a name that ends in .png') from None
+    save_figure(figure, path)

@@ -1,13 +1,14 @@
 """What workers of one training hold and exchange, and how long a step takes over a link of a given speed."""
 
 import os
-import socket
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from torch.futures import Future
 from torch.multiprocessing.spawn import ProcessException
 from torch.nn.parallel import DistributedDataParallel
 
-from ..bank import BANK
+from ..bank import find_bank
 from ..errors import CSGError
-from .batches import random_batch
+from .batches import held_bytes, random_batch
 from .launch import replace_sync_bn
 from .links import End, limit, link, parse_rate
 from .model import build_model
@@ -47,7 +48,6 @@ class Measurement:
         rounds: of steps at each rate.
         batch_size: images of each rank.
         size: height and width of them, in pixels.
-        threads: of each rank.
 
     Raises:
         CSGError: a value is out of range.
@@ -59,17 +59,15 @@ class Measurement:
     rounds: int = 3
     batch_size: int = 2
     size: tuple[int, int] = (64, 64)
-    threads: int = 1
 
     def __post_init__(self) -> None:
         unknown = [hook for hook in self.hooks if hook not in HOOKS]
         if unknown:
             raise CSGError(f'there is no hook {unknown[0]!r}; take some of {", ".join(HOOKS)}')
-        if min(self.processes, self.rounds, self.threads, *self.size) < 1 or self.batch_size < 2:
+        if min(self.processes, self.rounds, *self.size) < 1 or self.batch_size < 2:
             raise CSGError(
                 f'cannot measure with processes={self.processes}, rounds={self.rounds}, batch_size={self.batch_size}, '
-                f'size={tuple(self.size)}, threads={self.threads}: each is at least 1, and batch_size 2, because of '
-                'batch norm'
+                f'size={tuple(self.size)}: each is at least 1, and batch_size 2, because of batch norm'
             )
         for rate in self.rates:
             parse_rate(rate)
@@ -82,23 +80,23 @@ class CountingHook:
     """A communication hook of DDP that hands buckets to one of PyTorch's, and notes what DDP gave it.
 
     Attributes:
-        names: of the parameters, by identity.
+        generator: identities of the generators' parameters.
         hook: of :data:`HOOKS`, used for the next step.
         buckets: bytes of each bucket of the last step, in their order, and whether a generator is in it.
     """
 
-    names: Mapping[int, str]
+    generator: set[int]
     hook: str = 'none'
     buckets: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._power_sgd = PowerSGDState(None, matrix_approximation_rank=POWERSGD_RANK, start_powerSGD_iter=2)
 
-    def __call__(self, bucket: dist.GradBucket) -> Future:
+    def exchange(self, bucket: dist.GradBucket) -> Future[torch.Tensor]:
         """Exchange a bucket of gradients."""
         if bucket.index() == 0:
             self.buckets.clear()
-        held = any(self.names[id(parameter)].startswith(f'{BANK}.') for parameter in bucket.parameters())
+        held = any(id(parameter) in self.generator for parameter in bucket.parameters())
         self.buckets.append({'bytes': bucket.buffer().nbytes, 'generator': held})
         if self.hook == 'fp16':
             return fp16_compress_hook(None, bucket)
@@ -111,20 +109,17 @@ class CountingHook:
         return allreduce_hook(None, bucket)
 
 
-def _exchange(state: CountingHook, bucket: dist.GradBucket) -> Future[torch.Tensor]:
-    return state(bucket)
-
-
 class Trainee:
     """A network under DDP, with its optimizer and a batch of random images of this rank's own."""
 
     def __init__(self, cfg: Config, measurement: Measurement):
         torch.manual_seed(0)
         self.model = build_model(cfg)
-        self.hook = CountingHook({id(parameter): name for name, parameter in self.model.named_parameters()})
+        bank = find_bank(self.model)
+        self.hook = CountingHook({id(parameter) for parameter in bank.parameters()} if bank else set())
         self.batch = random_batch(self.model, measurement.batch_size, *measurement.size, seed=dist.get_rank())
         self.ddp = DistributedDataParallel(self.model, broadcast_buffers=False)
-        self.ddp.register_comm_hook(self.hook, _exchange)
+        self.ddp.register_comm_hook(self.hook, CountingHook.exchange)
         self.optimizer = build_optim_wrapper(self.model, cfg.optim_wrapper).optimizer
 
     def step(self, hook: str) -> float:
@@ -143,12 +138,8 @@ class Trainee:
 
     def figures(self) -> dict[str, Any]:
         """Return what a rank holds, and hands to be all-reduced in a step, in bytes."""
-        parameters = list(self.model.parameters())
-        held = [each for state in self.optimizer.state.values() for each in state.values()]
         return {
-            'parameter_bytes': sum(each.nbytes for each in parameters),
-            'gradient_bytes': sum(each.grad.nbytes for each in parameters if each.grad is not None),
-            'optimizer_bytes': sum(each.nbytes for each in held if isinstance(each, torch.Tensor)),
+            **held_bytes(self.model, self.optimizer),
             'all_reduced_bytes': sum(each['bytes'] for each in self.hook.buckets),
             'buckets': list(self.hook.buckets),
         }
@@ -172,10 +163,10 @@ def measure_exchange(cfgs: Mapping[str, Config], measurement: Measurement) -> di
     for cfg in cfgs.values():
         replace_sync_bn(cfg.model)
         random_batch(build_model(cfg), 1, 1, 1)  # a mistake in a config shows here, in one line
-    with link() if measurement.rates else nullcontext() as ends:
+    with link() if measurement.rates else nullcontext() as ends, TemporaryDirectory() as folder:
         context = torch.multiprocessing.get_context('spawn')
         results = context.SimpleQueue()
-        arguments = (cfgs, measurement, ends, _free_port(), results)
+        arguments = (cfgs, measurement, ends, Path(folder, 'store'), results)
         workers = torch.multiprocessing.spawn(_work, arguments, nprocs=measurement.processes, join=False)
         try:
             while not workers.join(timeout=1):
@@ -195,30 +186,22 @@ def summarise_seconds(seconds: Sequence[float], reference: Sequence[float]) -> d
     return {'seconds': statistics.median(seconds), 'ratio': statistics.median(ratios)}
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
-
-
 def _work(
     rank: int,
     cfgs: Mapping[str, Config],
     measurement: Measurement,
     ends: tuple[End, End] | None,
-    port: int,
+    store: Path,
     results: Any,
 ) -> None:
     """Do one rank's part; the first gives back what is found."""
-    torch.set_num_threads(measurement.threads)
-    address = '127.0.0.1'
+    torch.set_num_threads(1)
     if ends is not None:
         ends[rank].enter()
-        address = ends[0].address
         os.environ['GLOO_SOCKET_IFNAME'] = ends[rank].interface
     # Ranks of one machine need no host name, which may lead elsewhere.
     os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')
-    dist.init_process_group('gloo', f'tcp://{address}:{port}', rank=rank, world_size=measurement.processes)
+    dist.init_process_group('gloo', f'file://{store}', rank=rank, world_size=measurement.processes)
     try:
         trainees = {name: Trainee(cfg, measurement) for name, cfg in cfgs.items()}
         cases = [(name, hook) for name in trainees for hook in measurement.hooks]

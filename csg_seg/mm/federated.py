@@ -23,6 +23,7 @@ from ..errors import CSGError, abridge
 from .hooks import CheckpointGuardHook
 from .launch import check_data, check_starts, read_config
 from .model import build_model
+from .results import save_figure
 
 
 def federate(
@@ -65,7 +66,7 @@ def federate(
     Raises:
         CSGError: a number is out of range, nothing trained matches ``travels``, or there is no such metric.
     """
-    check_federated(cfg, travels, workers=workers, rounds=rounds, steps=steps, test_every=test_every)
+    _check_numbers(workers=workers, rounds=rounds, steps=steps, test_every=test_every)
     cfg = deepcopy(cfg)
     cfg.load_from = str(checkpoint)
     runner = Runner.from_cfg(cfg)
@@ -107,6 +108,7 @@ def read_networks(args: Namespace, numbers: Mapping[str, int]) -> dict[str, Conf
         FileNotFoundError: a file is missing.
         CSGError: says what is wrong.
     """
+    _check_numbers(**numbers)
     if Path(args.work_dir).is_file():
         raise CSGError(f'--work-dir {args.work_dir} is a file; give a folder')
     configs: dict[str, Config] = {}
@@ -120,23 +122,15 @@ def read_networks(args: Namespace, numbers: Mapping[str, int]) -> dict[str, Conf
         for split in ('train', 'test'):
             check_data(cfg, split)
         check_starts(cfg)
-        check_federated(cfg, travels, **numbers)
+        _shared(build_model(cfg), travels)
+        _loaders(cfg, numbers['workers'])
     return configs
 
 
-def check_federated(cfg: Config, travels: str, *, workers: int, rounds: int, steps: int, test_every: int) -> None:
-    """Refuse, before anything is trained, what :func:`federate` cannot do.
-
-    Raises:
-        CSGError: says what.
-    """
-    if min(workers, rounds, steps, test_every) < 1:
-        raise CSGError(
-            f'cannot work with workers={workers}, rounds={rounds}, steps={steps}, test_every={test_every}: '
-            'each is at least 1'
-        )
-    _shared(build_model(cfg), travels)
-    _loaders(cfg, workers)
+def _check_numbers(**numbers: int) -> None:
+    if min(numbers.values()) < 1:
+        given = ', '.join(f'{key}={value}' for key, value in numbers.items())
+        raise CSGError(f'cannot work with {given}: each is at least 1')
 
 
 def draw_federated(networks: Mapping[str, Mapping[str, Any]], path: str | os.PathLike, *, metric: str) -> None:
@@ -163,12 +157,7 @@ def draw_federated(networks: Mapping[str, Mapping[str, Any]], path: str | os.Pat
     for axis in (by_round, by_bytes):
         axis.grid(which='both', alpha=0.3)
     by_round.legend(loc='lower right')
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    except (ValueError, OSError) as error:
-        raise CSGError(f'{path}: cannot be drawn ({error}); give a name that ends in .png') from None
+    save_figure(figure, path)
 
 
 def _shared(model: nn.Module, travels: str) -> dict[str, Tensor]:
@@ -186,8 +175,8 @@ def _shared(model: nn.Module, travels: str) -> dict[str, Tensor]:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a state dict that can be averaged; they share the model's memory."""
-    state_dict = {name: each for name, each in model.state_dict().items() if isinstance(each, Tensor)}
-    return {name: each for name, each in state_dict.items() if each.is_floating_point()}
+    state_dict = model.state_dict().items()
+    return {name: each for name, each in state_dict if isinstance(each, Tensor) and each.is_floating_point()}
 
 
 def _get(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:

@@ -137,14 +137,7 @@ def use_cpu_processes(cfg: Config) -> None:
         raise CSGError(
             f'--launcher {cfg.launcher}: {missing[0]} is not set; start it by tools/dist_train.sh or the like'
         )
-    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
-    if attempt == '0':
-        torch.distributed.init_process_group('gloo')
-    else:
-        # Workers that are started again must not find the addresses of those before them.
-        store, rank, world_size = next(torch.distributed.rendezvous('env://'))
-        store = torch.distributed.PrefixStore(f'attempt {attempt}', store)
-        torch.distributed.init_process_group('gloo', store=store, rank=rank, world_size=world_size)
+    torch.distributed.init_process_group('gloo')
     # Threads of gloo that still run at exit abort the process.
     atexit.register(_leave_process_group)
     cfg.env_cfg.dist_cfg = dict(backend='gloo')

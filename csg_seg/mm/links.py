@@ -56,7 +56,7 @@ def parse_rate(rate: str) -> float:
     return bits
 
 
-def check_links() -> None:
+def _check_machine() -> None:
     """Refuse a machine on which no link can be made.
 
     Raises:
@@ -76,7 +76,7 @@ def link() -> Iterator[tuple[End, End]]:
     Raises:
         CSGError: the machine does not allow it.
     """
-    check_links()
+    _check_machine()
     _sweep()
     tag = f'csg{os.getpid()}-'
     ends = End(f'{tag}a', 'linka', '10.91.0.1'), End(f'{tag}b', 'linkb', '10.91.0.2')

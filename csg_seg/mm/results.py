@@ -1,6 +1,7 @@
-"""Results of the comparing tools: their options, and the file they go to."""
+"""Results of the comparing tools: their options, the file they go to, pictures of them."""
 
 import json
+import os
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
@@ -8,8 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from ..checkpoint import write_whole
 from ..cli import check_out
+from ..errors import CSGError
 
 
 def add_result_options(parser: ArgumentParser) -> None:
@@ -37,3 +41,17 @@ def write_result(args: Namespace, figures: Mapping[str, Any]) -> dict[str, Any]:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, lambda partial: partial.write_text(json.dumps(result, indent=2) + '\n'))
     return result
+
+
+def save_figure(figure: Figure, path: str | os.PathLike) -> None:
+    """Save a picture, and make the folder it goes to.
+
+    Raises:
+        CSGError: the path cannot be written, or its ending names no format.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except (ValueError, OSError) as error:
+        raise CSGError(f'{path}: cannot be drawn ({error}); give a name that ends in .png') from None

@@ -1,7 +1,9 @@
 """Every network that an installed library offers: retrofitted, trained for a step, stored, loaded, materialised."""
 
 import json
+import math
 import multiprocessing
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,16 +25,16 @@ from ..checkpoint import load_compact, save_compact
 from ..conv import generated_convs
 from ..errors import CSGError
 from ..report import summarise
-from ..retrofit import generable, materialise, retrofit
+from ..retrofit import generable, materialise, reason_to_pass, retrofit
+from ..settings import Settings
 from .batches import random_batch
+from .builder import without_weights
 from .launch import replace_sync_bn
 
 SCOPES = ('mmseg', 'mmpretrain', 'torchvision', 'timm')
 # Smallest first; some networks take one size alone.
 SIZES = (64, 128, 224, 256, 384, 512)
 SIDE, RATIO = 16, 9
-# What differs between configs and says nothing of the network.
-WEIGHTS = ('init_cfg', 'pretrained', 'checkpoint')
 PRELOAD = ('csg_seg', 'mmseg.models', 'mmpretrain.models', 'torchvision', 'timm')
 
 
@@ -59,7 +61,7 @@ def list_networks(scope: str) -> dict[str, Any]:
         if path.parent.name == '_base_':
             continue
         try:
-            model = _bare(Config.fromfile(str(path)).get('model'))
+            model = without_weights(Config.fromfile(str(path)).get('model'))
         except Exception:  # a config for packages that are not there
             continue
         key = json.dumps(model, sort_keys=True, default=str)
@@ -69,20 +71,24 @@ def list_networks(scope: str) -> dict[str, Any]:
 
 
 def settings_for(model: nn.Module) -> list[dict[str, Any]]:
-    """Return a dict of settings for each kernel size, and each width of narrow groups, that a model's convs have.
+    """Return a dict of settings for each kernel size, and each width of narrow groups, of convs that cost less so.
 
     Args:
         model: dense.
     """
-    shapes = Counter(
-        (min(SIDE, conv.weight.shape[1]) if conv.groups > 1 else SIDE, conv.kernel_size)
-        for conv in generable(model).values()
-    )
+    waiting = generable(model)
+    shapes = {
+        (min(SIDE, conv.weight.shape[1]) if conv.groups > 1 else SIDE, conv.kernel_size) for conv in waiting.values()
+    }
     csg = []
     # Wide slices first: they leave narrow groups to the next.
     for width, kernel in sorted(shapes, reverse=True):
-        size = SIDE * width * torch.Size(kernel).numel()
-        csg.append(dict(slice_shape=(SIDE, width, *kernel), code_dim=max(1, size // RATIO)))
+        slice_shape = (SIDE, width, *kernel)
+        settings = Settings(slice_shape=slice_shape, code_dim=max(1, math.prod(slice_shape) // RATIO))
+        left = {name: conv for name, conv in waiting.items() if reason_to_pass(name, conv, settings, is_first=False)}
+        if len(left) < len(waiting):
+            csg.append(dict(slice_shape=slice_shape, code_dim=settings.code_dim))
+        waiting = left
     return csg
 
 
@@ -92,7 +98,7 @@ def check_all(
     *,
     jobs: int = 1,
     seconds: float = 300.0,
-    track: Callable[..., Iterable[Any]] = iter,
+    track: Callable[..., Iterable[Any]],
 ) -> Iterator[dict[str, Any]]:
     """Yield what :func:`check_network` finds of each network, in a process each, as they end.
 
@@ -101,7 +107,7 @@ def check_all(
         networks: of :func:`list_networks`.
         jobs: networks at a time.
         seconds: after which one is given up.
-        track: wraps the sequence of results, to show progress.
+        track: wraps the results, of which there are ``total``, to show progress.
     """
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload([name for name in PRELOAD if find_spec(name.split('.')[0])])
@@ -121,6 +127,9 @@ def check_network(scope: str, spec: Any) -> dict[str, Any]:
     Returns:
         JSON-ready: ``result``, 'pass', 'no conv', 'not run dense' or 'fail'; ``reason`` of all but a pass; counts.
     """
+    nothing = {'result': 'no conv', 'reason': 'it has no conv that could be generated and would cost less so'}
+    if _sketch(scope, spec) == []:
+        return nothing
     torch.manual_seed(0)
     try:
         model = _build(scope, spec)
@@ -130,31 +139,15 @@ def check_network(scope: str, spec: Any) -> dict[str, Any]:
         return {'result': 'not run dense', 'reason': _line(error)}
     csg = settings_for(model)
     if not csg:
-        return {'result': 'no conv', 'reason': 'it has no conv that could be generated'}
+        return nothing
     keys = list(model.state_dict())
     try:
-        while True:
-            try:
-                retrofit(model, csg)
-                break
-            except CSGError as error:
-                # A kernel whose every conv would cost more: its generator takes nothing.
-                position = next(i for i in range(len(csg)) if str(error).startswith(f'csg[{i}] takes no layer'))
-                csg.pop(position)
-                if not csg:
-                    return {'result': 'no conv', 'reason': 'every conv would cost more generated'}
+        retrofit(model, csg)
         left = Counter(reason.split(':')[0].split(',')[0] for reason in model.csg.left_dense.values())
         row = _check_retrofitted(model, run, run_loss, used, keys, lambda: _build(scope, spec))
         return {**row, 'left_dense': dict(left)}
     except Exception as error:
         return {'result': 'fail', 'reason': _line(error)}
-
-
-def _bare(value: Any) -> Any:
-    """Return a config without what names weights."""
-    if isinstance(value, Mapping):
-        return {key: _bare(each) for key, each in value.items() if key not in WEIGHTS}
-    return [_bare(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _line(error: BaseException) -> str:
@@ -182,7 +175,7 @@ def _apart(context: Any, scope: str, name: str, spec: Any, seconds: float) -> di
 
 def _send(scope: str, spec: Any, connection: Any) -> None:
     torch.set_num_threads(1)
-    with open('/dev/null', 'w') as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):  # noqa: PTH123
+    with Path(os.devnull).open('w') as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         row = check_network(scope, spec)
     connection.send(row)
 
@@ -200,6 +193,15 @@ def _build(scope: str, spec: Any) -> nn.Module:
     model = deepcopy(spec)
     replace_sync_bn(model)
     return MODELS.build(model)
+
+
+def _sketch(scope: str, spec: Any) -> list[dict[str, Any]] | None:
+    """Return the settings for a network whose weights take neither time nor memory, None where it has to be built."""
+    try:
+        with torch.device('meta'):
+            return settings_for(_build(scope, spec))
+    except Exception:  # what computes with its values while it is built
+        return None
 
 
 Run = Callable[[nn.Module], list[Tensor]]

@@ -30,7 +30,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--rounds', type=int, default=3, help='steps of each network, hook and link (default: 3)')
     parser.add_argument('--batch-size', type=int, default=2, help='images of a rank (default: 2)')
     parser.add_argument('--size', type=int, nargs=2, default=[64, 64], help='height and width (default: 64 64)')
-    parser.add_argument('--threads', type=int, default=1, help='of each rank (default: 1)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings of all: key=value ...')
     add_result_options(parser)
     return parser.parse_args()
@@ -66,7 +65,7 @@ def main() -> None:
         cfgs = {Path(path).stem: read_config(path, args.cfg_options) for path in args.configs}
         if len(cfgs) < len(args.configs):
             raise CSGError('two of the configs have one name; give each its own')
-        settings = {key: getattr(args, key) for key in ('processes', 'hooks', 'rounds', 'batch_size', 'threads')}
+        settings = {key: getattr(args, key) for key in ('processes', 'hooks', 'rounds', 'batch_size')}
         measurement = Measurement(**settings, rates=args.links, size=tuple(args.size))
         with redirect_stdout(sys.stderr):  # mmengine prints notes, stdout is for the result
             figures = measure_exchange(cfgs, measurement)
