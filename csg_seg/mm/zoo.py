@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,7 +35,12 @@ from .launch import replace_sync_bn
 SCOPES = ('mmseg', 'mmpretrain', 'torchvision', 'timm')
 # Smallest first; some networks take one size alone.
 SIZES = (64, 128, 224, 256, 384, 512)
-SIDE, RATIO = 16, 9
+# Settings of a network that two of its configs may have different.
+OTHERWISE = 'data_preprocessor|train_cfg|test_cfg|num_classes|loss.*'
+FRAMES = 16
+RATIO = 9
+# Values of a slice: more, and the generator would outweigh a network with few convs of its kernel.
+LARGEST_SLICE = 16 * 16 * 3 * 3
 PRELOAD = ('csg_seg', 'mmseg.models', 'mmpretrain.models', 'torchvision', 'timm')
 
 
@@ -64,7 +70,7 @@ def list_networks(scope: str) -> dict[str, Any]:
             model = without_weights(Config.fromfile(str(path)).get('model'))
         except Exception:  # a config for packages that are not there
             continue
-        key = json.dumps(model, sort_keys=True, default=str)
+        key = json.dumps(_network(model), sort_keys=True, default=str)
         if model:
             networks.setdefault(key, (path.stem, model))
     return dict(networks.values())
@@ -77,13 +83,14 @@ def settings_for(model: nn.Module) -> list[dict[str, Any]]:
         model: dense.
     """
     waiting = generable(model)
-    shapes = {
-        (min(SIDE, conv.weight.shape[1]) if conv.groups > 1 else SIDE, conv.kernel_size) for conv in waiting.values()
-    }
+    shapes = set()
+    for conv in waiting.values():
+        side = next(side for side in (16, 8, 4) if side == 4 or side**2 * math.prod(conv.kernel_size) <= LARGEST_SLICE)
+        width = min(side, conv.weight.shape[1]) if conv.groups > 1 else side
+        shapes.add((side, width, *conv.kernel_size))
     csg = []
     # Wide slices first: they leave narrow groups to the next.
-    for width, kernel in sorted(shapes, reverse=True):
-        slice_shape = (SIDE, width, *kernel)
+    for slice_shape in sorted(shapes, reverse=True):
         settings = Settings(slice_shape=slice_shape, code_dim=max(1, math.prod(slice_shape) // RATIO))
         left = {name: conv for name, conv in waiting.items() if reason_to_pass(name, conv, settings, is_first=False)}
         if len(left) < len(waiting):
@@ -150,6 +157,15 @@ def check_network(scope: str, spec: Any) -> dict[str, Any]:
         return {'result': 'fail', 'reason': _line(error)}
 
 
+def _network(value: Any) -> Any:
+    """Return of a config what makes the network another one: no data, no losses, no number of classes."""
+    if isinstance(value, Mapping):
+        return {key: _network(each) for key, each in value.items() if not re.fullmatch(OTHERWISE, key)}
+    if isinstance(value, (list, tuple)):
+        return [_network(each) for each in value]
+    return 'BN' if value == 'SyncBN' else value
+
+
 def _line(error: BaseException) -> str:
     return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
 
@@ -209,33 +225,59 @@ Run = Callable[[nn.Module], list[Tensor]]
 
 def _runs(model: nn.Module) -> tuple[Run, Run]:
     """Return how to run a network, and how to get losses from it, on the smallest input that it takes."""
-    ours = hasattr(model, 'data_preprocessor')
-    last: Exception = ValueError('it takes no input')
+    first: Exception | None = None
     for size in SIZES:
+        for arguments, options in _inputs(model, size):
+
+            def run(network: nn.Module, arguments: Any = arguments, options: Any = options) -> list[Tensor]:
+                return _floats(network(*arguments, **options))
+
+            try:
+                with torch.no_grad():
+                    run(model.eval())
+            except Exception as error:
+                first = first or error
+                continue
+            return run, _loss_run(model, run, size)
+    raise first or ValueError('it takes no input')
+
+
+def _inputs(model: nn.Module, size: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Yield what networks take: images, a list of them, a pair, a video."""
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    if hasattr(model, 'data_preprocessor'):
+        yield (images,), {'mode': 'tensor'}
+        return
+    yield (images,), {}
+    if not type(model).__module__.startswith('torchvision'):
+        return
+    yield (list(images),), {}
+    yield (images, images), {}
+    yield (images[:, :, None].expand(-1, -1, FRAMES, -1, -1),), {}
+
+
+def _loss_run(model: nn.Module, run: Run, size: int) -> Run:
+    """Return how to get losses, with labels where the network is known to take them, and outputs elsewhere."""
+
+    def run_loss(network: nn.Module) -> list[Tensor]:
+        batch = random_batch(network, 2, size, size)
+        return [network.parse_losses(network(**batch, mode='loss'))[0]]
+
+    def run_boxes(network: nn.Module) -> list[Tensor]:
         images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-        options = {'mode': 'tensor'} if ours else {}
+        boxes = torch.tensor([[0.0, 0.0, size / 2, size / 2]])
+        target = {'boxes': boxes, 'labels': torch.ones(1, dtype=torch.int64), 'masks': torch.ones(1, size, size)}
+        target['keypoints'] = torch.full((1, 17, 3), size / 4)
+        return _floats(network(list(images), [target] * 2))
 
-        def run(network: nn.Module, images: Tensor = images, options: Any = options) -> list[Tensor]:
-            return _floats(network(images, **options))
-
+    for each in (run_loss, run_boxes):
         try:
-            with torch.no_grad():
-                run(model.eval())
-        except Exception as error:
-            last = error
+            each(model.train())
+            return each
+        except Exception:  # it takes no such labels
             continue
-
-        def run_loss(network: nn.Module, size: int = size) -> list[Tensor]:
-            batch = random_batch(network, 2, size, size)
-            return [network.parse_losses(network(**batch, mode='loss'))[0]]
-
-        try:
-            run_loss(model.train())
-            return run, run_loss
-        except Exception:  # no head that it knows labels for: its outputs will do
-            run(model)
-            return run, run
-    raise last
+    run(model)
+    return run
 
 
 def _floats(outputs: Any) -> list[Tensor]:
