@@ -1,13 +1,13 @@
 """The bank of generators at a model's root: what it feeds, and how weights are loaded into it."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .conv import CSGConv, check_finite, draw_code, generated_convs, named_convs
+from .conv import CSGConv, check_finite, draw_code, generate_weights, generated_convs, named_convs
 from .errors import CSGError, abridge
 from .fit import fit_generator
 from .generator import Generator, check_meaning
@@ -25,6 +25,7 @@ class GeneratorBank(nn.ModuleList):
         after_fit: called with the bank once weights are fitted.
         fitted: the relative error of each layer's weight at the last fit, by name.
         taken_over: whether the generators are another network's, which a fit keeps.
+        kept: by generator, what the weights of the last evaluation were made of, and the weights.
         fits: whether dense weights that are loaded are fitted, or dropped because a
             training checkpoint follows.
     """
@@ -37,6 +38,7 @@ class GeneratorBank(nn.ModuleList):
         self.after_fit: Callable[[GeneratorBank], None] | None = None
         self.fitted: dict[str, float] = {}
         self.taken_over = False
+        self.kept: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         self.fits = True
 
     def forward(self, input: Any) -> Any:
@@ -45,6 +47,41 @@ class GeneratorBank(nn.ModuleList):
 
     def __iter__(self) -> Iterator[Generator]:
         return cast(Iterator[Generator], super().__iter__())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of copies and pickles what can be made again."""
+        return {**self.__dict__, 'kept': {}}
+
+    def make_ahead(self) -> None:
+        """Make the weights of all layers at once, for the forward pass of the root that begins.
+
+        Without gradients they are kept from pass to pass, as long as all that they are made of has the same
+        values. A layer that is called elsewhere, compiled or recomputed makes its weight itself.
+        """
+        for position, generator in enumerate(self):
+            convs = [conv for conv in self.fed.values() if conv.generator is generator and conv.can_be_made_ahead()]
+            if not torch.is_grad_enabled():
+                weights = self._keep(position, convs) if convs else []
+            else:
+                self.kept.pop(position, None)
+                weights = generate_weights(convs) if convs and generator.is_product else []
+            for conv, weight in zip(convs, weights, strict=False):
+                conv.ready = weight
+
+    def drop_ahead(self) -> None:
+        """Let each layer make its weight itself again."""
+        for conv in self.fed.values():
+            conv.ready = None
+
+    def _keep(self, position: int, convs: Sequence[CSGConv]) -> list[Tensor]:
+        """Return the weights of one generator's convs, those of the last time if nothing has changed since."""
+        generator = convs[0].generator
+        made_of = [torch.cat([conv.code for conv in convs]), *generator.parameters(), *generator.buffers()]
+        made_of += [each for conv in convs for name, each in conv.stored().items() if name != 'code']
+        # By their values: writes to .data, as those of an EMA, leave no other trace.
+        if position not in self.kept or not all(map(_same, self.kept[position][0], made_of)):
+            self.kept[position] = [each.clone() for each in made_of], generate_weights(convs)
+        return self.kept[position][1]
 
     def init_weights(self) -> None:
         """Fit what was loaded into parts of the network; mmengine calls it last, after all other children's."""
@@ -136,6 +173,8 @@ def attach_bank(root: nn.Module, bank: GeneratorBank) -> None:
     root.add_module(BANK, bank)
     root._register_load_state_dict_pre_hook(check_state_dict, with_module=True)
     root.register_load_state_dict_post_hook(fit_after_load)
+    root.register_forward_pre_hook(make_ahead)
+    root.register_forward_hook(drop_ahead, always_call=True)
 
 
 def find_roots(model: nn.Module) -> Iterator[tuple[str, nn.Module, GeneratorBank]]:
@@ -152,9 +191,28 @@ def detach_bank(root: nn.Module) -> None:
     for hooks, ours in (
         (root._load_state_dict_pre_hooks, check_state_dict),
         (root._load_state_dict_post_hooks, fit_after_load),
+        (root._forward_pre_hooks, make_ahead),
+        (root._forward_hooks, drop_ahead),
     ):
         for key in [key for key, hook in hooks.items() if getattr(hook, 'hook', hook) is ours]:
             del hooks[key]
+            root._forward_hooks_always_called.pop(key, None)
+
+
+def make_ahead(root: nn.Module, inputs: Any) -> None:
+    """Begin a forward pass of the root; compiled, each layer makes its weight in the one graph."""
+    if not torch.compiler.is_compiling():
+        cast(GeneratorBank, root._modules[BANK]).make_ahead()
+
+
+def drop_ahead(root: nn.Module, inputs: Any, outputs: Any) -> None:
+    """End a forward pass of the root."""
+    if not torch.compiler.is_compiling():
+        cast(GeneratorBank, root._modules[BANK]).drop_ahead()
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
 
 
 def fit_after_load(root: nn.Module, incompatible_keys: Any) -> None:

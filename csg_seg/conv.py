@@ -1,7 +1,7 @@
 """The generated convolution."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .errors import CSGError
-from .generator import Generator, row_length
+from .generator import Generator, multiply, row_length
 from .slices import grid, join
 
 DENSE_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -31,6 +31,7 @@ class CSGConv(_ConvNd):
         generator: shared by many convs and registered on the model's root alone.
         blend: a dense weight that takes part in training still, and the share of the generated one.
         loaded: a dense weight that was loaded and waits to be fitted.
+        ready: the weight that the bank made ahead for the forward pass that is on.
         dense_kind: the class that the conv had.
     """
 
@@ -40,6 +41,7 @@ class CSGConv(_ConvNd):
     generator: Generator
     blend: tuple[Tensor, float] | None = None
     loaded: Tensor | None = None
+    ready: Tensor | None = None
     dense_kind: type[_ConvNd]
 
     @property
@@ -53,7 +55,9 @@ class CSGConv(_ConvNd):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight that the conv computes with: generated, and blended with a dense one while that takes part."""
-        weight = self.generate_weight()
+        weight = self.ready
+        if weight is None or (torch.is_grad_enabled() and not weight.requires_grad):
+            weight = self.generate_weight()
         if self.blend is not None and self.training:
             dense, share = self.blend
             weight = torch.lerp(dense, weight, share)
@@ -85,13 +89,20 @@ class CSGConv(_ConvNd):
                 'a dense weight was loaded into a part of the network and not fitted yet; load it into the whole '
                 'network, or call model.csg.fit_loaded()'
             )
-        # Half-precision generation nearly doubles the rounding error: let the conv cast instead.
-        with torch.autocast(self.code.device.type, enabled=False):
-            slices = self.generator(self.code)
-            weight = join(slices, self.weight_shape, layout=self.generator.settings.layout)
-            if not self.generator.settings.residual:
-                return weight
-            return weight + (self.residual_out @ self.residual_in).view(self.weight_shape)
+        return generate_weights([self])[0]
+
+    def can_be_made_ahead(self) -> bool:
+        """Say whether the weight can be made with others', at the start of a forward pass.
+
+        Sharded, traced and swapped parameters are of other types, and what they hold is not known yet.
+        """
+        return self.loaded is None and type(self.code) is nn.Parameter and not self.code.is_meta
+
+    def _assemble(self, slices: Tensor) -> Tensor:
+        weight = join(slices, self.weight_shape, layout=self.generator.settings.layout)
+        if not self.generator.settings.residual:
+            return weight
+        return weight + multiply(self.residual_in, [self.residual_out])[0].view(self.weight_shape)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         dense = state_dict.pop(f'{prefix}weight', None)
@@ -112,7 +123,15 @@ class CSGConv(_ConvNd):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and copy by the dense class: the generated one is made at run time."""
-        return _blank, (self.dense_kind,), self.__dict__.copy()
+        return _blank, (self.dense_kind,), {key: each for key, each in self.__dict__.items() if key != 'ready'}
+
+
+def generate_weights(convs: Sequence[CSGConv]) -> list[Tensor]:
+    """Return the weights of convs that one generator feeds, made by one product."""
+    generator, codes = convs[0].generator, [conv.code for conv in convs]
+    # Half-precision generation nearly doubles the rounding error: let the conv cast instead.
+    with torch.autocast(codes[0].device.type, enabled=False):
+        return [conv._assemble(slices) for conv, slices in zip(convs, generator.generate(codes), strict=True)]
 
 
 _generated_kinds: dict[type, type[CSGConv]] = {}
@@ -189,7 +208,7 @@ def swap_out(conv: CSGConv) -> None:
     for name in conv.stored():
         delattr(conv, name)
     object.__delattr__(conv, 'generator')
-    for name in ('blend', 'loaded'):
+    for name in ('blend', 'loaded', 'ready'):
         conv.__dict__.pop(name, None)
     conv.__class__ = conv.dense_kind  # type: ignore[assignment]
     # The weight comes first, as in a conv that was never generated.

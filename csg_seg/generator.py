@@ -3,7 +3,9 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,48 @@ from torch.nn import functional as F
 
 from .errors import CSGError
 from .settings import OPTIONAL, Settings
+
+
+class Products(torch.autograd.Function):
+    """``code @ weight`` of many codes by one product.
+
+    A code whose slices take no part gets no gradient, as if each had been multiplied
+    alone. The inputs are parameters and kept as they are, past the hooks of saved
+    tensors: activation checkpointing, which counts those, sees the same number
+    whether a layer's slices were made within its part of the network or ahead of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, *codes: Tensor) -> tuple[Tensor, ...]:
+        """Multiply codes ``(n, code_dim)`` each, and a weight ``(code_dim, size)``."""
+        ctx.set_materialize_grads(False)
+        ctx.weight, ctx.codes = weight, codes
+        return (torch.cat(codes) @ weight).split([len(code) for code in codes])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the weight and of each code."""
+        used = {position: each for position, each in enumerate(gradients) if each is not None}
+        of_weight: Tensor | None = None
+        of_codes: dict[int, Tensor] = {}
+        if used:
+            codes = [ctx.codes[position] for position in used]
+            with torch.autocast(ctx.weight.device.type, enabled=False):
+                gradient = torch.cat(list(used.values()))
+                if ctx.needs_input_grad[0]:
+                    of_weight = torch.cat(codes).T @ gradient
+                if any(ctx.needs_input_grad[1:]):
+                    parts = (gradient @ ctx.weight.T).split([len(code) for code in codes])
+                    of_codes = dict(zip(used, parts, strict=True))
+        return of_weight, *(of_codes.get(position) for position in range(len(gradients)))
+
+
+def multiply(weight: Tensor, codes: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return ``code @ weight`` of each code."""
+    # Compilers and function transforms, which bring tensors of their own, know plain products best.
+    if torch.compiler.is_compiling() or not all(type(code) is nn.Parameter for code in codes):
+        return [code @ weight for code in codes]
+    return Products.apply(weight, *codes)
 
 
 class Generator(nn.Module):
@@ -22,9 +66,11 @@ class Generator(nn.Module):
     Attributes:
         weight: ``(code_dim, s_out * s_in * kh * kw)``, no bias.
         settings: what the user asked for.
+        is_product: whether a slice is its code times ``weight``, for this kind of generator.
     """
 
     weight: Tensor
+    is_product = True
 
     def __init__(self, settings: Settings, rng: torch.Generator):
         super().__init__()
@@ -43,6 +89,14 @@ class Generator(nn.Module):
     def forward(self, code: Tensor) -> Tensor:
         """Map codes ``(n, code_dim)`` to slices ``(n, s_out, s_in, kh, kw)``."""
         return (code @ self.weight).unflatten(1, self.settings.slice_shape)
+
+    def generate(self, codes: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Map several layers' codes ``(n, code_dim)`` to their slices ``(n, s_out, s_in, kh, kw)`` at once."""
+        if self.is_product:
+            return [each.unflatten(1, self.settings.slice_shape) for each in multiply(self.weight, codes)]
+        if len(codes) == 1:
+            return [self(codes[0])]
+        return self(torch.cat(list(codes))).split([len(code) for code in codes])
 
     def code_std(self, weight_std: float) -> float:
         """Return the std of zero-mean codes whose slices have the given std.
@@ -159,6 +213,8 @@ class MLPGenerator(Generator):
         hidden_bias: ``(hidden,)``, zero at the start.
     """
 
+    is_product = False
+
     def _draw_weight(self, rng: torch.Generator) -> None:
         super()._draw_weight(rng)
         code_dim, hidden = self.settings.code_dim, self.settings.hidden
@@ -199,6 +255,8 @@ class TensorRingGenerator(Generator):
     Attributes:
         weight: ``(basis tensors, rank, mode, rank)``; their number is ``code_dim / K``.
     """
+
+    is_product = False
 
     def _draw_weight(self, rng: torch.Generator) -> None:
         rank, mode, cores = self._ring()
