@@ -84,11 +84,6 @@ class CSGConv(_ConvNd):
         Raises:
             CSGError: a dense weight was loaded into this part of the network and not fitted.
         """
-        if self.loaded is not None:
-            raise CSGError(
-                'a dense weight was loaded into a part of the network and not fitted yet; load it into the whole '
-                'network, or call model.csg.fit_loaded()'
-            )
         return generate_weights([self])[0]
 
     def can_be_made_ahead(self) -> bool:
@@ -127,7 +122,16 @@ class CSGConv(_ConvNd):
 
 
 def generate_weights(convs: Sequence[CSGConv]) -> list[Tensor]:
-    """Return the weights of convs that one generator feeds, made by one product."""
+    """Return the weights of convs that one generator feeds, made by one product.
+
+    Raises:
+        CSGError: a dense weight was loaded into a part of the network and not fitted.
+    """
+    if any(conv.loaded is not None for conv in convs):
+        raise CSGError(
+            'a dense weight was loaded into a part of the network and not fitted yet; load it into the whole '
+            'network, or call model.csg.fit_loaded()'
+        )
     generator, codes = convs[0].generator, [conv.code for conv in convs]
     # Half-precision generation nearly doubles the rounding error: let the conv cast instead.
     with torch.autocast(codes[0].device.type, enabled=False):
@@ -201,9 +205,13 @@ def add_residual(conv: CSGConv, rng: torch.Generator) -> None:
         conv.residual_in = nn.Parameter(residual_in.to(conv.code), requires_grad=conv.code.requires_grad)
 
 
-def swap_out(conv: CSGConv) -> None:
-    """Turn a generated conv into a plain dense one in place."""
-    weight = conv.generate_weight().detach().clone(memory_format=torch.contiguous_format)
+def swap_out(conv: CSGConv, weight: Tensor) -> None:
+    """Turn a generated conv into a plain dense one in place.
+
+    Args:
+        weight: that it generates.
+    """
+    weight = weight.detach().clone(memory_format=torch.contiguous_format)
     dense = nn.Parameter(weight, requires_grad=conv.code.requires_grad)
     for name in conv.stored():
         delattr(conv, name)

@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from .bank import BANK, GeneratorBank, attach_bank, detach_bank, find_bank, find_roots
-from .conv import CSGConv, add_residual, find_convs, generated_convs, named_convs, swap_in, swap_out
+from .conv import CSGConv, add_residual, find_convs, generate_weights, generated_convs, named_convs, swap_in, swap_out
 from .errors import CSGError, abridge
 from .generator import build_generator
 from .settings import Settings, matches
@@ -69,8 +69,15 @@ def materialise(model: nn.Module) -> nn.Module:
     for name, conv in convs.items():
         if id(conv.generator) not in registered:
             raise CSGError(f'{name}: its generator belongs to a larger model; materialise that model as a whole')
+    groups: dict[int, list[CSGConv]] = defaultdict(list)
     for conv in convs.values():
-        swap_out(conv)
+        groups[id(conv.generator)].append(conv)
+    for fed in groups.values():
+        # At once, as an evaluation makes them: another size of product rounds otherwise.
+        with torch.no_grad():
+            weights = generate_weights(fed)
+        for conv, weight in zip(fed, weights, strict=True):
+            swap_out(conv, weight)
     for _, root, _ in roots:
         detach_bank(root)
     return model

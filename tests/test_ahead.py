@@ -243,6 +243,14 @@ def test_copies_and_pickles_carry_no_kept_weights():
     assert len(kept_weights(model)) == 3
 
 
+@pytest.mark.parametrize('csg', KINDS.values(), ids=KINDS)
+def test_a_materialised_network_evaluates_to_the_same_bits(csg):
+    model = build(csg).eval()
+    with torch.no_grad():
+        expected = model(images())
+        assert torch.equal(materialise(model)(images()), expected)
+
+
 def test_a_materialised_network_is_free_of_hooks():
     model = build()
     materialise(model)

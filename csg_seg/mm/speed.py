@@ -16,7 +16,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..conv import generated_convs
+from ..bank import find_bank
 from ..errors import CSGError
 from ..retrofit import materialise
 from .batches import held_bytes, random_batch
@@ -156,13 +156,16 @@ class Trainee:
 
     def generate(self) -> float:
         """Generate all weights and send gradients back through that, as a step does; return the seconds."""
-        convs = [conv for _, conv in generated_convs(self.model)]
-        gradients = [torch.ones(conv.weight_shape, device=self.load.device) for conv in convs]
+        bank = find_bank(self.model)
+        assert bank is not None
+        gradients = [torch.ones(conv.weight_shape, device=self.load.device) for conv in bank.fed.values()]
         self.optimizer.zero_grad()
         clock = Clock(self.load.device)
         clock.mark()
-        torch.autograd.backward([conv.generate_weight() for conv in convs], gradients)
+        bank.make_ahead()
+        torch.autograd.backward([conv.weight for conv in bank.fed.values()], gradients)
         clock.mark()
+        bank.drop_ahead()
         return sum(clock.spans())
 
     def count_bytes(self) -> dict[str, int]:
@@ -216,7 +219,7 @@ def measure_speed(
     replace_sync_bn(cfg.model)
     cfg.model.pop('teacher', None)
     csg = build_model(cfg)
-    if not dict(generated_convs(csg)):
+    if find_bank(csg) is None:
         raise CSGError('the config is dense, there is nothing to compare; give a CSG config')
     models = {'dense': MODELS.build(dense_model(cfg)), 'csg': csg, 'materialised': materialise(deepcopy(csg))}
     trainees = {name: Trainee(model, cfg, load) for name, model in models.items()}
