@@ -39,8 +39,6 @@ SIZES = (64, 128, 224, 256, 384, 512)
 OTHERWISE = 'data_preprocessor|train_cfg|test_cfg|num_classes|loss.*'
 FRAMES = 16
 RATIO = 9
-# Values of a slice: more, and the generator would outweigh a network with few convs of its kernel.
-LARGEST_SLICE = 16 * 16 * 3 * 3
 PRELOAD = ('csg_seg', 'mmseg.models', 'mmpretrain.models', 'torchvision', 'timm')
 
 
@@ -83,9 +81,12 @@ def settings_for(model: nn.Module) -> list[dict[str, Any]]:
         model: dense.
     """
     waiting = generable(model)
+    sizes: Counter[tuple[int, ...]] = Counter()
+    for conv in waiting.values():
+        sizes[conv.kernel_size] += conv.weight.numel()
     shapes = set()
     for conv in waiting.values():
-        side = next(side for side in (16, 8, 4) if side == 4 or side**2 * math.prod(conv.kernel_size) <= LARGEST_SLICE)
+        side = _side(conv.kernel_size, sizes[conv.kernel_size])
         width = min(side, conv.weight.shape[1]) if conv.groups > 1 else side
         shapes.add((side, width, *conv.kernel_size))
     csg = []
@@ -97,6 +98,15 @@ def settings_for(model: nn.Module) -> list[dict[str, Any]]:
             csg.append(dict(slice_shape=slice_shape, code_dim=settings.code_dim))
         waiting = left
     return csg
+
+
+def _side(kernel: Sequence[int], numel: int) -> int:
+    """Return the width of slices whose generator has at most a quarter of the weights of its kernel size."""
+    for side in (16, 8):
+        size = side**2 * math.prod(kernel)
+        if size * (size // RATIO) <= numel / 4:
+            return side
+    return 4
 
 
 def check_all(
@@ -200,9 +210,12 @@ def _build(scope: str, spec: Any) -> nn.Module:
     if scope == 'torchvision':
         models = import_module('torchvision.models')
         try:
-            return models.get_model(spec, weights=None, weights_backbone=None)
+            model = models.get_model(spec, weights=None, weights_backbone=None)
         except TypeError:
             return models.get_model(spec, weights=None)
+        if hasattr(getattr(model, 'transform', None), 'min_size'):
+            model.transform.min_size = SIZES[:1]  # or it would enlarge the images
+        return model
     if scope == 'timm':
         return import_module('timm').create_model(spec, pretrained=False)
     init_default_scope(scope)
