@@ -119,7 +119,10 @@ def load_compact(path: str | os.PathLike, model: nn.Module | None = None) -> nn.
             _retrofit_like(model, compact)
     except CSGError as error:
         raise CSGError(f'{path}: {error}') from None
-    model.load_state_dict(compact.tensors)
+    # Modules that read older layouts of their state ask for the version of this one: it is today's.
+    state_dict = model.state_dict()
+    state_dict.update(compact.tensors)
+    model.load_state_dict(state_dict)
     return model
 
 

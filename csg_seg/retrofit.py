@@ -117,7 +117,7 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
     ]
     if wrong:
         raise CSGError(f"the weights are not those of the model's dense twin: {abridge(wrong)}")
-    model.load_state_dict(dict(weights))
+    model.load_state_dict(weights)
     return bank.fitted
 
 

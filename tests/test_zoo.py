@@ -58,6 +58,31 @@ def test_a_network_whose_gradients_are_not_finite_fails(monkeypatch):
     assert row['result'] == 'fail' and 'gets no finite gradient' in row['reason']
 
 
+SOME = {
+    'torchvision': (
+        'alexnet densenet121 deeplabv3_mobilenet_v3_large googlenet mnasnet0_5 raft_small shufflenet_v2_x0_5 '
+        'ssdlite320_mobilenet_v3_large'
+    ),
+    'timm': (
+        'convnext_atto dla46_c edgenext_xx_small ese_vovnet19b_slim_dw fastvit_t8 ghostnet_050 inception_next_atto '
+        'lambda_resnet26t levit_128s mixnet_s mobilenetv4_conv_small_035 nf_regnet_b0 regnetx_002 repvgg_a0 skresnet18 '
+        'starnet_s1 tf_efficientnet_b0 xcit_nano_12_p16_224'
+    ),
+    'mmseg': (
+        'cgnet_fcn_4xb4-60k_cityscapes-680x680 erfnet_fcn_4xb4-160k_cityscapes-512x1024 '
+        'fast_scnn_8xb4-160k_cityscapes-512x1024 pidnet-s_2xb6-120k_1024x1024-cityscapes'
+    ),
+    'mmpretrain': 'efficientformer-l1_8xb128_in1k shufflenet-v2-1x_16xb64_in1k van-tiny_8xb128_in1k',
+}
+
+
+@pytest.mark.parametrize(('scope', 'name'), [(scope, name) for scope, names in SOME.items() for name in names.split()])
+def test_networks_of_many_families_pass(scope, name):
+    row = check_network(scope, list_networks(scope, [name])[name])
+    assert (row['result'], row['reason']) == ('pass', '')
+    assert row['generated'] > 0
+
+
 @pytest.mark.full
 def test_configs_of_one_network_are_checked_once():
     networks = list_networks('mmseg')

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
+from fnmatch import fnmatchcase
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..checkpoint import load_compact, save_compact
 from ..conv import generated_convs
@@ -42,28 +44,37 @@ RATIO = 9
 PRELOAD = ('csg_seg', 'mmseg.models', 'mmpretrain.models', 'torchvision', 'timm')
 
 
-def list_networks(scope: str) -> dict[str, Any]:
+def list_networks(scope: str, patterns: Sequence[str] = ('*',)) -> dict[str, Any]:
     """Return what builds each distinct network of a library, by the name of its model or first config.
 
     Args:
         scope: one of :data:`SCOPES`.
+        patterns: of the names, one of which matches.
 
     Raises:
-        CSGError: there is no such scope, or its library is not installed.
+        CSGError: there is no such scope, its library is not installed, or nothing is named so.
     """
     if scope not in SCOPES:
         raise CSGError(f'there is no scope {scope!r}; take one of {", ".join(SCOPES)}')
     if find_spec(scope) is None:
         raise CSGError(f'{scope} is not installed')
-    if scope == 'torchvision':
-        return {name: name for name in import_module('torchvision.models').list_models()}
-    if scope == 'timm':
-        return {name: name for name in import_module('timm').list_models()}
-    folder = Path(import_module(scope).__file__ or '').parent / '.mim' / 'configs'
+    paths: dict[str, Path] = {}
+    if scope in ('torchvision', 'timm'):
+        models = import_module('torchvision.models' if scope == 'torchvision' else scope)
+        names = list(models.list_models())
+    else:
+        folder = Path(import_module(scope).__file__ or '').parent / '.mim' / 'configs'
+        paths = {path.stem: path for path in sorted(folder.glob('*/*.py')) if path.parent.name != '_base_'}
+        names = list(paths)
+    chosen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if not chosen:
+        raise CSGError(f'no network of {scope} is named {" or ".join(patterns)}; names look like {names[0]}')
+    return _read_networks([paths[name] for name in chosen]) if paths else {name: name for name in chosen}
+
+
+def _read_networks(paths: Iterable[Path]) -> dict[str, Any]:
     networks: dict[str, Any] = {}
-    for path in sorted(folder.glob('*/*.py')):
-        if path.parent.name == '_base_':
-            continue
+    for path in paths:
         try:
             model = without_weights(Config.fromfile(str(path)).get('model'))
         except Exception:  # a config for packages that are not there
@@ -84,11 +95,7 @@ def settings_for(model: nn.Module) -> list[dict[str, Any]]:
     sizes: Counter[tuple[int, ...]] = Counter()
     for conv in waiting.values():
         sizes[conv.kernel_size] += conv.weight.numel()
-    shapes = set()
-    for conv in waiting.values():
-        side = _side(conv.kernel_size, sizes[conv.kernel_size])
-        width = min(side, conv.weight.shape[1]) if conv.groups > 1 else side
-        shapes.add((side, width, *conv.kernel_size))
+    shapes = {_slice_shape(conv, sizes[conv.kernel_size]) for conv in waiting.values()}
     csg = []
     # Wide slices first: they leave narrow groups to the next.
     for slice_shape in sorted(shapes, reverse=True):
@@ -100,13 +107,14 @@ def settings_for(model: nn.Module) -> list[dict[str, Any]]:
     return csg
 
 
-def _side(kernel: Sequence[int], numel: int) -> int:
-    """Return the width of slices whose generator has at most a quarter of the weights of its kernel size."""
-    for side in (16, 8):
-        size = side**2 * math.prod(kernel)
+def _slice_shape(conv: _ConvNd, numel: int) -> tuple[int, ...]:
+    """Return the largest slices whose generator has at most a quarter of the weights of the conv's kernel size."""
+    for side in (16, 8, 4):
+        width = min(side, conv.weight.shape[1]) if conv.groups > 1 else side
+        size = side * width * math.prod(conv.kernel_size)
         if size * (size // RATIO) <= numel / 4:
-            return side
-    return 4
+            break
+    return side, width, *conv.kernel_size
 
 
 def check_all(

@@ -1,7 +1,6 @@
 """Retrofit every network of an installed library; see that it trains, is stored, loaded and materialised."""
 
 import argparse
-import fnmatch
 import json
 import sys
 from collections import Counter
@@ -16,7 +15,6 @@ with one_line_errors():
     from rich.table import Table
 
     from csg_seg.cli import check_out
-    from csg_seg.errors import CSGError
     from csg_seg.mm.zoo import SCOPES, check_all, list_networks
 
 
@@ -37,13 +35,10 @@ def main() -> None:
     with one_line_errors():
         out = Path(args.out)
         check_out(out, overwrite=args.resume)
-        networks = list_networks(args.scope)
-        chosen = {name: spec for name, spec in networks.items() if any(fnmatch.fnmatch(name, p) for p in args.names)}
-        if not chosen:
-            raise CSGError(f'no network of {args.scope} is named {args.names}; names look like {next(iter(networks))}')
+        networks = list_networks(args.scope, args.names)
         rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
         done = {row['name'] for row in rows}
-        waiting = {name: spec for name, spec in chosen.items() if name not in done}
+        waiting = {name: spec for name, spec in networks.items() if name not in done}
         out.parent.mkdir(parents=True, exist_ok=True)
         progress = partial(track, description=args.scope, console=Console(stderr=True))
         with out.open('a') as file:
