@@ -32,8 +32,8 @@ def test_a_network_passes_with_every_conv_but_its_first_generated(scope, name, g
 
 def test_there_is_a_dict_for_each_kernel_and_width_of_narrow_groups():
     model = torchvision.models.mobilenet_v3_small()
-    shapes = [each['slice_shape'] for each in settings_for(model)]
-    assert shapes == [(16, 16, 1, 1), (16, 1, 5, 5), (16, 1, 3, 3)]
+    widths_and_kernels = [each['slice_shape'][1:] for each in settings_for(model)]
+    assert sorted(widths_and_kernels) == [(1, 3, 3), (1, 5, 5), (16, 1, 1)]
     retrofit(model, settings_for(model))
     assert set(find_bank(model).left_dense.values()) == {"the network's first conv"}
 
