@@ -66,18 +66,19 @@ class GeneratorBank(nn.ModuleList):
                 self.kept.pop(position, None)
                 weights = generate_weights(convs) if convs and generator.is_product else []
             for conv, weight in zip(convs, weights, strict=False):
-                conv.ready = weight
+                conv.__dict__['ready'] = weight  # not by nn.Module, which takes its time
 
     def drop_ahead(self) -> None:
         """Let each layer make its weight itself again."""
         for conv in self.fed.values():
-            conv.ready = None
+            conv.__dict__.pop('ready', None)
 
     def _keep(self, position: int, convs: Sequence[CSGConv]) -> list[Tensor]:
         """Return the weights of one generator's convs, those of the last time if nothing has changed since."""
         generator = convs[0].generator
         made_of = [torch.cat([conv.code for conv in convs]), *generator.parameters(), *generator.buffers()]
-        made_of += [each for conv in convs for name, each in conv.stored().items() if name != 'code']
+        if generator.settings.residual:
+            made_of += [each for conv in convs for each in (conv.residual_out, conv.residual_in)]
         # By their values: writes to .data, as those of an EMA, leave no other trace.
         if position not in self.kept or not all(map(_same, self.kept[position][0], made_of)):
             self.kept[position] = [each.clone() for each in made_of], generate_weights(convs)
