@@ -25,6 +25,7 @@ from .launch import replace_sync_bn
 from .model import build_model
 from .results import save_figure
 
+WORK = ('step', 'evaluation', 'generation')
 PHASES = ('forward', 'backward', 'optimizer')
 HELD = ('parameter_bytes', 'gradient_bytes', 'optimizer_bytes', 'activation_bytes')
 
@@ -37,7 +38,7 @@ class Load:
         batch_size: images of a training step.
         size: height and width of all images, in pixels.
         eval_batch_size: images of an evaluation.
-        rounds: that count; in each every network takes a step and evaluates.
+        rounds: that count; in each every network takes a step, and later evaluates.
         warm_up: rounds before them.
         device: such as 'cpu' or 'cuda'.
         bf16: compute under autocast to bfloat16.
@@ -143,7 +144,7 @@ class Trainee:
         return dict(zip(PHASES, clock.spans(), strict=True))
 
     @torch.no_grad()
-    def evaluate(self) -> float:
+    def evaluation(self) -> dict[str, float]:
         """Compute class scores twice; return the seconds of the second time."""
         self.model.eval()
         clock = Clock(self.load.device)
@@ -152,9 +153,9 @@ class Trainee:
                 clock.mark()
                 self.model(self.images, mode='tensor')
         clock.mark()
-        return clock.spans()[1]
+        return {'evaluation': clock.spans()[1]}
 
-    def generate(self) -> float:
+    def generation(self) -> dict[str, float]:
         """Generate all weights and send gradients back through that, as a step does; return the seconds."""
         bank = find_bank(self.model)
         assert bank is not None
@@ -166,7 +167,7 @@ class Trainee:
         torch.autograd.backward([conv.weight for conv in bank.fed.values()], gradients)
         clock.mark()
         bank.drop_ahead()
-        return sum(clock.spans())
+        return {'generation': sum(clock.spans())}
 
     def count_bytes(self) -> dict[str, int]:
         """Train one step; return what the network holds in it, and on a GPU the peak that the allocator saw."""
@@ -199,14 +200,14 @@ class Trainee:
 
 
 def measure_speed(
-    cfg: Config, load: Load, *, track: Callable[[Sequence[int]], Iterable[int]] = iter
+    cfg: Config, load: Load, *, track: Callable[[Sequence[tuple[str, int]]], Iterable[tuple[str, int]]] = iter
 ) -> dict[str, dict[str, Any]]:
     """Train and evaluate a network dense, generated and materialised, by turns in one process, on random images.
 
     Args:
         cfg: CSG config of mmseg or mmpretrain; a teacher of it is left out.
         load: what is measured.
-        track: wraps the sequence of rounds, to show progress.
+        track: wraps the sequence of all rounds, to show progress.
 
     Returns:
         JSON-ready, by network: ``seconds`` of each round, by phase and of ``evaluation`` and, generated,
@@ -227,13 +228,12 @@ def measure_speed(
         name: {'bytes': trainee.count_bytes(), 'seconds': {}} for name, trainee in trainees.items()
     }
     names = list(models)
-    for turn in track(range(load.warm_up + load.rounds)):
+    # One kind of work after the other: what generation alone frees, steps would have to ask for again.
+    turns = [(work, turn) for work in WORK for turn in range(load.warm_up + load.rounds)]
+    for work, turn in track(turns):
         # Back and forth, so that no network is always first.
-        for name in names[:: -1 if turn % 2 else 1]:
-            seconds = trainees[name].step()
-            seconds['evaluation'] = trainees[name].evaluate()
-            if name == 'csg':
-                seconds['generation'] = trainees[name].generate()
+        for name in ['csg'] if work == 'generation' else names[:: -1 if turn % 2 else 1]:
+            seconds = getattr(trainees[name], work)()
             if turn >= load.warm_up:
                 for key, value in seconds.items():
                     results[name]['seconds'].setdefault(key, []).append(value)
