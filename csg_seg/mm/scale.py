@@ -118,11 +118,11 @@ def draw_scale(results: Mapping[str, Mapping[str, Any]], path: str | os.PathLike
     rows = sorted(results.values(), key=lambda row: row['params'])
     millions = [row['params'] / 1e6 for row in rows]
     for phase, marker in zip(PHASES, 'os^Dv', strict=True):
-        times.plot(millions, [row['seconds'][phase] for row in rows], marker=marker, label=phase)
-    memory.plot(millions, [row['peak_bytes'] / 1e6 for row in rows], marker='o', label='peak beyond the dense network')
-    for key, marker in (('dense_bytes', 's'), ('compact_bytes', '^')):
-        memory.plot(millions, [row[key] / 1e6 for row in rows], marker=marker, label=key.replace('_', ' '))
-    for axis, label in ((times, 'seconds'), (memory, 'MB')):
+        times.plot(millions, [row['seconds'][phase] for row in rows], marker, label=phase)
+    for key, marker in (('peak_bytes', 'o'), ('dense_bytes', 's'), ('compact_bytes', '^')):
+        memory.plot(millions, [row[key] / 1e6 for row in rows], marker, label=key.replace('_', ' '))
+    for axis, label, start in ((times, 'seconds', 0.05), (memory, 'MB', 4)):
+        axis.plot(millions, [start * each for each in millions], '--', color='gray', label='linear', zorder=0)
         axis.set_xscale('log')
         axis.set_yscale('log')
         axis.set_xlabel('million parameters of the dense network')

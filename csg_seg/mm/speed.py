@@ -300,8 +300,9 @@ def draw_speed(results: Mapping[str, Mapping[str, Any]], path: str | os.PathLike
     _stack(step, {name: {key: each[key] for key in PHASES} for name, each in medians.items()}, 'ms of a training step')
     generation = medians['csg']['generation']
     share = generation / sum(medians['csg'][key] for key in PHASES)
-    step.bar('csg', generation, width=0.25, facecolor='none', edgecolor='black', hatch='//')
-    step.annotate(f'generation, in it:\n{share:.1%}', ('csg', generation), ha='center', va='bottom', fontsize=8)
+    label = f'generation, {share:.1%} of it'
+    step.bar('csg', generation, width=0.3, facecolor='white', edgecolor='black', hatch='///', label=label)
+    step.legend(fontsize=8, loc='upper center', ncols=2)
     _stack(evaluation, {name: {'evaluation': each['evaluation']} for name, each in medians.items()}, 'ms to evaluate')
     held = {
         name: {key.removesuffix('_bytes'): each['bytes'][key] / 1e6 for key in HELD} for name, each in results.items()
