@@ -29,11 +29,20 @@ class Products(torch.autograd.Function):
         """Multiply codes ``(n, code_dim)`` each, and a weight ``(code_dim, size)``."""
         ctx.set_materialize_grads(False)
         ctx.weight, ctx.codes = weight, codes
+        ctx.versions = [each._version for each in (weight, *codes)]
         return (torch.cat(codes) @ weight).split([len(code) for code in codes])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the weight and of each code."""
+        """Return the gradients of the weight and of each code.
+
+        Raises:
+            RuntimeError: an input was written to since, as torch says of tensors that it saves.
+        """
+        if ctx.versions != [each._version for each in (ctx.weight, *ctx.codes)]:
+            raise RuntimeError(
+                'a code or a generator was modified by an inplace operation between forward and backward pass'
+            )
         used = {position: each for position, each in enumerate(gradients) if each is not None}
         of_weight: Tensor | None = None
         of_codes: dict[int, Tensor] = {}

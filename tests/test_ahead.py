@@ -5,8 +5,10 @@ from copy import deepcopy
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from csg_seg import materialise, retrofit
@@ -78,6 +80,19 @@ def test_a_layer_that_takes_no_part_gets_no_gradient(csg):
     assert model.two.code.grad is not None
 
 
+def test_ddp_finds_layers_that_take_no_part(tmp_path, monkeypatch):
+    monkeypatch.setenv('GLOO_SOCKET_IFNAME', 'lo')
+    dist.init_process_group('gloo', f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        model = build()
+        ddp = DistributedDataParallel(model, find_unused_parameters=True)
+        for _ in range(2):
+            ddp(images(), skip=True).square().mean().backward()
+        assert model.last.code.grad is None and model.two.code.grad is not None
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize('use_reentrant', [True, False])
 @pytest.mark.parametrize('csg', KINDS.values(), ids=KINDS)
 def test_layers_are_recomputed_within_activation_checkpoints(csg, use_reentrant):
@@ -92,6 +107,15 @@ def test_layers_are_recomputed_within_activation_checkpoints(csg, use_reentrant)
     plain.last(F.relu(plain.two(plain.one(plain.stem(images()))))).square().mean().backward()
     for name, gradient in gradients(plain).items():
         torch.testing.assert_close(gradients(recomputed)[name], gradient)
+
+
+def test_a_write_between_forward_and_backward_is_noticed():
+    model = build()
+    loss = model(images()).square().mean()
+    with torch.no_grad():
+        model.one.code.add_(1)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        loss.backward()
 
 
 def test_second_derivatives_pass():
