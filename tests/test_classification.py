@@ -127,6 +127,7 @@ def test_a_terminal_shows_a_bar_and_is_itself_again(fails, trained, npz, tmp_pat
     assert fails or ('100%' in printed and 'accuracy/top1' in printed)
 
 
+@pytest.mark.full
 def test_several_seeds_are_gathered_and_not_trained_twice(npz, tmp_path):
     settings = ['train_cfg.max_epochs=1', 'param_scheduler.1.end=3', 'train_dataloader.dataset.indices=128']
     settings += ['test_dataloader.dataset.indices=100', 'val_dataloader.dataset.indices=100']

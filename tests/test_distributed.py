@@ -175,6 +175,7 @@ def test_two_processes_equal_one_at_twice_the_batch(launch, two):
     assert_close(weights, expected)
 
 
+@pytest.mark.full
 def test_hook_door_equals_model_door_under_ddp(launch, two):
     seen, weights = two
     csg = "default_hooks['csg'] = dict(type='CSGHook', csg=dict(slice_shape=(16, 16, 3, 3), code_dim=128))\n"
@@ -184,6 +185,7 @@ def test_hook_door_equals_model_door_under_ddp(launch, two):
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
+@pytest.mark.full
 def test_activation_checkpointing_under_ddp_changes_nothing(launch, two):
     extra = "model['backbone'] = dict(with_cp=True)\nmodel_wrapper_cfg = dict(static_graph=True)\n"
     seen, weights = launch('with_cp', CSG, processes=2, batch_size=2, extra=extra)

@@ -126,6 +126,7 @@ def test_mistakes_are_named(change, said):
         Measurement(**change)
 
 
+@pytest.mark.full
 def test_the_tool_counts_in_four_processes_and_prints(tmp_path, capsys):
     out = tmp_path / 'counts.json'
     done = run_tool(
