@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .conv import CSGConv, check_finite, draw_code, generate_weights, generated_convs, named_convs
+from .conv import CSGConv, batches, check_finite, draw_code, generate_weights, generated_convs, named_convs
 from .errors import CSGError, abridge
 from .fit import fit_generator
 from .generator import Generator, check_meaning
@@ -53,19 +53,23 @@ class GeneratorBank(nn.ModuleList):
         return {**self.__dict__, 'kept': {}}
 
     def make_ahead(self) -> None:
-        """Make the weights of all layers at once, for the forward pass of the root that begins.
+        """Make the weights of all layers, small ones at once, for the forward pass of the root that begins.
 
         Without gradients they are kept from pass to pass, as long as all that they are made of has the same
         values. A layer that is called elsewhere, compiled or recomputed makes its weight itself.
         """
         for position, generator in enumerate(self):
             convs = [conv for conv in self.fed.values() if conv.generator is generator and conv.can_be_made_ahead()]
+            weights: dict[CSGConv, Tensor] = {}
             if not torch.is_grad_enabled():
-                weights = self._keep(position, convs) if convs else []
+                weights = dict(zip(convs, self._keep(position, convs), strict=True)) if convs else {}
             else:
                 self.kept.pop(position, None)
-                weights = generate_weights(convs) if convs and generator.is_product else []
-            for conv, weight in zip(convs, weights, strict=False):
+                # A large layer makes its own when its turn comes, with less memory to go through.
+                for batch in batches(convs) if generator.is_product else ():
+                    if len(batch) > 1:
+                        weights.update(zip(batch, generate_weights(batch), strict=True))
+            for conv, weight in weights.items():
                 conv.__dict__['ready'] = weight  # not by nn.Module, which takes its time
 
     def drop_ahead(self) -> None:

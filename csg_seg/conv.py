@@ -12,6 +12,8 @@ from .errors import CSGError
 from .generator import Generator, multiply, row_length
 from .slices import grid, join
 
+# Values that one product makes for several layers: small ones gain by it, large ones lose, because of the memory.
+AT_ONCE = 2**20
 DENSE_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -122,7 +124,7 @@ class CSGConv(_ConvNd):
 
 
 def generate_weights(convs: Sequence[CSGConv]) -> list[Tensor]:
-    """Return the weights of convs that one generator feeds, made by one product.
+    """Return the weights of convs that one generator feeds, made by few products.
 
     Raises:
         CSGError: a dense weight was loaded into a part of the network and not fitted.
@@ -132,10 +134,24 @@ def generate_weights(convs: Sequence[CSGConv]) -> list[Tensor]:
             'a dense weight was loaded into a part of the network and not fitted yet; load it into the whole '
             'network, or call model.csg.fit_loaded()'
         )
-    generator, codes = convs[0].generator, [conv.code for conv in convs]
+    weights: list[Tensor] = []
     # Half-precision generation nearly doubles the rounding error: let the conv cast instead.
-    with torch.autocast(codes[0].device.type, enabled=False):
-        return [conv._assemble(slices) for conv, slices in zip(convs, generator.generate(codes), strict=True)]
+    with torch.autocast(convs[0].code.device.type, enabled=False):
+        for batch in batches(convs):
+            slices = convs[0].generator.generate([conv.code for conv in batch])
+            weights += [conv._assemble(each) for conv, each in zip(batch, slices, strict=True)]
+    return weights
+
+
+def batches(convs: Sequence[CSGConv]) -> Iterator[list[CSGConv]]:
+    """Yield neighbouring convs whose weights have at most :data:`AT_ONCE` values together, or one larger conv."""
+    batch: list[CSGConv] = []
+    for conv in convs:
+        if batch and sum(each.weight_shape.numel() for each in (*batch, conv)) > AT_ONCE:
+            yield batch
+            batch = []
+        batch.append(conv)
+    yield batch
 
 
 _generated_kinds: dict[type, type[CSGConv]] = {}
