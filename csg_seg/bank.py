@@ -85,7 +85,9 @@ class GeneratorBank(nn.ModuleList):
             made_of += [each for conv in convs for each in (conv.residual_out, conv.residual_in)]
         # By their values: writes to .data, as those of an EMA, leave no other trace.
         if position not in self.kept or not all(map(_same, self.kept[position][0], made_of)):
-            self.kept[position] = [each.clone() for each in made_of], generate_weights(convs)
+            # A cropped weight is a view, which every conv would copy.
+            weights = [weight.contiguous() for weight in generate_weights(convs)]
+            self.kept[position] = [each.clone() for each in made_of], weights
         return self.kept[position][1]
 
     def init_weights(self) -> None:

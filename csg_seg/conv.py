@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .errors import CSGError
-from .generator import Generator, multiply, row_length
+from .generator import Generator, row_length
+from .products import multiply
 from .slices import grid, join
 
 # Values that one product makes for several layers: small ones gain by it, large ones lose, because of the memory.

@@ -12,7 +12,7 @@ PACKAGE = Path(csg_seg.__file__).parent
 # Who may import whom: a module imports only what stands on a line above its own.
 ORDER = [
     {'errors', 'version'},
-    {'slices', 'drawing', 'frontier', 'builders', 'cli'},
+    {'slices', 'products', 'drawing', 'frontier', 'builders', 'cli'},
     {'settings', 'doctor'},
     {'generator'},
     {'descent'},

@@ -15,7 +15,6 @@ with one_line_errors():
     from rich.progress import track
     from rich.table import Table
 
-    from csg_seg.cli import check_out
     from csg_seg.mm.checkpoint import forbid_unpickling
     from csg_seg.mm.compare import made_with
     from csg_seg.mm.federated import draw_federated, federate, read_networks
@@ -34,9 +33,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--metric', default='mIoU', help='score to gather (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='of data order and augmentation (default: 0)')
     parser.add_argument('--work-dir', required=True, help='folder for logs, and for NAME.pth of each network')
-    parser.add_argument('--picture', help='also draw score against rounds and bytes (.png)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings of all: key=value ...')
-    add_result_options(parser)
+    add_result_options(parser, picture='score against rounds and bytes')
     return parser.parse_args()
 
 
@@ -47,8 +45,6 @@ def main() -> None:
     networks = {}
     with one_line_errors():
         check_result_options(args)
-        if args.picture:
-            check_out(args.picture, overwrite=args.overwrite, option='--picture', endings=['.png'])
         configs = read_networks(args, numbers)
         for name, _, checkpoint, travels in args.network:
             options = dict(out=Path(args.work_dir, f'{name}.pth'), metric=args.metric)

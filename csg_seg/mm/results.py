@@ -16,21 +16,25 @@ from ..cli import check_out
 from ..errors import CSGError
 
 
-def add_result_options(parser: ArgumentParser) -> None:
-    """Add ``--out``, ``--overwrite`` and ``--json``."""
+def add_result_options(parser: ArgumentParser, *, picture: str = '') -> None:
+    """Add ``--out``, ``--overwrite`` and ``--json``; ``--picture`` too, if it is said what is drawn."""
+    if picture:
+        parser.add_argument('--picture', help=f'also draw {picture} (.png)')
     parser.add_argument('--out', help='also write the result to this JSON file')
-    parser.add_argument('--overwrite', action='store_true', help='replace OUT when it exists')
+    parser.add_argument('--overwrite', action='store_true', help='replace files that exist')
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
 
 
 def check_result_options(args: Namespace) -> None:
-    """Refuse, before anything is computed, to replace a result unasked.
+    """Refuse, before anything is computed, to replace a result or its picture unasked.
 
     Raises:
-        CSGError: the file exists, or cannot be written.
+        CSGError: a file exists, or cannot be written.
     """
     if args.out:
         check_out(args.out, overwrite=args.overwrite)
+    if getattr(args, 'picture', None):
+        check_out(args.picture, overwrite=args.overwrite, option='--picture', endings=['.png'])
 
 
 def write_result(args: Namespace, figures: Mapping[str, Any]) -> dict[str, Any]:

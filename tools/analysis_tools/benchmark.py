@@ -17,7 +17,6 @@ with one_line_errors():
     from rich.progress import track
     from rich.table import Table
 
-    from csg_seg.cli import check_out
     from csg_seg.errors import CSGError
     from csg_seg.mm.compare import made_with
     from csg_seg.mm.launch import read_config
@@ -37,9 +36,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--bf16', action='store_true', help='autocast to bfloat16')
     parser.add_argument('--channels-last', action='store_true', help='memory format of networks and images')
     parser.add_argument('--compile', action='store_true', help="compile the networks' forward")
-    parser.add_argument('--picture', help='also draw where time and memory go (.png)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings: key=value ...')
-    add_result_options(parser)
+    add_result_options(parser, picture='where time and memory go')
     return parser.parse_args()
 
 
@@ -67,8 +65,6 @@ def main() -> None:
     args = parse_args()
     with one_line_errors():
         check_result_options(args)
-        if args.picture:
-            check_out(args.picture, overwrite=args.overwrite, option='--picture', endings=['.png'])
         cfg = read_config(args.config, args.cfg_options)
         given = {key: value for key in ('batch_size', 'size') if (value := getattr(args, key))}
         wanted = {**training_load(cfg), **given}

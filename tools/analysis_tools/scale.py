@@ -14,7 +14,6 @@ with one_line_errors():
     from rich.progress import track
     from rich.table import Column, Table
 
-    from csg_seg.cli import check_out
     from csg_seg.errors import CSGError
     from csg_seg.mm.compare import made_with
     from csg_seg.mm.launch import read_config
@@ -25,8 +24,7 @@ with one_line_errors():
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('configs', nargs='+', help='dense config files')
-    parser.add_argument('--picture', help='also draw seconds and memory against parameters (.png)')
-    add_result_options(parser)
+    add_result_options(parser, picture='seconds and memory against parameters')
     return parser.parse_args()
 
 
@@ -46,8 +44,6 @@ def main() -> None:
     args = parse_args()
     with one_line_errors():
         check_result_options(args)
-        if args.picture:
-            check_out(args.picture, overwrite=args.overwrite, option='--picture', endings=['.png'])
         cfgs = {Path(path).stem: read_config(path) for path in args.configs}
         if len(cfgs) < len(args.configs):
             raise CSGError('two of the configs have one name; give each its own')

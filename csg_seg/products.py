@@ -1,0 +1,58 @@
+"""Many codes times one weight, by one product."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Products(torch.autograd.Function):
+    """``code @ weight`` of many codes by one product.
+
+    A code whose slices take no part gets no gradient, as if each had been multiplied
+    alone. The inputs are parameters and kept as they are, past the hooks of saved
+    tensors: activation checkpointing, which counts those, sees the same number
+    whether a layer's slices were made within its part of the network or ahead of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, *codes: Tensor) -> tuple[Tensor, ...]:
+        """Multiply codes ``(n, code_dim)`` each, and a weight ``(code_dim, size)``."""
+        ctx.set_materialize_grads(False)
+        ctx.weight, ctx.codes = weight, codes
+        ctx.versions = [each._version for each in (weight, *codes)]
+        return (torch.cat(codes) @ weight).split([len(code) for code in codes])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the weight and of each code.
+
+        Raises:
+            RuntimeError: an input was written to since, as torch says of tensors that it saves.
+        """
+        if ctx.versions != [each._version for each in (ctx.weight, *ctx.codes)]:
+            raise RuntimeError(
+                'a code or a generator was modified by an inplace operation between forward and backward pass'
+            )
+        used = {position: each for position, each in enumerate(gradients) if each is not None}
+        of_weight: Tensor | None = None
+        of_codes: dict[int, Tensor] = {}
+        if used:
+            codes = [ctx.codes[position] for position in used]
+            with torch.autocast(ctx.weight.device.type, enabled=False):
+                gradient = torch.cat(list(used.values()))
+                if ctx.needs_input_grad[0]:
+                    of_weight = torch.cat(codes).T @ gradient
+                if any(ctx.needs_input_grad[1:]):
+                    parts = (gradient @ ctx.weight.T).split([len(code) for code in codes])
+                    of_codes = dict(zip(used, parts, strict=True))
+        return of_weight, *(of_codes.get(position) for position in range(len(gradients)))
+
+
+def multiply(weight: Tensor, codes: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return ``code @ weight`` of each code."""
+    # Compilers and function transforms, which bring tensors of their own, know plain products best.
+    if torch.compiler.is_compiling() or not all(type(code) is nn.Parameter for code in codes):
+        return [code @ weight for code in codes]
+    return Products.apply(weight, *codes)
