@@ -1,6 +1,8 @@
 """The check of a whole library: a generator for each kernel, everything tried, nothing hidden."""
 
 import json
+import multiprocessing
+import time
 
 import pytest
 import timm
@@ -11,7 +13,7 @@ from conftest import run_tool
 from csg_seg import retrofit
 from csg_seg.bank import find_bank
 from csg_seg.errors import CSGError
-from csg_seg.mm.zoo import check_network, list_networks, settings_for
+from csg_seg.mm.zoo import check_all, check_network, list_networks, settings_for
 
 
 @pytest.mark.parametrize(
@@ -93,6 +95,22 @@ def test_configs_of_one_network_are_checked_once():
         list_networks('keras')
 
 
+def test_what_waits_does_not_begin_once_a_check_is_given_up():
+    networks = {'first': 'squeezenet1_1'} | {f'video {count}': 'mvit_v1_b' for count in range(20)}
+    rows = check_all('torchvision', networks)
+    assert next(rows)['result'] == 'pass'
+    start = time.perf_counter()
+    rows.close()
+    assert time.perf_counter() - start < 30  # each of the others takes longer
+    assert not multiprocessing.active_children()
+
+
+def test_a_check_without_workers_or_time_is_refused():
+    for wrong in ({'jobs': 0}, {'seconds': 0.0}):
+        with pytest.raises(CSGError, match='at least one job, and more than 0 seconds'):
+            next(check_all('torchvision', {'alexnet': 'alexnet'}, **wrong))
+
+
 def test_the_tool_goes_on_where_it_stopped(tmp_path):
     out = tmp_path / 'rows.jsonl'
     first = {'scope': 'torchvision', 'name': 'squeezenet1_0', 'result': 'pass', 'reason': '', 'seconds': 1.0}
@@ -104,5 +122,8 @@ def test_the_tool_goes_on_where_it_stopped(tmp_path):
     assert rows[0] == first and [row['name'] for row in rows] == ['squeezenet1_0', 'squeezenet1_1']
     assert rows[1]['result'] == 'pass'
     assert [json.loads(line) for line in out.read_text().splitlines()] == rows
+    out.write_text(out.read_text() + '{"scope": "torchvi')
+    cut = run_tool('analysis_tools/zoo_check.py', *arguments, '--resume', check=False)
+    assert cut.returncode == 1 and 'line 3 is no row of such a check; delete the line' in cut.stderr
     nothing = run_tool('analysis_tools/zoo_check.py', *arguments, '--names', 'alexnot', '--resume', check=False)
     assert 'no network of torchvision is named' in nothing.stderr

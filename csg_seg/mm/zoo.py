@@ -8,12 +8,13 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
 from fnmatch import fnmatchcase
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import islice
+from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -123,7 +124,7 @@ def check_all(
     *,
     jobs: int = 1,
     seconds: float = 300.0,
-    track: Callable[..., Iterable[Any]],
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Iterator[dict[str, Any]]:
     """Yield what :func:`check_network` finds of each network, in a process each, as they end.
 
@@ -132,14 +133,87 @@ def check_all(
         networks: of :func:`list_networks`.
         jobs: networks at a time.
         seconds: after which one is given up.
-        track: wraps the results, of which there are ``total``, to show progress.
+        track: wraps the counts, to show progress.
+
+    Raises:
+        CSGError: no network could be checked at a time, or no time is given.
     """
+    if jobs < 1 or seconds <= 0:
+        raise CSGError(f'cannot check with jobs={jobs}, seconds={seconds:g}: at least one job, and more than 0 seconds')
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload([name for name in PRELOAD if find_spec(name.split('.')[0])])
-    with ThreadPoolExecutor(jobs) as pool:
-        runs = [pool.submit(_apart, context, scope, name, spec, seconds) for name, spec in networks.items()]
-        for run in track(as_completed(runs), total=len(runs)):
-            yield run.result()
+    waiting = iter(networks.items())
+    running: list[_Check] = []
+    try:
+        for _ in track(range(len(networks))):
+            starting = islice(waiting, jobs - len(running))
+            running += [_Check(context, scope, name, spec, seconds) for name, spec in starting]
+            done = _first_done(running)
+            running.remove(done)
+            yield done.row()
+    finally:
+        for check in running:
+            check.stop()
+
+
+class _Check:
+    """The check of one network in a process of its own, which may crash or hang."""
+
+    def __init__(self, context: Any, scope: str, name: str, spec: Any, seconds: float):
+        self.scope, self.name, self.seconds = scope, name, seconds
+        self.start = time.perf_counter()
+        self.receive, send = context.Pipe(duplex=False)
+        self.process = context.Process(target=_send, args=(scope, spec, send))
+        self.process.start()
+        send.close()
+
+    def seconds_left(self) -> float:
+        """Return the seconds until the check is given up."""
+        return max(0.0, self.start + self.seconds - time.perf_counter())
+
+    def row(self) -> dict[str, Any]:
+        """Return what was found, and end the process."""
+        row = {'result': 'fail', 'reason': f'not done after {self.seconds:g} s'}
+        try:
+            if self.receive.poll():
+                row = self.receive.recv()
+        except EOFError:
+            self.process.join()
+            row = {'result': 'fail', 'reason': f'its process ended with status {self.process.exitcode}'}
+        self.stop()
+        return {'scope': self.scope, 'name': self.name, **row, 'seconds': round(time.perf_counter() - self.start, 1)}
+
+    def stop(self) -> None:
+        """End the process, if it runs still."""
+        self.process.kill()
+        self.process.join()
+
+
+def _first_done(running: Sequence[_Check]) -> _Check:
+    """Wait for a check that has sent its row, has died or is given up."""
+    while True:
+        wait([check.receive for check in running], timeout=min(check.seconds_left() for check in running))
+        for check in running:
+            if check.receive.poll() or not check.seconds_left():
+                return check
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows that a run has written so far, none if there is no such file.
+
+    Raises:
+        CSGError: a line holds none.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not {'name', 'result', 'reason', 'seconds'} <= row.keys():
+            raise CSGError(f'{path}: line {number} is no row of such a check; delete the line, or take another file')
+        rows.append(row)
+    return rows
 
 
 def check_network(scope: str, spec: Any) -> dict[str, Any]:
@@ -186,25 +260,6 @@ def _network(value: Any) -> Any:
 
 def _line(error: BaseException) -> str:
     return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
-
-
-def _apart(context: Any, scope: str, name: str, spec: Any, seconds: float) -> dict[str, Any]:
-    """Check one network in a process of its own, which may crash or hang."""
-    start = time.perf_counter()
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(scope, spec, send))
-    process.start()
-    send.close()
-    row = {'result': 'fail', 'reason': f'not done after {seconds:g} s'}
-    try:
-        if receive.poll(seconds):
-            row = receive.recv()
-    except EOFError:
-        process.join()
-        row = {'result': 'fail', 'reason': f'its process ended with status {process.exitcode}'}
-    process.kill()
-    process.join()
-    return {'scope': scope, 'name': name, **row, 'seconds': round(time.perf_counter() - start, 1)}
 
 
 def _send(scope: str, spec: Any, connection: Any) -> None:

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections import Counter
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ with one_line_errors():
     from rich.table import Table
 
     from csg_seg.cli import check_out
-    from csg_seg.mm.zoo import SCOPES, check_all, list_networks
+    from csg_seg.mm.zoo import SCOPES, check_all, list_networks, read_rows
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,13 +37,14 @@ def main() -> None:
         out = Path(args.out)
         check_out(out, overwrite=args.resume)
         networks = list_networks(args.scope, args.names)
-        rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+        rows = read_rows(out)
         done = {row['name'] for row in rows}
         waiting = {name: spec for name, spec in networks.items() if name not in done}
         out.parent.mkdir(parents=True, exist_ok=True)
         progress = partial(track, description=args.scope, console=Console(stderr=True))
-        with out.open('a') as file:
-            for row in check_all(args.scope, waiting, jobs=args.jobs, seconds=args.seconds, track=progress):
+        checks = check_all(args.scope, waiting, jobs=args.jobs, seconds=args.seconds, track=progress)
+        with out.open('a') as file, closing(checks):
+            for row in checks:
                 rows.append(row)
                 file.write(json.dumps(row) + '\n')
                 file.flush()
