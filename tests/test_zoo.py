@@ -13,7 +13,8 @@ from conftest import run_tool
 from csg_seg import retrofit
 from csg_seg.bank import find_bank
 from csg_seg.errors import CSGError
-from csg_seg.mm.zoo import check_all, check_network, list_networks, settings_for
+from csg_seg.mm.zoo import check_all, list_networks, summarise_rows
+from csg_seg.mm.zoo_network import check_network, settings_for
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,16 @@ def test_networks_of_many_families_pass(scope, name):
     assert row['generated'] > 0
 
 
+def test_rows_are_counted_by_result_and_reason():
+    passed = {'result': 'pass', 'generated': 3, 'ratio': 2.0, 'left_dense': {'first': 1}}
+    better = passed | {'ratio': 5.0, 'left_dense': {'first': 1, 'dear': 2}}
+    summary = summarise_rows([passed, better, {'result': 'no conv'}, passed | {'ratio': 3.0}])
+    assert summary['results'] == {'pass': 3, 'no conv': 1}
+    assert (summary['generated'], summary['ratio']) == (9, (2.0, 3.0, 5.0))
+    assert summary['left_dense'] == {'first': 3, 'dear': 2}
+    assert summarise_rows([])['ratio'] == ()
+
+
 @pytest.mark.full
 def test_configs_of_one_network_are_checked_once():
     networks = list_networks('mmseg')
@@ -113,7 +124,7 @@ def test_a_check_without_workers_or_time_is_refused():
 
 def test_the_tool_goes_on_where_it_stopped(tmp_path):
     out = tmp_path / 'rows.jsonl'
-    first = {'scope': 'torchvision', 'name': 'squeezenet1_0', 'result': 'pass', 'reason': '', 'seconds': 1.0}
+    first = {'scope': 'torchvision', 'name': 'squeezenet1_0', 'result': 'no conv', 'reason': 'so far', 'seconds': 1.0}
     out.write_text(json.dumps(first) + '\n')
     arguments = ['--scope', 'torchvision', '--names', 'squeezenet1_*', '--out', out, '--json']
     refused = run_tool('analysis_tools/zoo_check.py', *arguments, check=False)

@@ -24,7 +24,7 @@ from ..retrofit import fit, retrofit
 from .launch import replace_sync_bn
 from .model import build_model
 from .results import save_figure
-from .zoo import settings_for
+from .zoo_network import settings_for
 
 PHASES = ('build', 'retrofit', 'fit', 'save', 'load')
 

@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from collections import Counter
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ with one_line_errors():
     from rich.table import Table
 
     from csg_seg.cli import check_out
-    from csg_seg.mm.zoo import SCOPES, check_all, list_networks, read_rows
+    from csg_seg.mm.zoo import SCOPES, check_all, list_networks, read_rows, summarise_rows
 
 
 def parse_args() -> argparse.Namespace:
@@ -53,13 +52,19 @@ def main() -> None:
 
 
 def print_table(rows: list) -> None:
-    """Print the networks that did not pass, and the counts."""
+    """Print the networks that did not pass, and what it comes to."""
     table = Table('network', 'result', 'reason', 'seconds')
     for row in rows:
         if row['result'] != 'pass':
             table.add_row(row['name'], row['result'], row['reason'], str(row['seconds']))
     Console(width=None if sys.stdout.isatty() else 130).print(table)
-    print(', '.join(f'{count} {result}' for result, count in Counter(row['result'] for row in rows).most_common()))
+    summary = summarise_rows(rows)
+    print(', '.join(f'{count} {result}' for result, count in summary['results'].most_common()))
+    if summary['ratio']:
+        least, median, most = summary['ratio']
+        print(f'Of those that pass: {summary["generated"]:,} convs generated; {least:.2f} to {most:.2f} times smaller,')
+        left = '; '.join(f'{count:,} {reason}' for reason, count in summary['left_dense'].most_common())
+        print(f'median {median:.2f}. Left dense: {left or "none"}')
 
 
 if __name__ == '__main__':
