@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from csg_seg import materialise, retrofit
 from csg_seg.conv import generated_convs
@@ -238,6 +239,21 @@ def test_a_pass_that_fails_leaves_nothing_behind():
     with pytest.raises(RuntimeError):
         model(torch.randn(2, 5, 9, 9))
     assert all(conv.ready is None for _, conv in generated_convs(model))
+
+
+def test_a_compiled_forward_takes_the_weights_made_ahead():
+    model = build()
+    twin = deepcopy(model)
+    twin.forward = torch.compile(twin.forward, backend='eager')
+    for training in (True, False, True):
+        with torch.set_grad_enabled(training):
+            for each in (model, twin):
+                each.train(training)(images(1))  # compile, and keep weights
+            with FlopCounterMode(display=False) as of_eager:
+                expected = model(images())
+            with FlopCounterMode(display=False) as of_compiled:
+                torch.testing.assert_close(twin(images()), expected)
+        assert of_compiled.get_total_flops() == of_eager.get_total_flops()
 
 
 def test_a_part_trains_within_a_pass_without_gradients():
