@@ -15,8 +15,12 @@ TOOLS = Path(__file__).parent / '.mim' / 'tools'
 
 
 def tools() -> dict[str, Path]:
-    """Return the Python tools by name."""
-    return {path.stem: path for path in sorted(TOOLS.glob('**/*.py'))}
+    """Return the Python tools by name, with the folder's before it where two have one."""
+    paths = sorted(TOOLS.glob('**/*.py'), key=lambda path: (len(path.parts), path))
+    named: dict[str, Path] = {}
+    for path in paths:
+        named[f'{path.parent.name}/{path.stem}' if path.stem in named else path.stem] = path
+    return named
 
 
 def doctor(*, as_json: bool) -> int:

@@ -56,39 +56,44 @@ class GeneratorBank(nn.ModuleList):
         """Make the weights of all layers, small ones at once, for the forward pass of the root that begins.
 
         Without gradients they are kept from pass to pass, as long as all that they are made of has the same
-        values. A layer that is called elsewhere, compiled or recomputed makes its weight itself.
+        values. A layer that is called elsewhere, compiled or recomputed makes its weight itself, and so does one
+        whose code or generator was written to since the pass began.
         """
         for position, generator in enumerate(self):
+            if not all(type(each) is nn.Parameter for each in generator.parameters()):
+                continue
             convs = [conv for conv in self.fed.values() if conv.generator is generator and conv.can_be_made_ahead()]
-            weights: dict[CSGConv, Tensor] = {}
-            if not torch.is_grad_enabled():
-                weights = dict(zip(convs, self._keep(position, convs), strict=True)) if convs else {}
-            else:
+            if torch.is_grad_enabled():
                 self.kept.pop(position, None)
-                # A large layer makes its own when its turn comes, with less memory to go through.
-                for batch in batches(convs) if generator.is_product else ():
-                    if len(batch) > 1:
-                        weights.update(zip(batch, generate_weights(batch), strict=True))
+                weights = _make_small(convs) if generator.is_product else {}
+            else:
+                weights = self._keep(position, convs) if convs else {}
             for conv, weight in weights.items():
-                conv.__dict__['ready'] = weight  # not by nn.Module, which takes its time
+                conv.__dict__['ready'] = weight, conv.versions()  # not by nn.Module, which takes its time
 
     def drop_ahead(self) -> None:
         """Let each layer make its weight itself again."""
         for conv in self.fed.values():
             conv.__dict__.pop('ready', None)
 
-    def _keep(self, position: int, convs: Sequence[CSGConv]) -> list[Tensor]:
+    def _keep(self, position: int, convs: Sequence[CSGConv]) -> dict[CSGConv, Tensor]:
         """Return the weights of one generator's convs, those of the last time if nothing has changed since."""
         generator = convs[0].generator
         made_of = [torch.cat([conv.code for conv in convs]), *generator.parameters(), *generator.buffers()]
         if generator.settings.residual:
             made_of += [each for conv in convs for each in (conv.residual_out, conv.residual_in)]
         # By their values: writes to .data, as those of an EMA, leave no other trace.
-        if position not in self.kept or not all(map(_same, self.kept[position][0], made_of)):
+        kept = self.kept.get(position)
+        if kept is None or not all(map(_same, kept[0], made_of)):
             # A cropped weight is a view, which every conv would copy.
             weights = [weight.contiguous() for weight in generate_weights(convs)]
-            self.kept[position] = [each.clone() for each in made_of], weights
-        return self.kept[position][1]
+            kept = self.kept[position] = [each.clone() for each in made_of], weights
+        return dict(zip(convs, kept[1], strict=True))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move or cast the generators; weights that are kept stay where they were and are let go."""
+        self.kept.clear()
+        return super()._apply(fn, recurse)
 
     def init_weights(self) -> None:
         """Fit what was loaded into parts of the network; mmengine calls it last, after all other children's."""
@@ -208,14 +213,32 @@ def detach_bank(root: nn.Module) -> None:
 
 def make_ahead(root: nn.Module, inputs: Any) -> None:
     """Begin a forward pass of the root; compiled, each layer makes its weight in the one graph."""
-    if not torch.compiler.is_compiling():
+    if not _records():
         cast(GeneratorBank, root._modules[BANK]).make_ahead()
 
 
 def drop_ahead(root: nn.Module, inputs: Any, outputs: Any) -> None:
     """End a forward pass of the root."""
-    if not torch.compiler.is_compiling():
+    if not _records():
         cast(GeneratorBank, root._modules[BANK]).drop_ahead()
+
+
+def _records() -> bool:
+    """Say whether the pass is compiled or traced: the record is to hold how weights are made."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _make_small(convs: Iterable[CSGConv]) -> dict[CSGConv, Tensor]:
+    """Return the weights of small layers that learn, made together.
+
+    A large layer makes its own when its turn comes, with less memory to go through.
+    """
+    learning = [conv for conv in convs if conv.code.requires_grad or conv.generator.weight.requires_grad]
+    weights: dict[CSGConv, Tensor] = {}
+    for batch in batches(learning):
+        if len(batch) > 1:
+            weights.update(zip(batch, generate_weights(batch), strict=True))
+    return weights
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -242,6 +265,7 @@ def check_state_dict(root: nn.Module, state_dict: dict[str, Tensor], prefix: str
     bank = find_bank(root)
     assert bank is not None
     bank.forget_loaded()
+    bank.drop_ahead()  # of a pass that was interrupted
     convs = named_convs(root)
     stored_bank = {f'{prefix}{BANK}.{name}': tensor for name, tensor in bank.state_dict().items()}
     if _is_dense(state_dict, prefix, convs) and not stored_bank.keys() & state_dict.keys():

@@ -20,6 +20,7 @@ def check_out(
     option: str = '--out',
     endings: Sequence[str] = (),
     inputs: Sequence[str | os.PathLike | None] = (),
+    remedy: str = 'give --overwrite',
 ) -> None:
     """Refuse, before anything is computed, a file that cannot or must not be written.
 
@@ -29,6 +30,7 @@ def check_out(
         option: the name it was given under.
         endings: that its name may have; any if there are none.
         inputs: what the program reads, which it never replaces.
+        remedy: against an existing file, besides another name.
 
     Raises:
         CSGError: says which.
@@ -44,7 +46,7 @@ def check_out(
     if path.resolve() in [Path(each).resolve() for each in inputs if each]:
         raise CSGError(f'{option} {out} is what is read here; choose another')
     if path.exists() and not overwrite:
-        raise CSGError(f'{out} exists; choose another {option}, or give --overwrite')
+        raise CSGError(f'{out} exists; choose another {option}, or {remedy}')
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedParameter
 
 from .errors import CSGError
 from .generator import Generator, row_length
@@ -34,7 +35,8 @@ class CSGConv(_ConvNd):
         generator: shared by many convs and registered on the model's root alone.
         blend: a dense weight that takes part in training still, and the share of the generated one.
         loaded: a dense weight that was loaded and waits to be fitted.
-        ready: the weight that the bank made ahead for the forward pass that is on.
+        ready: the weight that the bank made ahead for the forward pass that is on, and :meth:`versions` then,
+            or the dense weight while it is loaded.
         dense_kind: the class that the conv had.
     """
 
@@ -44,7 +46,7 @@ class CSGConv(_ConvNd):
     generator: Generator
     blend: tuple[Tensor, float] | None = None
     loaded: Tensor | None = None
-    ready: Tensor | None = None
+    ready: tuple[Tensor, tuple[int, int] | None] | None = None
     dense_kind: type[_ConvNd]
 
     @property
@@ -58,13 +60,26 @@ class CSGConv(_ConvNd):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight that the conv computes with: generated, and blended with a dense one while that takes part."""
-        weight = self.ready
-        if weight is None or (torch.is_grad_enabled() and not weight.requires_grad):
+        weight = self._made_ahead()
+        if weight is None:
             weight = self.generate_weight()
         if self.blend is not None and self.training:
             dense, share = self.blend
             weight = torch.lerp(dense, weight, share)
         return weight
+
+    def _made_ahead(self) -> Tensor | None:
+        """Return the weight that the bank made ahead, unless it is of no use by now."""
+        if self.ready is None:
+            return None
+        weight, versions = self.ready
+        learns = weight.requires_grad or not torch.is_grad_enabled()
+        current = versions is None or torch.compiler.is_compiling() or versions == self.versions()
+        return weight if learns and current else None
+
+    def versions(self) -> tuple[int, int]:
+        """Return torch's counts of what was written to the code and the generator's weight."""
+        return self.code._version, self.generator.weight._version
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse a new weight: it would not last.
@@ -92,9 +107,12 @@ class CSGConv(_ConvNd):
     def can_be_made_ahead(self) -> bool:
         """Say whether the weight can be made with others', at the start of a forward pass.
 
-        Sharded, traced and swapped parameters are of other types, and what they hold is not known yet.
+        Sharded, traced and swapped parameters are of other types or shapes, and what they hold is not known yet;
+        tensors of the inference mode do not count what is written to them.
         """
-        return self.loaded is None and type(self.code) is nn.Parameter and not self.code.is_meta
+        code = self.code
+        known = type(code) is nn.Parameter and code.dim() == 2 and not (code.is_meta or code.is_inference())
+        return known and self.loaded is None
 
     def _assemble(self, slices: Tensor) -> Tensor:
         weight = join(slices, self.weight_shape, layout=self.generator.settings.layout)
@@ -106,8 +124,9 @@ class CSGConv(_ConvNd):
         dense = state_dict.pop(f'{prefix}weight', None)
         if dense is not None:
             check_dense(prefix[:-1], self, dense)
-            self.loaded = dense.detach()
             state_dict.update({f'{prefix}{key}': tensor.detach() for key, tensor in self.stored().items()})
+            # ConvAWS2d takes statistics of the weight as it is loaded.
+            self.__dict__['ready'] = dense.detach(), None
         # Set by check_state_dict when the load began at the root, generators included: how often it comes here.
         visits = self.__dict__.pop('_visits', 0)
         if visits > 1:
@@ -117,7 +136,13 @@ class CSGConv(_ConvNd):
                 f'{prefix}code: codes mean nothing without their generator, which lies at the root of the network; '
                 'load the whole checkpoint into the whole network'
             )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        try:
+            with torch.no_grad():
+                super()._load_from_state_dict(state_dict, prefix, *args)
+        finally:
+            self.__dict__.pop('ready', None)
+        if dense is not None:
+            self.loaded = dense.detach()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and copy by the dense class: the generated one is made at run time."""
@@ -245,6 +270,18 @@ def swap_out(conv: CSGConv, weight: Tensor) -> None:
 def find_convs(model: nn.Module) -> dict[str, _ConvNd]:
     """Return each conv of torch by name, dense and generated, subclasses included."""
     return {name: module for name, module in model.named_modules() if isinstance(module, DENSE_KINDS)}
+
+
+def find_others(model: nn.Module) -> dict[str, nn.Module]:
+    """Return, by name, each module that has a conv's weight and is no conv of torch, such as a deformable one."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if not isinstance(module, (*DENSE_KINDS, Generator))
+        and (weight := module._parameters.get('weight')) is not None
+        and not isinstance(weight, UninitializedParameter)
+        and weight.dim() >= 4
+    }
 
 
 def generated_convs(model: nn.Module) -> Iterator[tuple[str, CSGConv]]:

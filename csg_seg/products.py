@@ -21,7 +21,7 @@ class Products(torch.autograd.Function):
         """Multiply codes ``(n, code_dim)`` each, and a weight ``(code_dim, size)``."""
         ctx.set_materialize_grads(False)
         ctx.weight, ctx.codes = weight, codes
-        ctx.versions = [each._version for each in (weight, *codes)]
+        ctx.versions = weight._version, [code._version for code in codes]
         return (torch.cat(codes) @ weight).split([len(code) for code in codes])
 
     @staticmethod
@@ -31,11 +31,15 @@ class Products(torch.autograd.Function):
         Raises:
             RuntimeError: an input was written to since, as torch says of tensors that it saves.
         """
-        if ctx.versions != [each._version for each in (ctx.weight, *ctx.codes)]:
+        used = {position: each for position, each in enumerate(gradients) if each is not None}
+        of_version, code_versions = ctx.versions
+        changed = any(ctx.codes[position]._version != code_versions[position] for position in used)
+        if (ctx.needs_input_grad[0] and changed) or (
+            any(ctx.needs_input_grad[1:]) and ctx.weight._version != of_version
+        ):
             raise RuntimeError(
                 'a code or a generator was modified by an inplace operation between forward and backward pass'
             )
-        used = {position: each for position, each in enumerate(gradients) if each is not None}
         of_weight: Tensor | None = None
         of_codes: dict[int, Tensor] = {}
         if used:
@@ -52,7 +56,11 @@ class Products(torch.autograd.Function):
 
 def multiply(weight: Tensor, codes: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return ``code @ weight`` of each code."""
-    # Compilers and function transforms, which bring tensors of their own, know plain products best.
-    if torch.compiler.is_compiling() or not all(type(code) is nn.Parameter for code in codes):
+    # Compilers, tracers and function transforms, which bring tensors of their own, know plain products best.
+    is_known = type(weight) is nn.Parameter or not weight.requires_grad
+    is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if is_recorded or not is_known or not all(type(code) is nn.Parameter for code in codes):
         return [code @ weight for code in codes]
-    return Products.apply(weight, *codes)
+    if torch.is_grad_enabled() and any(each.requires_grad for each in (weight, *codes)):
+        return Products.apply(weight, *codes)
+    return (torch.cat(list(codes)) @ weight).split([len(code) for code in codes])

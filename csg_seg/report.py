@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from .bank import find_roots
-from .conv import CSGConv, find_convs
+from .conv import CSGConv, find_convs, find_others
 from .errors import abridge
 from .generator import Generator
 from .settings import OPTIONAL
@@ -127,7 +127,8 @@ def summarise(model: nn.Module) -> Summary:
     roots = list(find_roots(model))
     generators = [generator for _, _, bank in roots for generator in bank]
     left_dense = {prefix + name: reason for prefix, _, bank in roots for name, reason in bank.left_dense.items()}
-    layers = tuple(_layer(name, module, generators, left_dense) for name, module in find_convs(model).items())
+    convs: dict[str, nn.Module] = {**find_convs(model), **find_others(model)}
+    layers = tuple(_layer(name, module, generators, left_dense) for name, module in convs.items())
     generated = [module for module in model.modules() if isinstance(module, CSGConv)]
     parameters = list(model.parameters())
     stored = sum(parameter.numel() for parameter in parameters)

@@ -11,7 +11,17 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from .bank import BANK, GeneratorBank, attach_bank, detach_bank, find_bank, find_roots
-from .conv import CSGConv, add_residual, find_convs, generate_weights, generated_convs, named_convs, swap_in, swap_out
+from .conv import (
+    CSGConv,
+    add_residual,
+    find_convs,
+    find_others,
+    generate_weights,
+    generated_convs,
+    named_convs,
+    swap_in,
+    swap_out,
+)
 from .errors import CSGError, abridge
 from .generator import build_generator
 from .settings import Settings, matches
@@ -196,14 +206,13 @@ def choose_layers(model: nn.Module, settings: Sequence[Settings]) -> tuple[dict[
     Raises:
         CSGError: a dict takes no layer, a pattern names none, or a layer that is named in full cannot be generated.
     """
-    convs = find_convs(model)
+    convs, left_dense = find_convs(model), _others(model)
     obstacles = _obstacles(model, convs)
     first = next(iter(convs), None)
     for position, each in enumerate(settings):
-        _check_patterns(position, each, convs)
-        _check_named(position, each, obstacles)
+        _check_patterns(position, each, [*left_dense, *convs])
+        _check_named(position, each, obstacles | left_dense)
     taken: dict[str, int] = {}
-    left_dense: dict[str, str] = {}
     for name, conv in convs.items():
         if name in obstacles:
             left_dense[name] = obstacles[name]
@@ -214,7 +223,7 @@ def choose_layers(model: nn.Module, settings: Sequence[Settings]) -> tuple[dict[
                 taken[name] = position
                 left_dense.pop(name, None)
                 break
-            if not (reason == _OTHER_KERNEL and name in left_dense):
+            if not (reason == OTHER_KERNEL and name in left_dense):
                 left_dense[name] = reason
     for position, each in enumerate(settings):
         if position not in taken.values():
@@ -224,33 +233,43 @@ def choose_layers(model: nn.Module, settings: Sequence[Settings]) -> tuple[dict[
 
 def generable(model: nn.Module) -> dict[str, _ConvNd]:
     """Return the convs, by name, that a generator takes without being named in full."""
-    everything = find_convs(model)
-    obstacles = _obstacles(model, everything)
-    first = next(iter(everything), None)
-    convs: dict[str, _ConvNd] = {}
-    for name, conv in everything.items():
-        if name not in obstacles:
+    refused = not_generable(model)
+    return {name: conv for name, conv in find_convs(model).items() if name not in refused}
+
+
+def not_generable(model: nn.Module) -> dict[str, str]:
+    """Return the convs, by name, that no generator takes without being named in full, and why."""
+    convs = find_convs(model)
+    first = next(iter(convs), None)
+    reasons = _others(model) | _obstacles(model, convs)
+    for name, conv in convs.items():
+        if name not in reasons:
             widest = Settings(slice_shape=tuple(conv.weight.shape), code_dim=1)
-            if reason_to_pass(name, conv, widest, is_first=name == first) is None:
-                convs[name] = conv
-    return convs
+            reason = reason_to_pass(name, conv, widest, is_first=name == first)
+            if reason is not None:
+                reasons[name] = reason
+    return reasons
 
 
-_OTHER_KERNEL = 'no generator of its kernel size'
+OTHER_KERNEL = 'no generator of its kernel size'
 
 
 def reason_to_pass(name: str, conv: _ConvNd, settings: Settings, *, is_first: bool) -> str | None:
     """Say why a generator does not take a conv; None when it takes it."""
+    named = name in (settings.include or ())
+    if is_first and not named:
+        return "the network's first conv"
     if conv.kernel_size != settings.kernel:
-        return _OTHER_KERNEL
+        return OTHER_KERNEL
     if any(matches(name, pattern) for pattern in settings.exclude):
         return 'excluded'
     if settings.include is not None and not any(matches(name, pattern) for pattern in settings.include):
         return 'not included'
-    if is_first and name not in (settings.include or ()):
-        return "the network's first conv"
     if not conv.weight.requires_grad:
         return 'frozen (requires_grad is False)'
+    if not named and not conv.weight.is_meta and not conv.weight.any():
+        # As those that give the offsets of a deformable conv.
+        return 'its weight starts at zero'
     of_a_group, of_a_slice = conv.weight.shape[1], settings.slice_shape[1]
     if conv.groups > 1 and of_a_group < of_a_slice:
         # A depthwise conv would use one column of each slice.
@@ -277,6 +296,11 @@ def check_root(model: nn.Module) -> None:
         raise CSGError('the model is retrofitted already; materialise it before another retrofit')
     if hasattr(model, BANK):
         raise CSGError(f'the model has an attribute named {BANK!r}, where its generators go; rename that attribute')
+
+
+def _others(model: nn.Module) -> dict[str, str]:
+    """Return what has a conv's weight and cannot be generated because it is no conv of torch."""
+    return {name: f'{type(module).__name__} is no conv of torch' for name, module in find_others(model).items()}
 
 
 def _obstacles(model: nn.Module, convs: Mapping[str, _ConvNd]) -> dict[str, str]:
@@ -316,13 +340,13 @@ def _check_named(position: int, settings: Settings, obstacles: Mapping[str, str]
             raise CSGError(f'csg[{position}]: {name} cannot be generated: {obstacles[name]}; take it out of include')
 
 
-def _check_patterns(position: int, settings: Settings, convs: Mapping[str, _ConvNd]) -> None:
+def _check_patterns(position: int, settings: Settings, convs: Sequence[str]) -> None:
     for key in ('include', 'exclude'):
         for pattern in getattr(settings, key) or ():
             if convs and not any(matches(name, pattern) for name in convs):
                 raise CSGError(
                     f'csg[{position}]: {key} pattern {pattern!r} names no conv of the model; '
-                    f'names look like {list(convs)[-1]!r}'
+                    f'names look like {convs[-1]!r}'
                 )
 
 

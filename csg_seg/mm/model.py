@@ -9,10 +9,12 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.dist import broadcast
 from mmengine.logging import print_log
+from mmengine.model import BaseAveragedModel
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 from torch import nn
 
 from ..bank import GeneratorBank, find_bank
+from ..conv import find_convs
 from ..errors import CSGError
 from ..retrofit import CSG, retrofit
 from .checkpoint import read_checkpoint
@@ -81,7 +83,17 @@ def TaughtModel(base_type: str | None = None, teacher: Mapping[str, Any] | None 
 
 
 def retrofit_for_runner(model: nn.Module, csg: CSG, generators_from: str | None = None) -> nn.Module:
-    """Retrofit a model so that weights which a Runner loads are fitted on all ranks alike."""
+    """Retrofit a model so that weights which a Runner loads are fitted on all ranks alike.
+
+    Raises:
+        CSGError: a setting is wrong or fits no layer, or a part of the model averages others by their names.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, BaseAveragedModel) and find_convs(module):
+            raise CSGError(
+                f'{name}: a {type(module).__name__} averages the weights of other layers by their names, which '
+                'generated layers do not have; train this model dense, and retrofit what it has trained'
+            )
     bank = find_bank(retrofit(model, csg))
     assert bank is not None
     if generators_from is not None:

@@ -6,6 +6,7 @@ import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,13 +45,16 @@ def measure_scale(
         fitted and saved, beyond the dense network and the weights that are fitted.
 
     Raises:
-        CSGError: a config is not dense, or no conv of it would cost less generated.
+        CSGError: a config is not dense, no conv of it would cost less generated, or a process was ended.
     """
     context = multiprocessing.get_context('spawn')
     results = {}
     for name, cfg in track(list(cfgs.items())):
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            results[name] = pool.submit(_measure, name, cfg).result()
+            try:
+                results[name] = pool.submit(_measure, name, cfg).result()
+            except BrokenProcessPool:
+                raise CSGError(f'{name}: its process was ended, perhaps for want of memory') from None
     return results
 
 

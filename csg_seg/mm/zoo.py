@@ -22,13 +22,15 @@ from mmengine.config import Config
 
 from ..errors import CSGError
 from .builder import without_weights
-from .zoo_network import check_network
+from .zoo_network import UnreadError, check_network, one_line
 
 SCOPES = ('mmseg', 'mmpretrain', 'torchvision', 'timm')
 # Settings of a network that two of its configs may have different.
 OTHERWISE = 'data_preprocessor|train_cfg|test_cfg|num_classes|loss.*'
-# Of a row, and of one of a network that passed.
-COLUMNS = (('name', 'result', 'reason', 'seconds'), ('name', 'seconds', 'generated', 'ratio', 'left_dense'))
+# From good to bad.
+RESULTS = ('pass', 'no conv', 'refused', 'not run dense', 'not done', 'fail')
+COLUMNS = {'scope', 'name', 'result', 'reason', 'seconds'}
+COLUMNS_OF_A_PASS = COLUMNS | {'trains_on', 'generated', 'ratio', 'left_dense'}
 PRELOAD = ('csg_seg', 'mmseg.models', 'mmpretrain.models', 'torchvision', 'timm')
 
 
@@ -52,7 +54,7 @@ def list_networks(scope: str, patterns: Sequence[str] = ('*',)) -> dict[str, Any
         names = list(models.list_models())
     else:
         folder = Path(import_module(scope).__file__ or '').parent / '.mim' / 'configs'
-        paths = {path.stem: path for path in sorted(folder.glob('*/*.py')) if path.parent.name != '_base_'}
+        paths = {path.stem: path for path in sorted(folder.rglob('*.py')) if '_base_' not in path.parts}
         names = list(paths)
     chosen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
     if not chosen:
@@ -65,7 +67,8 @@ def _read_networks(paths: Iterable[Path]) -> dict[str, Any]:
     for path in paths:
         try:
             model = without_weights(Config.fromfile(str(path)).get('model'))
-        except Exception:  # a config for packages that are not there
+        except Exception as error:  # a config for packages that are not there
+            networks[path.stem] = path.stem, UnreadError(one_line(error))
             continue
         key = json.dumps(_network(model), sort_keys=True, default=str)
         if model:
@@ -128,7 +131,7 @@ class _Check:
 
     def row(self) -> dict[str, Any]:
         """Return what was found, and end the process."""
-        row = {'result': 'fail', 'reason': f'not done after {self.seconds:g} s'}
+        row = {'result': 'not done', 'reason': f'it took more than {self.seconds:g} s'}
         try:
             if self.receive.poll():
                 row = self.receive.recv()
@@ -153,11 +156,11 @@ def _first_done(running: Sequence[_Check]) -> _Check:
                 return check
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path, scope: str) -> list[dict[str, Any]]:
     """Return the rows that a run has written so far, none if there is no such file.
 
     Raises:
-        CSGError: a line holds none.
+        CSGError: a line holds none, or one of another library.
     """
     rows = []
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
@@ -165,8 +168,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             row = None
-        if not isinstance(row, dict) or not set(COLUMNS[row.get('result') == 'pass']) <= row.keys():
+        wanted = COLUMNS_OF_A_PASS if isinstance(row, dict) and row.get('result') == 'pass' else COLUMNS
+        if not isinstance(row, dict) or not wanted <= row.keys():
             raise CSGError(f'{path}: line {number} is no row of such a check; delete the line, or take another file')
+        if row['scope'] != scope:
+            raise CSGError(f'{path}: line {number} is of {row["scope"]}; take another file for {scope}')
         rows.append(row)
     return rows
 
@@ -175,8 +181,9 @@ def summarise_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what a table of rows comes to.
 
     Returns:
-        ``results``, the count of each; of the networks that passed, ``generated``, the count of their convs,
-        ``left_dense``, that of convs for each reason, and ``ratio``, smallest, median and largest, if any passed.
+        ``results``, the count of each of :data:`RESULTS`; of the networks that passed, ``on_losses``, how many of
+        them trained on losses, ``generated``, the count of their convs, ``left_dense``, that of convs for each
+        reason, and ``ratio``, smallest, median and largest, if any passed.
     """
     rows = list(rows)
     passed = [row for row in rows if row['result'] == 'pass']
@@ -185,7 +192,8 @@ def summarise_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         left.update(row['left_dense'])
     ratios = [row['ratio'] for row in passed]
     return {
-        'results': Counter(row['result'] for row in rows),
+        'results': {result: sum(row['result'] == result for row in rows) for result in RESULTS},
+        'on_losses': sum(row['trains_on'] == 'losses' for row in passed),
         'generated': sum(row['generated'] for row in passed),
         'left_dense': left,
         'ratio': (min(ratios), statistics.median(ratios), max(ratios)) if ratios else (),

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
@@ -11,16 +11,19 @@ from typing import Any
 
 import torch
 from mmengine.registry import MODELS, init_default_scope
+from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..checkpoint import load_compact, save_compact
-from ..conv import generated_convs
+from ..conv import find_convs, generated_convs
+from ..errors import CSGError
 from ..report import summarise
-from ..retrofit import generable, materialise, reason_to_pass, retrofit
+from ..retrofit import OTHER_KERNEL, generable, materialise, not_generable, reason_to_pass
 from ..settings import Settings
 from .batches import random_batch
 from .launch import replace_sync_bn
+from .model import retrofit_for_runner
 
 # Smallest first; some networks take one size alone.
 SIZES = (64, 128, 224, 256, 384, 512)
@@ -36,29 +39,61 @@ def check_network(scope: str, spec: Any) -> dict[str, Any]:
         spec: a value of :func:`csg_seg.mm.zoo.list_networks`.
 
     Returns:
-        JSON-ready: ``result``, 'pass', 'no conv', 'not run dense' or 'fail'; ``reason`` of all but a pass; counts.
+        JSON-ready: ``result``, 'pass', 'no conv', 'refused', 'not run dense' or 'fail'; ``reason`` of all but a
+        pass. Of a pass and of 'no conv', ``left_dense``, the count of convs for each reason; of a pass what it
+        ``trains_on``, 'losses' or 'outputs', the count of convs ``generated``, and its compression ``ratio``.
     """
-    nothing = {'result': 'no conv', 'reason': 'it has no conv that could be generated and would cost less so'}
-    if _sketch(scope, spec) == []:
-        return nothing
+    if isinstance(spec, UnreadError):
+        return {'result': 'not run dense', 'reason': str(spec)}
+    sketch = _sketch(scope, spec)
+    if sketch is not None and not settings_for(sketch):
+        return _no_conv(sketch)
     torch.manual_seed(0)
     try:
         model = _build(scope, spec)
         run, run_loss = _runs(model)
         used = _used(model, run_loss)
     except Exception as error:  # whatever a foreign network makes of this machine and input
-        return {'result': 'not run dense', 'reason': _line(error)}
+        return {'result': 'not run dense', 'reason': one_line(error)}
     csg = settings_for(model)
     if not csg:
-        return nothing
+        return _no_conv(model)
     keys = list(model.state_dict())
     try:
-        retrofit(model, csg)
-        left = Counter(reason.split(':')[0].split(',')[0] for reason in model.csg.left_dense.values())
-        row = _check_retrofitted(model, run, run_loss, used, keys, lambda: _build(scope, spec))
-        return {**row, 'left_dense': dict(left)}
+        retrofit_for_runner(model, csg)
+    except CSGError as error:
+        return {'result': 'refused', 'reason': str(error)}
+    summary = summarise(model)
+    # Of a kernel that settings_for found no use for.
+    left = ['costs more generated' if each == OTHER_KERNEL else each for each in model.csg.left_dense.values()]
+    try:
+        problem = _gradient_problem(model, run_loss, used) or _storage_problem(model, run, lambda: _build(scope, spec))
     except Exception as error:
-        return {'result': 'fail', 'reason': _line(error)}
+        problem = one_line(error)
+    if problem is None and list(model.state_dict()) != keys:
+        problem = 'materialised, its state dict has other names'
+    if problem is not None:
+        return {'result': 'fail', 'reason': problem}
+    return {
+        'result': 'pass',
+        'reason': '',
+        'trains_on': 'outputs' if run_loss is run else 'losses',
+        'generated': sum(layer.generator is not None for layer in summary.layers),
+        'ratio': round(summary.compression_ratio, 2),
+        'left_dense': _count(left),
+    }
+
+
+def _no_conv(model: nn.Module) -> dict[str, Any]:
+    reasons = not_generable(model)
+    left = [reasons.get(name, 'costs more generated') for name in {**find_convs(model), **reasons}]
+    reason = 'it has no conv that could be generated and would cost less so'
+    return {'result': 'no conv', 'reason': reason, 'left_dense': _count(left)}
+
+
+def _count(reasons: Iterable[str]) -> dict[str, int]:
+    """Count reasons, without the numbers in them."""
+    return dict(Counter(reason.split(':')[0].split(',')[0] for reason in reasons))
 
 
 def settings_for(model: nn.Module) -> list[dict[str, Any]]:
@@ -93,7 +128,12 @@ def _slice_shape(conv: _ConvNd, numel: int) -> tuple[int, ...]:
     return side, width, *conv.kernel_size
 
 
-def _line(error: BaseException) -> str:
+class UnreadError(Exception):
+    """Stands for a network whose config cannot be read here."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return the kind of an error and the beginning of what it says."""
     return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
 
 
@@ -115,11 +155,11 @@ def _build(scope: str, spec: Any) -> nn.Module:
     return MODELS.build(model)
 
 
-def _sketch(scope: str, spec: Any) -> list[dict[str, Any]] | None:
-    """Return the settings for a network whose weights take neither time nor memory, None where it has to be built."""
+def _sketch(scope: str, spec: Any) -> nn.Module | None:
+    """Return a network whose weights take neither time nor memory, None where it has to be built in full."""
     try:
         with torch.device('meta'):
-            return settings_for(_build(scope, spec))
+            return _build(scope, spec)
     except Exception:  # what computes with its values while it is built
         return None
 
@@ -160,24 +200,31 @@ def _inputs(model: nn.Module, size: int) -> Iterator[tuple[tuple[Any, ...], dict
 
 
 def _loss_run(model: nn.Module, run: Run, size: int) -> Run:
-    """Return how to get losses, with labels where the network is known to take them, and outputs elsewhere."""
+    """Return how to get losses, where the network is known to give some, and outputs elsewhere."""
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    box = {'boxes': torch.tensor([[0.0, 0.0, size / 2, size / 2]]), 'labels': torch.ones(1, dtype=torch.int64)}
+    box |= {'masks': torch.ones(1, size, size), 'keypoints': torch.full((1, 17, 3), size / 4)}
 
-    def run_loss(network: nn.Module) -> list[Tensor]:
-        batch = random_batch(network, 2, size, size)
+    def mm_losses(network: nn.Module, **batch: Any) -> list[Tensor]:
         return [network.parse_losses(network(**batch, mode='loss'))[0]]
 
-    def run_boxes(network: nn.Module) -> list[Tensor]:
-        images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-        boxes = torch.tensor([[0.0, 0.0, size / 2, size / 2]])
-        target = {'boxes': boxes, 'labels': torch.ones(1, dtype=torch.int64), 'masks': torch.ones(1, size, size)}
-        target['keypoints'] = torch.full((1, 17, 3), size / 4)
-        return _floats(network(list(images), [target] * 2))
+    def of_labels(network: nn.Module) -> list[Tensor]:
+        return mm_losses(network, **random_batch(network, 2, size, size))
 
-    for each in (run_loss, run_boxes):
+    def of_views(network: nn.Module) -> list[Tensor]:
+        return mm_losses(network, inputs=[images, images], data_samples=[DataSample(), DataSample()])
+
+    def of_images(network: nn.Module) -> list[Tensor]:
+        return mm_losses(network, inputs=images, data_samples=[DataSample(), DataSample()])
+
+    def of_boxes(network: nn.Module) -> list[Tensor]:
+        return _floats(network(list(images), [box] * 2))
+
+    for losses in (of_labels, of_views, of_images) if hasattr(model, 'data_preprocessor') else (of_boxes,):
         try:
-            each(model.train())
-            return each
-        except Exception:  # it takes no such labels
+            losses(model.train())
+            return losses
+        except Exception:  # it takes no such batch
             continue
     run(model)
     return run
@@ -203,36 +250,33 @@ def _used(model: nn.Module, run: Run) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def _check_retrofitted(
-    model: nn.Module, run: Run, run_loss: Run, used: set[str], keys: Sequence[str], build: Callable[[], nn.Module]
-) -> dict[str, Any]:
-    _backward(model, run_loss)
-    convs = dict(generated_convs(model))
-    for name, conv in convs.items():
-        if f'{name}.weight' in used and (conv.code.grad is None or not conv.code.grad.isfinite().all()):
-            return {'result': 'fail', 'reason': f'{name}.code gets no finite gradient'}
-    fed = {id(conv.generator) for name, conv in convs.items() if f'{name}.weight' in used}
+def _gradient_problem(model: nn.Module, run: Run, used: set[str]) -> str | None:
+    """Train a step; say which code or generator that a loss depends on gets no finite gradient."""
+    _backward(model, run)
+    convs = {name: conv for name, conv in generated_convs(model) if f'{name}.weight' in used}
+    fed = {id(conv.generator) for conv in convs.values()}
+    learning = {f'{name}.code': conv.code for name, conv in convs.items()}
     for position, generator in enumerate(model.csg):
-        gradient = generator.weight.grad
-        if id(generator) in fed and (gradient is None or not gradient.isfinite().all()):
-            return {'result': 'fail', 'reason': f'generator {position} gets no finite gradient'}
-    with torch.no_grad(), TemporaryDirectory() as folder:
-        expected = run(model.eval())
+        if id(generator) in fed:
+            learning[f'generator {position}'] = generator.weight
+    for name, parameter in learning.items():
+        if parameter.grad is None or not parameter.grad.isfinite().all():
+            return f'{name} gets no finite gradient'
+    return None
+
+
+@torch.no_grad()
+def _storage_problem(model: nn.Module, run: Run, build: Callable[[], nn.Module]) -> str | None:
+    """Store, load and materialise a network; say how outputs differ."""
+    expected = run(model.eval())
+    with TemporaryDirectory() as folder:
         save_compact(model, Path(folder, 'small.safetensors'))
         loaded = load_compact(Path(folder, 'small.safetensors'), build()).eval()
-        after_loading = run(loaded)
-        plain = run(materialise(model).eval())
-    for what, outputs in (('loaded', after_loading), ('materialised', plain)):
-        for one, other in zip(expected, outputs, strict=True):
+    for what, network in (('loaded', loaded), ('materialised', materialise(model).eval())):
+        for one, other in zip(expected, run(network), strict=True):
             if one.shape != other.shape:
-                return {
-                    'result': 'fail',
-                    'reason': f'the {what} network gives {tuple(other.shape)}, not {tuple(one.shape)}',
-                }
+                return f'the {what} network gives {tuple(other.shape)}, not {tuple(one.shape)}'
             size = float(one.abs().nan_to_num().max()) if one.numel() else 0.0
             if not torch.allclose(one, other, rtol=1e-4, atol=1e-5 * size, equal_nan=True):
-                return {'result': 'fail', 'reason': f'the {what} network differs by {float((one - other).abs().max())}'}
-    if list(model.state_dict()) != list(keys):
-        return {'result': 'fail', 'reason': 'materialised, its state dict has other names'}
-    ratio = summarise(loaded).compression_ratio
-    return {'result': 'pass', 'reason': '', 'generated': len(convs), 'ratio': round(ratio, 2)}
+                return f'the {what} network differs by {float((one - other).abs().max())}'
+    return None

@@ -34,9 +34,9 @@ def main() -> None:
     args = parse_args()
     with one_line_errors():
         out = Path(args.out)
-        check_out(out, overwrite=args.resume)
+        check_out(out, overwrite=args.resume, remedy='give --resume')
         networks = list_networks(args.scope, args.names)
-        rows = read_rows(out)
+        rows = read_rows(out, args.scope)
         done = {row['name'] for row in rows}
         waiting = {name: spec for name, spec in networks.items() if name not in done}
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -59,10 +59,11 @@ def print_table(rows: list) -> None:
             table.add_row(row['name'], row['result'], row['reason'], str(row['seconds']))
     Console(width=None if sys.stdout.isatty() else 130).print(table)
     summary = summarise_rows(rows)
-    print(', '.join(f'{count} {result}' for result, count in summary['results'].most_common()))
+    print(', '.join(f'{count} {result}' for result, count in summary['results'].items() if count))
     if summary['ratio']:
         least, median, most = summary['ratio']
-        print(f'Of those that pass: {summary["generated"]:,} convs generated; {least:.2f} to {most:.2f} times smaller,')
+        print(f'Of those that pass, {summary["on_losses"]} trained on losses, the others on outputs.')
+        print(f'{summary["generated"]:,} convs generated; networks {least:.2f} to {most:.2f} times smaller,')
         left = '; '.join(f'{count:,} {reason}' for reason, count in summary['left_dense'].most_common())
         print(f'median {median:.2f}. Left dense: {left or "none"}')
 
