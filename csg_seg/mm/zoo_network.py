@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
@@ -150,6 +151,7 @@ def _build(scope: str, spec: Any) -> nn.Module:
     if scope == 'timm':
         return import_module('timm').create_model(spec, pretrained=False)
     init_default_scope(scope)
+    MessageHub.get_current_instance().update_info('max_iters', 1)  # momentum encoders ask for it
     model = deepcopy(spec)
     replace_sync_bn(model)
     return MODELS.build(model)
