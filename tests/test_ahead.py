@@ -1,6 +1,7 @@
 """Weights made ahead: the same numbers as one by one, and never those of before."""
 
 import pickle
+import threading
 from copy import deepcopy
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from csg_seg import materialise, retrofit
-from csg_seg.conv import generated_convs
+from csg_seg.conv import batches, generate_weights, generated_convs
 
 CSG = {'slice_shape': (12, 20, 3, 3), 'code_dim': 24}
 KINDS = {
@@ -141,7 +142,12 @@ def test_functional_calls_and_transforms_are_no_obstacle():
     gradient = torch.func.grad(loss)(parameters)
     model(images()).square().mean().backward()
     torch.testing.assert_close(gradient['one.code'], model.one.code.grad)
+    of_generator = torch.func.grad(lambda weight: loss({'csg.0.weight': weight}))(parameters['csg.0.weight'])
+    torch.testing.assert_close(of_generator, model.csg[0].weight.grad)
     with torch.no_grad():
+        assert torch.func.vmap(lambda share: loss({'csg.0.weight': parameters['csg.0.weight'] * share}))(
+            torch.ones(2)
+        ).allclose(loss(parameters))
         model(images())
         assert loss(halved) != loss(parameters)
 
@@ -239,6 +245,121 @@ def test_a_pass_that_fails_leaves_nothing_behind():
     with pytest.raises(RuntimeError):
         model(torch.randn(2, 5, 9, 9))
     assert all(conv.ready is None for _, conv in generated_convs(model))
+
+
+def test_a_pass_that_is_interrupted_leaves_no_weight_of_before():
+    model = build().eval()
+    handle = model.two.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        model(images())
+    handle.remove()
+    model.load_state_dict(
+        {name: each * 0.5 for name, each in model.state_dict().items() if 'extra' not in name}
+        | {name: each for name, each in model.state_dict().items() if 'extra' in name}
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward(images()), model(images()))
+
+
+def test_writes_within_a_pass_are_noticed():
+    model, reference = build().eval(), build().eval()
+    with torch.no_grad():
+        reference.last.code.mul_(2)
+        expected = reference(images())
+
+        def write(*_):
+            model.last.code.copy_(reference.last.code)
+
+        model.one.register_forward_pre_hook(write)
+        assert torch.equal(model(images()), expected)
+        model.last.code.mul_(3)
+        model.register_forward_pre_hook(write)
+        assert torch.equal(model(images()), expected)
+
+
+@pytest.mark.parametrize('csg', [CSG | {'generator': 'binary'}, CSG | {'freeze_generator': True}])
+def test_what_is_frozen_needs_no_graph(csg):
+    model = build(csg)
+    for conv in (model.stem, model.one, model.two):
+        conv.requires_grad_(False)
+    needed = {}
+    for name, conv in generated_convs(model):
+        conv.register_forward_hook(lambda *run, name=name: needed.update({name: run[2].requires_grad}))
+    model(images())
+    assert needed == {'one': False, 'two': False, 'last': True}
+
+
+def test_two_losses_with_frozen_generator_learn_in_turn():
+    """A code may be stepped before another's gradient is taken, as torch allows of products made one by one."""
+    model = build(CSG | {'freeze_generator': True})
+    model(images())  # hooks
+    one, two = generate_weights([model.one, model.two])
+    one.sum().backward()
+    with torch.no_grad():
+        model.one.code.add_(1)
+    two.sum().backward()
+    assert model.two.code.grad is not None
+
+
+def test_a_network_of_inference_tensors_runs():
+    with torch.inference_mode():
+        model = build().eval()
+        outputs = model(images())
+        torch.testing.assert_close(outputs, materialise(model)(images()))
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.enable_grad])
+def test_a_traced_network_is_stored_and_gives_the_same(mode, tmp_path):
+    model = build().eval()
+    with mode():
+        traced = torch.jit.trace(model, images())
+        traced.save(str(tmp_path / 'traced.pt'))
+        torch.testing.assert_close(torch.jit.load(tmp_path / 'traced.pt')(images(1)), model(images(1)))
+
+
+def test_threads_evaluate_beside_one_that_trains():
+    model = build()
+    with torch.no_grad():
+        expected = model(images())
+    problems = []
+
+    def evaluate():
+        try:
+            with torch.no_grad():
+                for _ in range(60):
+                    torch.testing.assert_close(model(images()), expected)
+        except Exception as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=evaluate) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        model(images()).sum().backward()
+    assert problems == []
+
+
+def test_casting_lets_kept_weights_go():
+    model = build().eval()
+    with torch.no_grad():
+        model(images())
+    model.to(torch.float64)
+    assert kept_weights(model) == []
+
+
+@pytest.mark.parametrize('bound', [1, 17 * 31 * 9 + 31 * 31 * 9, 10**9])
+def test_neighbours_are_made_together_up_to_a_bound(bound, monkeypatch):
+    monkeypatch.setattr('csg_seg.conv.AT_ONCE', bound)
+    model = build()
+    convs = [conv for _, conv in generated_convs(model)]
+    groups = list(batches(convs))
+    assert [conv for group in groups for conv in group] == convs
+    sizes = [[conv.weight_shape.numel() for conv in group] for group in groups]
+    assert all(len(group) == 1 or sum(group) <= bound for group in sizes)
+    assert all(sum(group) + after[0] > bound for group, after in zip(sizes, sizes[1:], strict=False))
+    outputs = model(images())
+    torch.testing.assert_close(outputs, model.forward(images()))
 
 
 def test_a_compiled_forward_takes_the_weights_made_ahead():

@@ -423,6 +423,30 @@ def test_a_conv_keeps_its_own_forward(kind):
     torch.testing.assert_close(model(images()), before)
 
 
+@pytest.mark.parametrize('kind', [ConvWS2d, ConvAWS2d, Conv2dAdaptivePadding])
+def test_convs_of_mmcv_are_generated(kind):
+    model = Net()
+    model.head = kind(31, 17, 3, padding=1)
+    dense = {name: each.clone() for name, each in model.state_dict().items()}
+    retrofit(model, CSG | {'code_dim': 12 * 20 * 9})
+    fit(model, dense)
+    twin = Net()
+    twin.head = kind(31, 17, 3, padding=1)
+    twin.load_state_dict(dense)
+    torch.testing.assert_close(model(images()), twin(images()), rtol=1e-3, atol=1e-3)
+    assert type(materialise(model).head) is kind
+
+
+def test_a_conv_that_takes_statistics_of_what_it_loads_gets_them():
+    """mmcv's ConvAWS2d, of weights that were trained without it."""
+    model = Net()
+    model.head = ConvAWS2d(31, 17, 3, padding=1)
+    dense = {name: each.clone() for name, each in model.state_dict().items() if 'weight_' not in name}
+    retrofit(model, CSG)
+    model.load_state_dict(dense, strict=False)
+    torch.testing.assert_close(model.head.weight_beta.flatten(), dense['head.weight'].mean(dim=(1, 2, 3)))
+
+
 def assert_left_dense(model, reason):
     """Left alone unless it is asked for by its name."""
     assert_refused(model, CSG | {'include': ['body', 'head']}, rf'csg\[0\]: head cannot be generated: .*{reason}')

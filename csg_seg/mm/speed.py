@@ -43,7 +43,7 @@ class Load:
         device: such as 'cpu' or 'cuda'.
         bf16: compute under autocast to bfloat16.
         channels_last: memory format of networks and images.
-        compile: compile the networks' forward.
+        compile: compile the networks, generation included.
 
     Raises:
         CSGError: a value is out of range.
@@ -117,9 +117,12 @@ class Trainee:
         self.batch['inputs'] = self.batch['inputs'].contiguous(memory_format=layout)
         images = torch.randn(load.eval_batch_size, 3, *load.size, generator=torch.Generator().manual_seed(0))
         self.images = images.to(load.device, memory_format=layout)
-        self.optimizer = build_optim_wrapper(self.model, cfg.optim_wrapper).optimizer
+        # The optimizer alone: precision is the load's.
+        kept = ('optimizer', 'paramwise_cfg', 'constructor')
+        optim_wrapper = {key: cfg.optim_wrapper[key] for key in kept if key in cfg.optim_wrapper}
+        self.optimizer = build_optim_wrapper(self.model, {'type': 'OptimWrapper', **optim_wrapper}).optimizer
         if load.compile:
-            self.model.forward = torch.compile(self.model.forward)
+            self.model.compile()
 
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.load.device, torch.bfloat16) if self.load.bf16 else nullcontext()
@@ -170,18 +173,19 @@ class Trainee:
         return {'generation': sum(clock.spans())}
 
     def count_bytes(self) -> dict[str, int]:
-        """Train one step; return what the network holds in it, and on a GPU the peak that the allocator saw."""
-        self.model.train()
+        """Train two steps; return what the network holds in the second, and on a GPU the peak the allocator saw."""
+        self.step()  # after which there is optimizer state
         self.optimizer.zero_grad()
         on_gpu = self.load.device.startswith('cuda')
         before = torch.cuda.memory_allocated() if on_gpu else 0
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        saved: dict[int, int] = {}
+        # Held, so that no other gets the address of one that is let go.
+        saved: dict[int, torch.UntypedStorage] = {}
 
         def note(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -189,9 +193,11 @@ class Trainee:
         for tensor in (*self.model.parameters(), *self.model.buffers(), *self.batch.values()):
             if isinstance(tensor, Tensor):
                 saved.pop(tensor.untyped_storage().data_ptr(), None)
+        activation_bytes = sum(storage.nbytes() for storage in saved.values())
+        saved.clear()
         loss.backward()
         self.optimizer.step()
-        held = {**held_bytes(self.model, self.optimizer), 'activation_bytes': sum(saved.values())}
+        held = {**held_bytes(self.model, self.optimizer), 'activation_bytes': activation_bytes}
         if on_gpu:
             # Over what all networks hold between steps, which is parameters and optimizer state.
             own = held['parameter_bytes'] + held['optimizer_bytes']
@@ -224,9 +230,13 @@ def measure_speed(
         raise CSGError('the config is dense, there is nothing to compare; give a CSG config')
     models = {'dense': MODELS.build(dense_model(cfg)), 'csg': csg, 'materialised': materialise(deepcopy(csg))}
     trainees = {name: Trainee(model, cfg, load) for name, model in models.items()}
-    results: dict[str, dict[str, Any]] = {
-        name: {'bytes': trainee.count_bytes(), 'seconds': {}} for name, trainee in trainees.items()
-    }
+    results: dict[str, dict[str, Any]] = {}
+    for name, trainee in trainees.items():
+        try:
+            results[name] = {'bytes': trainee.count_bytes(), 'seconds': {}}
+        except Exception as error:  # whatever a network makes of a size
+            said = ' '.join(str(error).split())[:200] or type(error).__name__
+            raise CSGError(f'no step on {load.batch_size} images of {load.size} pixels: {said}') from None
     names = list(models)
     # One kind of work after the other: what generation alone frees, steps would have to ask for again.
     turns = [(work, turn) for work in WORK for turn in range(load.warm_up + load.rounds)]

@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--device', choices=('cpu', 'cuda'), help='(default: the GPU, if there is one)')
     parser.add_argument('--bf16', action='store_true', help='autocast to bfloat16')
     parser.add_argument('--channels-last', action='store_true', help='memory format of networks and images')
-    parser.add_argument('--compile', action='store_true', help="compile the networks' forward")
+    parser.add_argument('--compile', action='store_true', help='compile the networks, generation included')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings: key=value ...')
     add_result_options(parser, picture='where time and memory go')
     return parser.parse_args()
@@ -66,7 +66,7 @@ def main() -> None:
     with one_line_errors():
         check_result_options(args)
         cfg = read_config(args.config, args.cfg_options)
-        given = {key: value for key in ('batch_size', 'size') if (value := getattr(args, key))}
+        given = {key: value for key in ('batch_size', 'size') if (value := getattr(args, key)) is not None}
         wanted = {**training_load(cfg), **given}
         for key in ('batch_size', 'size'):
             if key not in wanted:
