@@ -11,6 +11,7 @@ from .conv import CSGConv, batches, check_finite, draw_code, generate_weights, g
 from .errors import CSGError, abridge
 from .fit import fit_generator
 from .generator import Generator, check_meaning
+from .products import is_recorded
 
 BANK = 'csg'
 
@@ -25,7 +26,8 @@ class GeneratorBank(nn.ModuleList):
         after_fit: called with the bank once weights are fitted.
         fitted: the relative error of each layer's weight at the last fit, by name.
         taken_over: whether the generators are another network's, which a fit keeps.
-        kept: by generator, what the weights of the last evaluation were made of, and the weights.
+        kept: by generator, what the weights of the last evaluation were made of, the weights, and
+            torch's counts of what was written to them.
         fits: whether dense weights that are loaded are fitted, or dropped because a
             training checkpoint follows.
     """
@@ -38,7 +40,7 @@ class GeneratorBank(nn.ModuleList):
         self.after_fit: Callable[[GeneratorBank], None] | None = None
         self.fitted: dict[str, float] = {}
         self.taken_over = False
-        self.kept: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        self.kept: dict[int, tuple[list[Tensor], list[Tensor], list[int]]] = {}
         self.fits = True
 
     def forward(self, input: Any) -> Any:
@@ -84,11 +86,17 @@ class GeneratorBank(nn.ModuleList):
             made_of += [each for conv in convs for each in (conv.residual_out, conv.residual_in)]
         # By their values: writes to .data, as those of an EMA, leave no other trace.
         kept = self.kept.get(position)
-        if kept is None or not all(map(_same, kept[0], made_of)):
+        if kept is None or kept[2] != _versions(kept[1]) or not all(map(_same, kept[0], made_of)):
             # A cropped weight is a view, which every conv would copy.
             weights = [weight.contiguous() for weight in generate_weights(convs)]
-            kept = self.kept[position] = [each.clone() for each in made_of], weights
+            kept = self.kept[position] = [each.clone() for each in made_of], weights, _versions(weights)
         return dict(zip(convs, kept[1], strict=True))
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode; training lets kept weights go."""
+        if mode:
+            self.kept.clear()
+        return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move or cast the generators; weights that are kept stay where they were and are let go."""
@@ -213,19 +221,14 @@ def detach_bank(root: nn.Module) -> None:
 
 def make_ahead(root: nn.Module, inputs: Any) -> None:
     """Begin a forward pass of the root; compiled, each layer makes its weight in the one graph."""
-    if not _records():
+    if not is_recorded():
         cast(GeneratorBank, root._modules[BANK]).make_ahead()
 
 
 def drop_ahead(root: nn.Module, inputs: Any, outputs: Any) -> None:
     """End a forward pass of the root."""
-    if not _records():
+    if not is_recorded():
         cast(GeneratorBank, root._modules[BANK]).drop_ahead()
-
-
-def _records() -> bool:
-    """Say whether the pass is compiled or traced: the record is to hold how weights are made."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _make_small(convs: Iterable[CSGConv]) -> dict[CSGConv, Tensor]:
@@ -239,6 +242,11 @@ def _make_small(convs: Iterable[CSGConv]) -> dict[CSGConv, Tensor]:
         if len(batch) > 1:
             weights.update(zip(batch, generate_weights(batch), strict=True))
     return weights
+
+
+def _versions(weights: Iterable[Tensor]) -> list[int]:
+    """Return torch's counts of what was written to weights; there are none of those of the inference mode."""
+    return [0 if weight.is_inference() else weight._version for weight in weights]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -7,7 +7,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import UninitializedParameter
 
 from .errors import CSGError
 from .generator import Generator, row_length
@@ -279,7 +278,6 @@ def find_others(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if not isinstance(module, (*DENSE_KINDS, Generator))
         and (weight := module._parameters.get('weight')) is not None
-        and not isinstance(weight, UninitializedParameter)
         and weight.dim() >= 4
     }
 

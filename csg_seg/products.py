@@ -54,12 +54,19 @@ class Products(torch.autograd.Function):
         return of_weight, *(of_codes.get(position) for position in range(len(gradients)))
 
 
+def is_recorded() -> bool:
+    """Say whether what runs is compiled, traced or transformed, all of which know plain products best."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        # As torch.autograd.Function asks.
+        or torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+    )
+
+
 def multiply(weight: Tensor, codes: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return ``code @ weight`` of each code."""
-    # Compilers, tracers and function transforms, which bring tensors of their own, know plain products best.
-    is_known = type(weight) is nn.Parameter or not weight.requires_grad
-    is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if is_recorded or not is_known or not all(type(code) is nn.Parameter for code in codes):
+    if is_recorded() or not all(type(code) is nn.Parameter for code in codes):
         return [code @ weight for code in codes]
     if torch.is_grad_enabled() and any(each.requires_grad for each in (weight, *codes)):
         return Products.apply(weight, *codes)

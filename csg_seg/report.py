@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .bank import find_roots
 from .conv import CSGConv, find_convs, find_others
-from .errors import abridge
+from .errors import CSGError, abridge
 from .generator import Generator
 from .settings import OPTIONAL
 from .slices import grid
@@ -123,13 +123,18 @@ def summarise(model: nn.Module) -> Summary:
 
     Returns:
         a :class:`Summary` with totals, generators and convs.
+
+    Raises:
+        CSGError: the model is a part of a retrofitted one.
     """
     roots = list(find_roots(model))
     generators = [generator for _, _, bank in roots for generator in bank]
+    generated = [module for module in model.modules() if isinstance(module, CSGConv)]
+    if not all(any(conv.generator is generator for generator in generators) for conv in generated):
+        raise CSGError('generators of these layers belong to a larger model; give that model as a whole')
     left_dense = {prefix + name: reason for prefix, _, bank in roots for name, reason in bank.left_dense.items()}
     convs: dict[str, nn.Module] = {**find_convs(model), **find_others(model)}
     layers = tuple(_layer(name, module, generators, left_dense) for name, module in convs.items())
-    generated = [module for module in model.modules() if isinstance(module, CSGConv)]
     parameters = list(model.parameters())
     stored = sum(parameter.numel() for parameter in parameters)
     saved = sum(layer.dense_params - layer.stored_params for layer in layers)
@@ -157,7 +162,7 @@ def _layer(name: str, conv: nn.Module, generators: Sequence[nn.Module], left_den
         name=name,
         weight_shape=tuple(conv.weight_shape),
         grid=grid(conv.weight_shape, conv.generator.settings.slice_shape),
-        generator=next(i for i, each in enumerate(generators) if each is conv.generator) if generators else None,
+        generator=next(i for i, each in enumerate(generators) if each is conv.generator),
         dense_params=conv.weight_shape.numel(),
         stored_params=_stored(conv),
         left_dense=None,

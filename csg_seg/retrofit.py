@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
@@ -288,6 +289,12 @@ def check_root(model: nn.Module) -> None:
     Raises:
         CSGError: says which.
     """
+    if not isinstance(model, nn.Module) or isinstance(model, (torch.jit.ScriptModule, GraphModule)):
+        kind = 'class' if isinstance(model, type) else type(model).__name__
+        raise CSGError(f'a {kind} came, which cannot be retrofitted; give the nn.Module that it is made of')
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise CSGError(f'{name} has no shape before the first batch; run one batch through the model first')
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise CSGError(f'the model is already wrapped in {type(model).__name__}; take the network inside, model.module')
     if hasattr(model, '_orig_mod'):
@@ -313,7 +320,8 @@ def _obstacles(model: nn.Module, convs: Mapping[str, _ConvNd]) -> dict[str, str]
     for name, conv in convs.items():
         own = _obstacle(conv)
         # Something else in the model would keep the dense weight.
-        others = [other for other in holders[id(conv._parameters.get('weight'))] if other != f'{name}.weight']
+        own_name = f'{name}.weight' if name else 'weight'
+        others = [other for other in holders[id(conv._parameters.get('weight'))] if other != own_name]
         if own or others:
             obstacles[name] = own or f'its weight is also {others[0]}'
     return obstacles
@@ -326,8 +334,6 @@ def _obstacle(conv: _ConvNd) -> str | None:
     weight = conv._parameters.get('weight')
     if is_parametrized(conv) or weight is None:
         return f'the weight of this {kind} is computed (weight norm, spectral norm, pruning or the like)'
-    if isinstance(weight, UninitializedParameter):
-        return f'the weight of this {kind} has no shape before the first batch'
     if weight.is_complex():
         return f'the weight of this {kind} is complex'
     return None

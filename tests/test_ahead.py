@@ -57,7 +57,7 @@ def gradients(model):
 
 
 def kept_weights(model):
-    return [weight for _, weights in model.csg.kept.values() for weight in weights]
+    return [weight for _, weights, _ in model.csg.kept.values() for weight in weights]
 
 
 @pytest.mark.parametrize('csg', KINDS.values(), ids=KINDS)
@@ -134,10 +134,11 @@ def test_second_derivatives_pass():
 def test_functional_calls_and_transforms_are_no_obstacle():
     model = build()
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    x = images()
     halved = {name: each / 2 for name, each in parameters.items()}
 
     def loss(parameters):
-        return torch.func.functional_call(model, parameters, (images(),)).square().mean()
+        return torch.func.functional_call(model, parameters, (x,)).square().mean()
 
     gradient = torch.func.grad(loss)(parameters)
     model(images()).square().mean().backward()
@@ -145,9 +146,13 @@ def test_functional_calls_and_transforms_are_no_obstacle():
     of_generator = torch.func.grad(lambda weight: loss({'csg.0.weight': weight}))(parameters['csg.0.weight'])
     torch.testing.assert_close(of_generator, model.csg[0].weight.grad)
     with torch.no_grad():
-        assert torch.func.vmap(lambda share: loss({'csg.0.weight': parameters['csg.0.weight'] * share}))(
-            torch.ones(2)
-        ).allclose(loss(parameters))
+        shares = torch.tensor([1.0, 0.5])
+        losses = torch.func.vmap(lambda share: loss({'csg.0.weight': parameters['csg.0.weight'] * share}))(shares)
+        torch.testing.assert_close(losses[0], loss(parameters))
+    slopes = torch.func.jacrev(lambda images: model(images).sum(dim=(1, 2, 3)))(x)
+    plain = torch.func.jacrev(lambda images: materialise(deepcopy(model))(images).sum(dim=(1, 2, 3)))(x)
+    torch.testing.assert_close(slopes, plain)
+    with torch.no_grad():
         model(images())
         assert loss(halved) != loss(parameters)
 
@@ -161,7 +166,6 @@ def test_evaluations_use_the_same_weights_until_training_drops_them():
     assert all(weight.is_contiguous() for weight in first)  # or every conv would copy it
     assert len(first) == 3 and all(one is other for one, other in zip(first, kept_weights(model), strict=True))
     model.train()
-    model(images())
     assert kept_weights(model) == []
 
 
@@ -338,6 +342,21 @@ def test_threads_evaluate_beside_one_that_trains():
     while any(thread.is_alive() for thread in threads):
         model(images()).sum().backward()
     assert problems == []
+
+
+@torch.no_grad()
+def test_what_is_written_into_a_kept_weight_is_gone_by_the_next_pass():
+    model = build().eval()
+    expected = model(images())
+
+    def scale(module, inputs):
+        module.weight.mul_(2)
+
+    handle = model.one.register_forward_pre_hook(scale)
+    written = model(images())
+    assert not torch.equal(written, expected) and torch.equal(model(images()), written)
+    handle.remove()
+    assert torch.equal(model(images()), expected)
 
 
 def test_casting_lets_kept_weights_go():

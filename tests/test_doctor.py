@@ -11,7 +11,7 @@ from conftest import ROOT
 
 import csg_seg
 from csg_seg import doctor
-from csg_seg.__main__ import tools
+from csg_seg.__main__ import TOOLS, tools
 
 
 def csg_seg_command(*args):
@@ -72,9 +72,10 @@ def test_the_command_prints_json_and_lists_every_tool():
     assert done.returncode == 0
     assert {'name': 'csg_seg', 'state': csg_seg.__version__, 'remedy': ''} in json.loads(done.stdout)
     listed = csg_seg_command().stdout
-    files = {path.stem for path in ROOT.glob('tools/**/*.py')}
-    assert files and files == tools().keys()
-    assert all(f'  {name} ' in listed for name in (*files, 'doctor'))
+    files = sorted(path.relative_to(ROOT / 'tools') for path in ROOT.glob('tools/**/*.py'))
+    assert files and files == sorted(path.relative_to(TOOLS) for path in tools().values())
+    assert all(f'  {name} ' in listed for name in (*tools(), 'doctor'))
+    assert tools()['benchmark'].parent == TOOLS and tools()['analysis_tools/benchmark'].parent.name == 'analysis_tools'
 
 
 @pytest.mark.parametrize(('args', 'says'), [(['tran'], 'no command tran'), (['doctor', '-x'], 'does not know -x')])

@@ -3,10 +3,13 @@ import re
 
 import pytest
 import torch
+from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
+from mmcv.cnn.bricks.conv_ws import ConvAWS2d, ConvWS2d
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 from torchvision.models import resnet18, resnet50
+from torchvision.ops import DeformConv2d
 
 from csg_seg import materialise, retrofit, summarise
 from csg_seg.bank import find_bank
@@ -408,33 +411,20 @@ class Standardised(nn.Conv2d):
         return F.conv2d(x, weight / (weight.std() + self.eps), self.bias, self.stride, self.padding)
 
 
-@pytest.mark.parametrize('kind', [Scaled, Inner, Standardised])
+@pytest.mark.parametrize('kind', [Scaled, Inner, Standardised, ConvWS2d, ConvAWS2d, Conv2dAdaptivePadding])
 def test_a_conv_keeps_its_own_forward(kind):
     model = Net()
     model.head = kind(31, 17, 3, padding=1)
     retrofit(model, CSG).eval()
     twin = kind(31, 17, 3, padding=1)
-    twin.load_state_dict({'weight': model.head.generate_weight(), 'bias': model.head.bias})
+    buffers = dict(model.head.named_buffers())
+    twin.load_state_dict({'weight': model.head.generate_weight(), 'bias': model.head.bias, **buffers})
     x = images(channels=31)
     assert isinstance(model.head, (CSGConv, kind))
     torch.testing.assert_close(model.head(x), twin(x))
     before = model(images())
     assert type(materialise(model).head) is kind
     torch.testing.assert_close(model(images()), before)
-
-
-@pytest.mark.parametrize('kind', [ConvWS2d, ConvAWS2d, Conv2dAdaptivePadding])
-def test_convs_of_mmcv_are_generated(kind):
-    model = Net()
-    model.head = kind(31, 17, 3, padding=1)
-    dense = {name: each.clone() for name, each in model.state_dict().items()}
-    retrofit(model, CSG | {'code_dim': 12 * 20 * 9})
-    fit(model, dense)
-    twin = Net()
-    twin.head = kind(31, 17, 3, padding=1)
-    twin.load_state_dict(dense)
-    torch.testing.assert_close(model(images()), twin(images()), rtol=1e-3, atol=1e-3)
-    assert type(materialise(model).head) is kind
 
 
 def test_a_conv_that_takes_statistics_of_what_it_loads_gets_them():
@@ -445,6 +435,48 @@ def test_a_conv_that_takes_statistics_of_what_it_loads_gets_them():
     retrofit(model, CSG)
     model.load_state_dict(dense, strict=False)
     torch.testing.assert_close(model.head.weight_beta.flatten(), dense['head.weight'].mean(dim=(1, 2, 3)))
+
+
+def test_what_is_no_conv_of_torch_and_what_starts_at_zero_stay_as_they_are():
+    class Deformable(Net):
+        def __init__(self):
+            super().__init__()
+            self.offset = nn.Conv2d(31, 18, 3, padding=1)
+            nn.init.zeros_(self.offset.weight)
+            self.head = DeformConv2d(31, 17, 3, padding=1)
+
+        def forward(self, x):
+            x = F.relu(self.point(self.grouped(F.relu(self.body(F.relu(self.stem(x)))))))
+            return self.head(x, self.offset(x))
+
+    model = retrofit(Deformable(), CSG)
+    left = {layer.name: layer.left_dense for layer in summarise(model).layers if layer.left_dense}
+    assert left['head'] == 'DeformConv2d is no conv of torch'
+    assert left['offset'] == 'its weight starts at zero'
+    assert model(images()).isfinite().all()
+    assert 'offset' in generated(retrofit(Deformable(), CSG | {'include': ['body', 'offset']}))
+    assert_refused(Deformable(), CSG | {'include': ['body', 'head']}, 'head cannot be generated: DeformConv2d is no')
+
+
+def test_what_is_no_whole_network_is_refused():
+    lazy = Net()
+    lazy.head = nn.LazyConv2d(17, 3)
+    refused = (
+        (lazy, 'head.weight has no shape before the first batch; run one batch'),
+        (None, 'a NoneType came, which cannot be retrofitted'),
+        (Net, 'a class came, which cannot be retrofitted; give the nn.Module'),
+        (torch.fx.symbolic_trace(Net()), 'which cannot be retrofitted; give the nn.Module'),
+        (nn.Conv2d(31, 31, 3), "the network's first conv"),
+    )
+    for model, said in refused:
+        with pytest.raises(CSGError, match=said):
+            retrofit(model, CSG)
+
+
+def test_a_part_of_a_network_has_no_counts_of_its_own():
+    model = retrofit(Net(), CSG)
+    with pytest.raises(CSGError, match='belong to a larger model; give that model as a whole'):
+        summarise(model.body)
 
 
 def assert_left_dense(model, reason):

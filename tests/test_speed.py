@@ -89,6 +89,9 @@ def test_a_config_says_what_it_trains_with():
         ([DENSE], 'the config is dense, there is nothing to compare; give a CSG config'),
         ([CSG, '--batch-size', 1], 'batch_size 2, because of batch norm'),
         ([CSG, '--picture', 'seen.txt'], 'seen.txt'),
+        ([CSG, '--picture', 'seen.png', '--out', './seen.png'], '--out and --picture are one file'),
+        ([CSG, '--batch-size', 0], 'batch_size=0'),
+        ([CSG, '--size', 200000, 200000], 'no step on 192 images of 200000x200000 pixels: '),
         pytest.param(
             [CSG, '--device', 'cuda'],
             'there is no GPU here; take device cpu',

@@ -130,10 +130,10 @@ def test_a_check_without_workers_or_time_is_refused():
 def test_the_tool_goes_on_where_it_stopped(tmp_path):
     out = tmp_path / 'rows.jsonl'
     first = {'scope': 'torchvision', 'name': 'squeezenet1_0', 'result': 'no conv', 'reason': 'so far', 'seconds': 1.0}
-    out.write_text(json.dumps(first) + '\n')
+    out.write_text(json.dumps(first))  # ended before the line did
     arguments = ['--scope', 'torchvision', '--names', 'squeezenet1_*', '--out', out, '--json']
     refused = run_tool('analysis_tools/zoo_check.py', *arguments, check=False)
-    assert refused.returncode == 1 and 'exists' in refused.stderr
+    assert refused.returncode == 1 and 'exists; choose another --out, or give --resume' in refused.stderr
     rows = json.loads(run_tool('analysis_tools/zoo_check.py', *arguments, '--resume').stdout)
     assert rows[0] == first and [row['name'] for row in rows] == ['squeezenet1_0', 'squeezenet1_1']
     assert rows[1]['result'] == 'pass'
@@ -141,5 +141,9 @@ def test_the_tool_goes_on_where_it_stopped(tmp_path):
     out.write_text(out.read_text() + '{"scope": "torchvi')
     cut = run_tool('analysis_tools/zoo_check.py', *arguments, '--resume', check=False)
     assert cut.returncode == 1 and 'line 3 is no row of such a check; delete the line' in cut.stderr
+    other = run_tool(
+        'analysis_tools/zoo_check.py', *arguments, '--scope', 'timm', '--names', 'vgg11', '--resume', check=False
+    )
+    assert 'line 1 is of torchvision; take another file for timm' in other.stderr
     nothing = run_tool('analysis_tools/zoo_check.py', *arguments, '--names', 'alexnot', '--resume', check=False)
     assert 'no network of torchvision is named' in nothing.stderr

@@ -35,6 +35,8 @@ def check_result_options(args: Namespace) -> None:
         check_out(args.out, overwrite=args.overwrite)
     if getattr(args, 'picture', None):
         check_out(args.picture, overwrite=args.overwrite, option='--picture', endings=['.png'])
+        if args.out and Path(args.out).resolve() == Path(args.picture).resolve():
+            raise CSGError('--out and --picture are one file; give each its own')
 
 
 def write_result(args: Namespace, figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,6 +47,9 @@ def measure_scale(
     Raises:
         CSGError: a config is not dense, no conv of it would cost less generated, or a process was ended.
     """
+    for name, cfg in cfgs.items():
+        if 'csg' in cfg.model:
+            raise CSGError(f'{name}: give the dense config; its convs are retrofitted here')
     context = multiprocessing.get_context('spawn')
     results = {}
     for name, cfg in track(list(cfgs.items())):
@@ -126,7 +129,8 @@ def draw_scale(results: Mapping[str, Mapping[str, Any]], path: str | os.PathLike
     for key, marker in (('peak_bytes', 'o'), ('dense_bytes', 's'), ('compact_bytes', '^')):
         memory.plot(millions, [row[key] / 1e6 for row in rows], marker, label=key.replace('_', ' '))
     for axis, label, start in ((times, 'seconds', 0.05), (memory, 'MB', 4)):
-        axis.plot(millions, [start * each for each in millions], '--', color='gray', label='linear', zorder=0)
+        if len(rows) > 1:
+            axis.plot(millions, [start * each for each in millions], '--', color='gray', label='linear', zorder=0)
         axis.set_xscale('log')
         axis.set_yscale('log')
         axis.set_xlabel('million parameters of the dense network')

@@ -229,15 +229,18 @@ def measure_speed(
     if find_bank(csg) is None:
         raise CSGError('the config is dense, there is nothing to compare; give a CSG config')
     models = {'dense': MODELS.build(dense_model(cfg)), 'csg': csg, 'materialised': materialise(deepcopy(csg))}
-    trainees = {name: Trainee(model, cfg, load) for name, model in models.items()}
+    trainees: dict[str, Trainee] = {}
     results: dict[str, dict[str, Any]] = {}
-    for name, trainee in trainees.items():
+    for name, model in models.items():
         try:
-            results[name] = {'bytes': trainee.count_bytes(), 'seconds': {}}
+            trainees[name] = Trainee(model, cfg, load)
+            results[name] = {'bytes': trainees[name].count_bytes(), 'seconds': {}}
         except Exception as error:  # whatever a network makes of a size
             said = ' '.join(str(error).split())[:200] or type(error).__name__
-            raise CSGError(f'no step on {load.batch_size} images of {load.size} pixels: {said}') from None
-    names = list(models)
+            raise CSGError(
+                f'no step on {load.batch_size} images of {"x".join(map(str, load.size))} pixels: {said}'
+            ) from None
+    names = list(trainees)
     # One kind of work after the other: what generation alone frees, steps would have to ask for again.
     turns = [(work, turn) for work in WORK for turn in range(load.warm_up + load.rounds)]
     for work, turn in track(turns):

@@ -4,10 +4,11 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -42,7 +43,7 @@ def list_networks(scope: str, patterns: Sequence[str] = ('*',)) -> dict[str, Any
         patterns: of the names, one of which matches.
 
     Raises:
-        CSGError: there is no such scope, its library is not installed, or nothing is named so.
+        CSGError: there is no such scope, its library is not installed, or a pattern names nothing.
     """
     if scope not in SCOPES:
         raise CSGError(f'there is no scope {scope!r}; take one of {", ".join(SCOPES)}')
@@ -57,8 +58,9 @@ def list_networks(scope: str, patterns: Sequence[str] = ('*',)) -> dict[str, Any
         paths = {path.stem: path for path in sorted(folder.rglob('*.py')) if '_base_' not in path.parts}
         names = list(paths)
     chosen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    if not chosen:
-        raise CSGError(f'no network of {scope} is named {" or ".join(patterns)}; names look like {names[0]}')
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise CSGError(f'no network of {scope} is named {pattern}; names look like {names[0]}')
     return _read_networks([paths[name] for name in chosen]) if paths else {name: name for name in chosen}
 
 
@@ -83,8 +85,8 @@ def check_all(
     jobs: int = 1,
     seconds: float = 300.0,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
-) -> Iterator[dict[str, Any]]:
-    """Yield what :func:`csg_seg.mm.zoo_network.check_network` finds of each network, in a process each, as they end.
+) -> Generator[dict[str, Any], None, None]:
+    """Return what :func:`csg_seg.mm.zoo_network.check_network` finds of each network, in a process each, as they end.
 
     Args:
         scope: of the networks.
@@ -98,6 +100,16 @@ def check_all(
     """
     if jobs < 1 or seconds <= 0:
         raise CSGError(f'cannot check with jobs={jobs}, seconds={seconds:g}: at least one job, and more than 0 seconds')
+    return _check_all(scope, networks, jobs, seconds, track)
+
+
+def _check_all(
+    scope: str,
+    networks: Mapping[str, Any],
+    jobs: int,
+    seconds: float,
+    track: Callable[[Sequence[int]], Iterable[int]],
+) -> Generator[dict[str, Any], None, None]:
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload([name for name in PRELOAD if find_spec(name.split('.')[0])])
     waiting = iter(networks.items())
@@ -163,7 +175,11 @@ def read_rows(path: Path, scope: str) -> list[dict[str, Any]]:
         CSGError: a line holds none, or one of another library.
     """
     rows = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+    except UnicodeDecodeError:
+        raise CSGError(f'{path} is no text; take another file') from None
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except ValueError:
@@ -210,6 +226,7 @@ def _network(value: Any) -> Any:
 
 
 def _send(scope: str, spec: Any, connection: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ended by the process that began it
     torch.set_num_threads(1)
     with Path(os.devnull).open('w') as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         row = check_network(scope, spec)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 import sys
 from contextlib import closing
 from functools import partial
@@ -11,8 +12,9 @@ from csg_seg.cli import one_line_errors
 
 with one_line_errors():
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import track
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from csg_seg.cli import check_out
     from csg_seg.mm.zoo import SCOPES, check_all, list_networks, read_rows, summarise_rows
@@ -42,7 +44,10 @@ def main() -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         progress = partial(track, description=args.scope, console=Console(stderr=True))
         checks = check_all(args.scope, waiting, jobs=args.jobs, seconds=args.seconds, track=progress)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of closing
         with out.open('a') as file, closing(checks):
+            if rows and not out.read_text().endswith('\n'):
+                file.write('\n')
             for row in checks:
                 rows.append(row)
                 file.write(json.dumps(row) + '\n')
@@ -53,11 +58,12 @@ def main() -> None:
 
 def print_table(rows: list) -> None:
     """Print the networks that did not pass, and what it comes to."""
-    table = Table('network', 'result', 'reason', 'seconds')
+    table = Table(*(Column(name, overflow='fold') for name in ('network', 'result', 'reason', 'seconds')))
     for row in rows:
         if row['result'] != 'pass':
-            table.add_row(row['name'], row['result'], row['reason'], str(row['seconds']))
-    Console(width=None if sys.stdout.isatty() else 130).print(table)
+            table.add_row(*(escape(str(row[key])) for key in ('name', 'result', 'reason', 'seconds')))
+    if table.rows:
+        Console(width=None if sys.stdout.isatty() else 130).print(table)
     summary = summarise_rows(rows)
     print(', '.join(f'{count} {result}' for result, count in summary['results'].items() if count))
     if summary['ratio']:
