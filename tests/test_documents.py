@@ -43,6 +43,14 @@ def test_plain_pytorch_example_runs(tmp_path):
     assert 'x smaller' in done.stdout and (tmp_path / 'model.safetensors').exists()
 
 
+def test_a_network_of_several_kernels_is_retrofitted_as_the_page_says(capsys):
+    text = (ROOT / 'docs' / 'supported.md').read_text()
+    (example,) = re.findall(r'```python\n(.*?)```', text, flags=re.DOTALL)
+    exec(example, {})
+    printed = capsys.readouterr().out
+    assert "left dense, the network's first conv: features.0.0\n" in printed and printed.count('left dense') == 1
+
+
 @pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: path.name)
 def test_named_files_exist(document):
     text = document.read_text()

@@ -120,10 +120,10 @@ def test_the_tool_measures_draws_and_prints(tmp_path, capsys):
 
 
 def test_a_picture_shows_what_was_measured(measured, tmp_path):
-    _, networks = measured
-    draw_speed(networks, tmp_path / 'new' / 'speed.png', title='ResNet-20')
+    load, networks = measured
+    draw_speed(networks, load, tmp_path / 'new' / 'speed.png', title='ResNet-20')
     with pytest.raises(CSGError, match='give a name that ends in .png'):
-        draw_speed(networks, tmp_path / 'speed.nothing', title='ResNet-20')
+        draw_speed(networks, load, tmp_path / 'speed.nothing', title='ResNet-20')
 
 
 def test_networks_of_all_sizes_are_taken_through_all_phases(tmp_path, capsys):

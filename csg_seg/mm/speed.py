@@ -296,15 +296,16 @@ def _memory(result: Mapping[str, Any]) -> int:
     return held['peak_bytes'] if 'peak_bytes' in held else sum(held[key] for key in HELD)
 
 
-def draw_speed(results: Mapping[str, Mapping[str, Any]], path: str | os.PathLike, *, title: str) -> None:
+def draw_speed(results: Mapping[str, Mapping[str, Any]], load: Load, path: str | os.PathLike, *, title: str) -> None:
     """Save a picture of where time and memory go.
 
     Args:
         results: of :func:`measure_speed`.
+        load: that was measured.
         path: of the picture; its ending names the format.
         title: the network's name.
     """
-    figure = Figure(figsize=(10, 3.6), layout='constrained')
+    figure = Figure(figsize=(10, 4.2), layout='constrained')
     step, evaluation, memory = figure.subplots(1, 3)
     medians = {
         name: {key: statistics.median(values) * 1000 for key, values in each['seconds'].items()}
@@ -315,13 +316,16 @@ def draw_speed(results: Mapping[str, Mapping[str, Any]], path: str | os.PathLike
     share = generation / sum(medians['csg'][key] for key in PHASES)
     label = f'generation, {share:.1%} of it'
     step.bar('csg', generation, width=0.3, facecolor='white', edgecolor='black', hatch='///', label=label)
-    step.legend(fontsize=8, loc='upper center', ncols=2)
+    step.legend(fontsize=8, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=2)
     _stack(evaluation, {name: {'evaluation': each['evaluation']} for name, each in medians.items()}, 'ms to evaluate')
     held = {
         name: {key.removesuffix('_bytes'): each['bytes'][key] / 1e6 for key in HELD} for name, each in results.items()
     }
     _stack(memory, held, 'MB held in a step')
-    figure.suptitle(title)
+    size = f'{load.size[0]} x {load.size[1]}'
+    figure.suptitle(
+        f'{title}\n{load.batch_size} images of {size} a step, {load.eval_batch_size} to evaluate; {load.device}'
+    )
     save_figure(figure, path)
 
 
@@ -334,6 +338,5 @@ def _stack(axis: Any, bars: Mapping[str, Mapping[str, float]], label: str) -> No
         axis.bar(names, heights, bottom=bottoms, label=part, width=0.6)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     axis.set_ylabel(label)
-    axis.margins(y=0.25)
     if len(next(iter(bars.values()))) > 1:
-        axis.legend(fontsize=8, loc='upper center', ncols=2)
+        axis.legend(fontsize=8, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=2)

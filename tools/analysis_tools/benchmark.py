@@ -53,6 +53,7 @@ def print_tables(result: dict) -> None:
         )
         table.add_row(name, *step, f'{each["images_per_second"]:.1f}', share, *evaluation)
     console.print(table)
+    print('Medians; ratios are medians of the ratios of each round.')
     columns = [key for key in (*HELD, 'peak_bytes') if key in result['networks']['dense']['bytes']]
     table = Table('network', *(f'{key.removesuffix("_bytes")}, MB' for key in columns), 'to dense')
     for name, each in result['networks'].items():
@@ -80,7 +81,7 @@ def main() -> None:
         figures = {'load': asdict(load), 'summary': summarise_speed(networks, load), 'networks': networks}
         result = write_result(args, {**figures, 'made_with': made_with(seed=0)})
         if args.picture:
-            draw_speed(networks, args.picture, title=Path(args.config).stem)
+            draw_speed(networks, load, args.picture, title=Path(args.config).stem)
     print(json.dumps(result)) if args.json else print_tables(result)
 
 
