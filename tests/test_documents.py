@@ -143,3 +143,40 @@ def test_the_table_of_federated_averaging_is_the_result():
     for each in result['networks'].values():
         scores = ' | '.join(f'{point["score"]:.2f}' for point in each['scores'])
         assert f'| {each["bytes"] / 1e6:.2f} | {scores} | {each["scores"][-1]["bytes"] / 1e6:,.0f} |' in text
+
+
+def megabytes(count):
+    return f'{count / 1e6:.1f}' if count < 1e7 else f'{count / 1e6:.0f}'
+
+
+@pytest.mark.parametrize('name', ['resnet56', 'deeplabv3-r18'])
+def test_the_table_of_steps_is_the_result(name):
+    result = json.loads((ROOT / 'results' / f'speed-{name}.json').read_text())
+    text = (ROOT / 'docs' / 'speed.md').read_text()
+    for network, each in result['summary'].items():
+        held = result['networks'][network]['bytes']
+        parts = (held[f'{part}_bytes'] for part in ('parameter', 'gradient', 'optimizer', 'activation'))
+        cells = (
+            network,
+            f'{each["step"]:.3f}',
+            f'{each["step_ratio"]:.3f}x',
+            f'{100 * each["step_spread"]:.0f} %',
+            f'{100 * each["generation_share"]:.1f} %' if network == 'csg' else '',
+            f'{1000 * each["evaluation"]:.1f}',
+            f'{each["evaluation_ratio"]:.3f}x',
+            f'{100 * each["evaluation_spread"]:.0f} %',
+            ' + '.join(map(megabytes, parts)),
+            f'{each["memory_ratio"]:.3f}x',
+        )
+        assert f'| {" | ".join(cells)} |' in text
+    assert f'{result["summary"]["csg"]["step_ratio"]:.2f} times' in README
+
+
+def test_the_table_of_large_networks_is_the_result():
+    result = json.loads((ROOT / 'results' / 'scale.json').read_text())
+    text = (ROOT / 'docs' / 'speed.md').read_text()
+    for name, each in result['networks'].items():
+        seconds = (f'{each["seconds"][phase]:.2f}' for phase in ('retrofit', 'fit', 'save', 'load'))
+        sizes = (f'{each[key] / 1e6:.1f}' for key in ('dense_bytes', 'compact_bytes'))
+        cells = (name, f'{each["params"] / 1e6:.2f} M', *seconds, *sizes, f'{each["peak_bytes"] / 1e6:.0f}')
+        assert f'| {" | ".join(cells)} |' in text

@@ -26,8 +26,8 @@ from .batches import random_batch
 from .launch import replace_sync_bn
 from .model import retrofit_for_runner
 
-# Smallest first; some networks take one size alone.
-SIZES = (64, 128, 224, 256, 384, 512)
+# Smallest first, but for those of LeNet; some networks take one size alone.
+SIZES = (64, 128, 224, 256, 384, 512, 32)
 FRAMES = 16
 RATIO = 9
 
@@ -52,13 +52,13 @@ def check_network(scope: str, spec: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     try:
         model = _build(scope, spec)
+        csg = settings_for(model)
+        if not csg:
+            return _no_conv(model)
         run, run_loss = _runs(model)
         used = _used(model, run_loss)
     except Exception as error:  # whatever a foreign network makes of this machine and input
         return {'result': 'not run dense', 'reason': one_line(error)}
-    csg = settings_for(model)
-    if not csg:
-        return _no_conv(model)
     keys = list(model.state_dict())
     try:
         retrofit_for_runner(model, csg)
@@ -172,6 +172,7 @@ Run = Callable[[nn.Module], list[Tensor]]
 def _runs(model: nn.Module) -> tuple[Run, Run]:
     """Return how to run a network, and how to get losses from it, on the smallest input that it takes."""
     first: Exception | None = None
+    in_training: Exception | None = None
     for size in SIZES:
         for arguments, options in _inputs(model, size):
 
@@ -181,15 +182,19 @@ def _runs(model: nn.Module) -> tuple[Run, Run]:
             try:
                 with torch.no_grad():
                     run(model.eval())
-                return run, _loss_run(model, run, size)
             except Exception as error:
                 first = first or error
-    raise first or ValueError('it takes no input')
+                continue
+            try:
+                return run, _loss_run(model, run, size)
+            except Exception as error:
+                in_training = error
+    raise in_training or first or ValueError('it takes no input')
 
 
 def _inputs(model: nn.Module, size: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Yield what networks take: images, a list of them, a pair, a video."""
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = _images(model, size)
     if hasattr(model, 'data_preprocessor'):
         yield (images,), {'mode': 'tensor'}
         return
@@ -201,9 +206,16 @@ def _inputs(model: nn.Module, size: int) -> Iterator[tuple[tuple[Any, ...], dict
     yield (images[:, :, None].expand(-1, -1, FRAMES, -1, -1),), {}
 
 
+def _images(model: nn.Module, size: int) -> Tensor:
+    """Return two images, in colour but where the first conv takes them grey."""
+    first = next(iter(find_convs(model).values()), None)
+    channels = 1 if first is not None and first.in_channels == 1 else 3
+    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
 def _loss_run(model: nn.Module, run: Run, size: int) -> Run:
     """Return how to get losses, where the network is known to give some, and outputs elsewhere."""
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = _images(model, size)
     box = {'boxes': torch.tensor([[0.0, 0.0, size / 2, size / 2]]), 'labels': torch.ones(1, dtype=torch.int64)}
     box |= {'masks': torch.ones(1, size, size), 'keypoints': torch.full((1, 17, 3), size / 4)}
 
