@@ -258,11 +258,12 @@ OTHER_KERNEL = 'no generator of its kernel size'
 def reason_to_pass(name: str, conv: _ConvNd, settings: Settings, *, is_first: bool) -> str | None:
     """Say why a generator does not take a conv; None when it takes it."""
     named = name in (settings.include or ())
-    if is_first and not named:
+    excluded = any(matches(name, pattern) for pattern in settings.exclude)
+    if is_first and not named and not excluded:
         return "the network's first conv"
     if conv.kernel_size != settings.kernel:
         return OTHER_KERNEL
-    if any(matches(name, pattern) for pattern in settings.exclude):
+    if excluded:
         return 'excluded'
     if settings.include is not None and not any(matches(name, pattern) for pattern in settings.include):
         return 'not included'
