@@ -1,6 +1,7 @@
 """One network of a library: a generator for each of its kernels, everything tried."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -135,8 +136,9 @@ class UnreadError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """Return the kind of an error and the beginning of what it says."""
-    return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+    """Return the kind of an error and the beginning of what it says, without this machine's paths."""
+    said = re.sub(r'(?<![\w.])(/[\w.@-]+){2,}', '...', ' '.join(str(error).split()))
+    return f'{type(error).__name__}: {said[:200]}'
 
 
 def _build(scope: str, spec: Any) -> nn.Module:
