@@ -58,7 +58,7 @@ def check_network(scope: str, spec: Any) -> dict[str, Any]:
         if not csg:
             return _no_conv(model)
         run, run_loss = _runs(model)
-        used = _used(model, run_loss)
+        used = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     except Exception as error:  # whatever a foreign network makes of this machine and input
         return {'result': 'not run dense', 'reason': one_line(error)}
     keys = list(model.state_dict())
@@ -173,7 +173,10 @@ Run = Callable[[nn.Module], list[Tensor]]
 
 
 def _runs(model: nn.Module) -> tuple[Run, Run]:
-    """Return how to run a network, and how to get losses from it, on the smallest input that it takes."""
+    """Return how to run a network, and how to train it, on the smallest input that it takes.
+
+    It holds the gradients of a step afterwards.
+    """
     first: Exception | None = None
     in_training: Exception | None = None
     for size in SIZES:
@@ -218,7 +221,7 @@ def _images(model: nn.Module, size: int) -> Tensor:
 
 
 def _loss_run(model: nn.Module, run: Run, size: int) -> Run:
-    """Return how to get losses, where the network is known to give some, and outputs elsewhere."""
+    """Train a step; return how, with losses where the network is known to give some, with outputs elsewhere."""
     images = _images(model, size)
     box = {'boxes': torch.tensor([[0.0, 0.0, size / 2, size / 2]]), 'labels': torch.ones(1, dtype=torch.int64)}
     box |= {'masks': torch.ones(1, size, size), 'keypoints': torch.full((1, 17, 3), size / 4)}
@@ -240,11 +243,11 @@ def _loss_run(model: nn.Module, run: Run, size: int) -> Run:
 
     for losses in (of_labels, of_views, of_images) if hasattr(model, 'data_preprocessor') else (of_boxes,):
         try:
-            losses(model.train())
+            _backward(model, losses)
             return losses
         except Exception:  # it takes no such batch
             continue
-    run(model)
+    _backward(model, run)
     return run
 
 
@@ -260,12 +263,6 @@ def _floats(outputs: Any) -> list[Tensor]:
 def _backward(model: nn.Module, run: Run) -> None:
     model.zero_grad()
     torch.stack([each.float().square().mean() for each in run(model.train())]).sum().backward()
-
-
-def _used(model: nn.Module, run: Run) -> set[str]:
-    """Return the parameters that the losses of a dense network depend on."""
-    _backward(model, run)
-    return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def _gradient_problem(model: nn.Module, run: Run, used: set[str]) -> str | None:
