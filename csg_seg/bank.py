@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,14 @@ from .products import is_recorded
 BANK = 'csg'
 
 
+class Kept(NamedTuple):
+    """Weights from one evaluation to the next: what they were made of, they, and torch's counts of writes to them."""
+
+    made_of: list[Tensor]
+    weights: list[Tensor]
+    versions: list[int]
+
+
 class GeneratorBank(nn.ModuleList):
     """The generators of a model, its root's last child.
 
@@ -26,8 +34,7 @@ class GeneratorBank(nn.ModuleList):
         after_fit: called with the bank once weights are fitted.
         fitted: the relative error of each layer's weight at the last fit, by name.
         taken_over: whether the generators are another network's, which a fit keeps.
-        kept: by generator, what the weights of the last evaluation were made of, the weights, and
-            torch's counts of what was written to them.
+        kept: by generator, the weights of the last evaluation.
         fits: whether dense weights that are loaded are fitted, or dropped because a
             training checkpoint follows.
     """
@@ -40,7 +47,7 @@ class GeneratorBank(nn.ModuleList):
         self.after_fit: Callable[[GeneratorBank], None] | None = None
         self.fitted: dict[str, float] = {}
         self.taken_over = False
-        self.kept: dict[int, tuple[list[Tensor], list[Tensor], list[int]]] = {}
+        self.kept: dict[int, Kept] = {}
         self.fits = True
 
     def forward(self, input: Any) -> Any:
@@ -86,11 +93,11 @@ class GeneratorBank(nn.ModuleList):
             made_of += [each for conv in convs for each in (conv.residual_out, conv.residual_in)]
         # By their values: writes to .data, as those of an EMA, leave no other trace.
         kept = self.kept.get(position)
-        if kept is None or kept[2] != _versions(kept[1]) or not all(map(_same, kept[0], made_of)):
+        if kept is None or kept.versions != _versions(kept.weights) or not all(map(_same, kept.made_of, made_of)):
             # A cropped weight is a view, which every conv would copy.
             weights = [weight.contiguous() for weight in generate_weights(convs)]
-            kept = self.kept[position] = [each.clone() for each in made_of], weights, _versions(weights)
-        return dict(zip(convs, kept[1], strict=True))
+            kept = self.kept[position] = Kept([each.clone() for each in made_of], weights, _versions(weights))
+        return dict(zip(convs, kept.weights, strict=True))
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode; training lets kept weights go."""
