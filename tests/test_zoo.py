@@ -36,7 +36,7 @@ def test_a_network_passes_with_every_conv_but_its_first_generated(scope, name, g
 def test_there_is_a_dict_for_each_kernel_and_width_of_narrow_groups():
     model = torchvision.models.mobilenet_v3_small()
     widths_and_kernels = [each['slice_shape'][1:] for each in settings_for(model)]
-    assert sorted(widths_and_kernels) == [(1, 3, 3), (1, 5, 5), (16, 1, 1)]
+    assert sorted(widths_and_kernels) == [(1, 3, 3), (1, 5, 5), (8, 1, 1)]
     retrofit(model, settings_for(model))
     assert set(find_bank(model).left_dense.values()) == {"the network's first conv"}
 

@@ -59,6 +59,7 @@ def check_network(scope: str, spec: Any) -> dict[str, Any]:
             return _no_conv(model)
         run, run_loss = _runs(model)
         used = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+        model.zero_grad()
     except Exception as error:  # whatever a foreign network makes of this machine and input
         return {'result': 'not run dense', 'reason': one_line(error)}
     keys = list(model.state_dict())
@@ -70,11 +71,9 @@ def check_network(scope: str, spec: Any) -> dict[str, Any]:
     # Of a kernel that settings_for found no use for.
     left = ['costs more generated' if each == OTHER_KERNEL else each for each in model.csg.left_dense.values()]
     try:
-        problem = _gradient_problem(model, run_loss, used) or _storage_problem(model, run, lambda: _build(scope, spec))
+        problem = _gradient_problem(model, run_loss, used) or _storage_problem(model, run, keys)
     except Exception as error:
         problem = one_line(error)
-    if problem is None and list(model.state_dict()) != keys:
-        problem = 'materialised, its state dict has other names'
     if problem is not None:
         return {'result': 'fail', 'reason': problem}
     return {
@@ -123,7 +122,7 @@ def settings_for(model: nn.Module) -> list[dict[str, Any]]:
 
 def _slice_shape(conv: _ConvNd, numel: int) -> tuple[int, ...]:
     """Return the largest slices whose generator has at most a quarter of the weights of the conv's kernel size."""
-    for side in (16, 8, 4):
+    for side in (8, 4):
         width = min(side, conv.weight.shape[1]) if conv.groups > 1 else side
         size = side * width * math.prod(conv.kernel_size)
         if size * (size // RATIO) <= numel / 4:
@@ -180,11 +179,12 @@ def _runs(model: nn.Module) -> tuple[Run, Run]:
     first: Exception | None = None
     in_training: Exception | None = None
     for size in SIZES:
-        for arguments, options in _inputs(model, size):
+        images = _images(model, size)
+        for call in _calls(model):
 
-            def run(network: nn.Module, arguments: Any = arguments, options: Any = options) -> list[Tensor]:
+            def run(network: nn.Module, images: Tensor = images, call: Call = call) -> list[Tensor]:
                 torch.manual_seed(0)  # some heads start an iteration at random
-                return _floats(network(*arguments, **options))
+                return _floats(call(network, images if network.training else images[:1]))
 
             try:
                 with torch.no_grad():
@@ -199,18 +199,20 @@ def _runs(model: nn.Module) -> tuple[Run, Run]:
     raise in_training or first or ValueError('it takes no input')
 
 
-def _inputs(model: nn.Module, size: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Yield what networks take: images, a list of them, a pair, a video."""
-    images = _images(model, size)
+Call = Callable[[nn.Module, Tensor], Any]
+
+
+def _calls(model: nn.Module) -> Iterator[Call]:
+    """Yield how networks take images: as they are, as a list, as a pair, as a video."""
     if hasattr(model, 'data_preprocessor'):
-        yield (images,), {'mode': 'tensor'}
+        yield lambda network, images: network(images, mode='tensor')
         return
-    yield (images,), {}
+    yield lambda network, images: network(images)
     if not type(model).__module__.startswith('torchvision'):
         return
-    yield (list(images),), {}
-    yield (images, images), {}
-    yield (images[:, :, None].expand(-1, -1, FRAMES, -1, -1),), {}
+    yield lambda network, images: network(list(images))
+    yield lambda network, images: network(images, images)
+    yield lambda network, images: network(images[:, :, None].expand(-1, -1, FRAMES, -1, -1))
 
 
 def _images(model: nn.Module, size: int) -> Tensor:
@@ -281,17 +283,27 @@ def _gradient_problem(model: nn.Module, run: Run, used: set[str]) -> str | None:
 
 
 @torch.no_grad()
-def _storage_problem(model: nn.Module, run: Run, build: Callable[[], nn.Module]) -> str | None:
-    """Store, load and materialise a network; say how outputs differ."""
+def _storage_problem(model: nn.Module, run: Run, keys: list[str]) -> str | None:
+    """Store, materialise and load a network; say what of its names and outputs is not as it was."""
     expected = run(model.eval())
     with TemporaryDirectory() as folder:
-        save_compact(model, Path(folder, 'small.safetensors'))
-        loaded = load_compact(Path(folder, 'small.safetensors'), build()).eval()
-    for what, network in (('loaded', loaded), ('materialised', materialise(model).eval())):
-        for one, other in zip(expected, run(network), strict=True):
-            if one.shape != other.shape:
-                return f'the {what} network gives {tuple(other.shape)}, not {tuple(one.shape)}'
-            size = float(one.abs().nan_to_num().max()) if one.numel() else 0.0
-            if not torch.allclose(one, other, rtol=1e-4, atol=1e-5 * size, equal_nan=True):
-                return f'the {what} network differs by {float((one - other).abs().max())}'
+        path = Path(folder, 'small.safetensors')
+        save_compact(model, path)
+        model = materialise(model)
+        if list(model.state_dict()) != keys:
+            return 'materialised, its state dict has other names'
+        problem = _difference('materialised', expected, run(model.eval()))
+        for value in model.state_dict().values():
+            value.fill_(1)
+        load_compact(path, model)
+    return problem or _difference('loaded', expected, run(model.eval()))
+
+
+def _difference(what: str, expected: list[Tensor], outputs: list[Tensor]) -> str | None:
+    for one, other in zip(expected, outputs, strict=True):
+        if one.shape != other.shape:
+            return f'the {what} network gives {tuple(other.shape)}, not {tuple(one.shape)}'
+        size = float(one.abs().nan_to_num().max()) if one.numel() else 0.0
+        if not torch.allclose(one, other, rtol=1e-4, atol=1e-5 * size, equal_nan=True):
+            return f'the {what} network differs by {float((one - other).abs().max())}'
     return None
