@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .conv import CSGConv, batches, check_finite, draw_code, generate_weights, generated_convs, named_convs
+from .conv import CSGConv, batches, check_finite, draw_code, generate_weights, generated_convs, named_convs, versions
 from .errors import CSGError, abridge
 from .fit import fit_generator
 from .generator import Generator, check_meaning
@@ -78,7 +78,7 @@ class GeneratorBank(nn.ModuleList):
             else:
                 weights = self._keep(position, convs) if convs else {}
             for conv, weight in weights.items():
-                conv.__dict__['ready'] = weight, conv.versions()  # not by nn.Module, which takes its time
+                conv.make_ready(weight)
 
     def drop_ahead(self) -> None:
         """Let each layer make its weight itself again."""
@@ -93,10 +93,10 @@ class GeneratorBank(nn.ModuleList):
             made_of += [each for conv in convs for each in (conv.residual_out, conv.residual_in)]
         # By their values: writes to .data, as those of an EMA, leave no other trace.
         kept = self.kept.get(position)
-        if kept is None or kept.versions != _versions(kept.weights) or not all(map(_same, kept.made_of, made_of)):
+        if kept is None or kept.versions != versions(kept.weights) or not all(map(_same, kept.made_of, made_of)):
             # A cropped weight is a view, which every conv would copy.
             weights = [weight.contiguous() for weight in generate_weights(convs)]
-            kept = self.kept[position] = Kept([each.clone() for each in made_of], weights, _versions(weights))
+            kept = self.kept[position] = Kept([each.clone() for each in made_of], weights, versions(weights))
         return dict(zip(convs, kept.weights, strict=True))
 
     def train(self, mode: bool = True) -> Any:
@@ -249,11 +249,6 @@ def _make_small(convs: Iterable[CSGConv]) -> dict[CSGConv, Tensor]:
         if len(batch) > 1:
             weights.update(zip(batch, generate_weights(batch), strict=True))
     return weights
-
-
-def _versions(weights: Iterable[Tensor]) -> list[int]:
-    """Return torch's counts of what was written to weights; there are none of those of the inference mode."""
-    return [0 if weight.is_inference() else weight._version for weight in weights]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -1,8 +1,8 @@
 """The generated convolution."""
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,14 @@ from .slices import grid, join
 # Values that one product makes for several layers: small ones gain by it, large ones lose, because of the memory.
 AT_ONCE = 2**20
 DENSE_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class Ready(NamedTuple):
+    """A weight, what it was made of, and torch's counts of what was written to that."""
+
+    weight: Tensor
+    made_of: Sequence[Tensor]
+    state: list[int]
 
 
 class CSGConv(_ConvNd):
@@ -34,8 +42,8 @@ class CSGConv(_ConvNd):
         generator: shared by many convs and registered on the model's root alone.
         blend: a dense weight that takes part in training still, and the share of the generated one.
         loaded: a dense weight that was loaded and waits to be fitted.
-        ready: the weight that the bank made ahead for the forward pass that is on, and :meth:`versions` then,
-            or the dense weight while it is loaded.
+        ready: the weight that the bank made ahead for the forward pass that is on, or the dense one while it is
+            loaded, and what of which state it was made of.
         dense_kind: the class that the conv had.
     """
 
@@ -45,7 +53,7 @@ class CSGConv(_ConvNd):
     generator: Generator
     blend: tuple[Tensor, float] | None = None
     loaded: Tensor | None = None
-    ready: tuple[Tensor, tuple[int, int] | None] | None = None
+    ready: Ready | None = None
     dense_kind: type[_ConvNd]
 
     @property
@@ -71,14 +79,16 @@ class CSGConv(_ConvNd):
         """Return the weight that the bank made ahead, unless it is of no use by now."""
         if self.ready is None:
             return None
-        weight, versions = self.ready
+        weight, made_of, state = self.ready
         learns = weight.requires_grad or not torch.is_grad_enabled()
-        current = versions is None or torch.compiler.is_compiling() or versions == self.versions()
+        current = torch.compiler.is_compiling() or state == versions(made_of)
         return weight if learns and current else None
 
-    def versions(self) -> tuple[int, int]:
-        """Return torch's counts of what was written to the code and the generator's weight."""
-        return self.code._version, self.generator.weight._version
+    def make_ready(self, weight: Tensor) -> None:
+        """Have the conv take a weight that was made ahead, until what it is made of is written to."""
+        made_of = self.code, self.generator.weight
+        # Not by nn.Module, which takes its time.
+        self.__dict__['ready'] = Ready(weight, made_of, versions(made_of))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse a new weight: it would not last.
@@ -125,7 +135,7 @@ class CSGConv(_ConvNd):
             check_dense(prefix[:-1], self, dense)
             state_dict.update({f'{prefix}{key}': tensor.detach() for key, tensor in self.stored().items()})
             # ConvAWS2d takes statistics of the weight as it is loaded.
-            self.__dict__['ready'] = dense.detach(), None
+            self.__dict__['ready'] = Ready(dense.detach(), (), [])
         # Set by check_state_dict when the load began at the root, generators included: how often it comes here.
         visits = self.__dict__.pop('_visits', 0)
         if visits > 1:
@@ -166,6 +176,11 @@ def generate_weights(convs: Sequence[CSGConv]) -> list[Tensor]:
             slices = convs[0].generator.generate([conv.code for conv in batch])
             weights += [conv._assemble(each) for conv, each in zip(batch, slices, strict=True)]
     return weights
+
+
+def versions(tensors: Iterable[Tensor]) -> list[int]:
+    """Return torch's counts of what was written to tensors; there are none of those of the inference mode."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def batches(convs: Sequence[CSGConv]) -> Iterator[list[CSGConv]]:

@@ -12,6 +12,7 @@ from conftest import ROOT, cfg_options, run_program, run_tool
 from mmengine.config import Config
 
 from csg_seg.mm.model import build_model
+from csg_seg.mm.zoo import SCOPES, read_rows, summarise_rows
 
 README = (ROOT / 'README.md').read_text()
 DOCUMENTS = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -180,3 +181,16 @@ def test_the_table_of_large_networks_is_the_result():
         sizes = (f'{each[key] / 1e6:.1f}' for key in ('dense_bytes', 'compact_bytes'))
         cells = (name, f'{each["params"] / 1e6:.2f} M', *seconds, *sizes, f'{each["peak_bytes"] / 1e6:.0f}')
         assert f'| {" | ".join(cells)} |' in text
+
+
+@pytest.mark.parametrize('scope', SCOPES)
+def test_the_tables_of_the_libraries_are_their_rows(scope):
+    rows = read_rows(ROOT / 'results' / f'zoo-{scope}.jsonl', scope)
+    text = (ROOT / 'docs' / 'supported.md').read_text()
+    summary = summarise_rows(rows)
+    least, median, most = summary['ratio']
+    counts = ' | '.join(str(count) for count in summary['results'].values())
+    assert f'| {scope} | {len(rows)} | {counts} | {least:.2f} to {most:.2f} | {median:.2f} |' in text
+    left = '; '.join(f'{count} {reason}' for reason, count in summary['left_dense'].most_common())
+    assert f'| {scope} | {summary["generated"]:,} | {summary["on_losses"]} | {left} |' in text
+    assert len({row['name'] for row in rows}) == len(rows)

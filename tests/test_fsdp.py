@@ -1,4 +1,4 @@
-"""FSDP2 shards codes and generators as any parameters."""
+"""FSDP2 and FSDP1 shard codes and generators as any parameters."""
 
 from pathlib import Path
 
@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torchvision.models import resnet18
 
@@ -15,7 +16,7 @@ from csg_seg import load_compact, retrofit, save_compact
 
 CSG = {'slice_shape': (16, 16, 3, 3), 'code_dim': 128}
 RANKS = 2
-WAYS = ('whole', 'blocks')
+WAYS = ('whole', 'blocks', 'flat')
 
 
 def dense() -> nn.Module:
@@ -24,12 +25,14 @@ def dense() -> nn.Module:
     return resnet18(num_classes=10, norm_layer=lambda channels: nn.GroupNorm(4, channels))
 
 
-def shard(model: nn.Module, how: str) -> None:
+def shard(model: nn.Module, how: str) -> nn.Module:
+    if how == 'flat':
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device('cpu'))
     if how == 'blocks':
         for name in ('layer1', 'layer2', 'layer3', 'layer4'):
             for block in model.get_submodule(name):
                 fully_shard(block)
-    fully_shard(model)
+    return fully_shard(model)
 
 
 def train(model: nn.Module, rank: int, ranks: int) -> None:
@@ -42,6 +45,17 @@ def train(model: nn.Module, rank: int, ranks: int) -> None:
         optimizer.zero_grad()
 
 
+def count_held(parameter: torch.Tensor) -> int:
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
+
+
+def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    if isinstance(model, FullyShardedDataParallel):  # get_model_state_dict crashes of a dense one too, on a CPU
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            return {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
 def work(rank: int, folder: str) -> None:
     """One rank; the first writes what all together have learned."""
     torch.set_num_threads(1)
@@ -49,10 +63,10 @@ def work(rank: int, folder: str) -> None:
     for how in WAYS:
         model = retrofit(dense(), CSG)
         total = sum(parameter.numel() for parameter in model.parameters())
-        shard(model, how)
+        model = shard(model, how)
         train(model, rank, RANKS)
-        held = sum(parameter.to_local().numel() for parameter in model.parameters())
-        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        held = sum(count_held(parameter) for parameter in model.parameters())
+        weights = whole_weights(model)
         if rank == 0:
             torch.save({'weights': weights, 'share': held / total}, f'{folder}/{how}.pth')
     dist.barrier()

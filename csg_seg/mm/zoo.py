@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import statistics
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -229,7 +230,16 @@ def _network(value: Any) -> Any:
 
 def _send(scope: str, spec: Any, connection: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ended by the process that began it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     with Path(os.devnull).open('w') as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         row = check_network(scope, spec)
     connection.send(row)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that began it has died, of SIGKILL for one."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
