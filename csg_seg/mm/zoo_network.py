@@ -29,7 +29,7 @@ from .launch import replace_sync_bn
 from .model import retrofit_for_runner
 
 # Smallest first, but for those of LeNet; some networks take one size alone.
-SIZES = (64, 128, 224, 256, 384, 512, 32)
+SIZES = (64, 128, 160, 224, 256, 336, 384, 448, 512, 640, 32)
 FRAMES = 16
 RATIO = 9
 
