@@ -1,6 +1,7 @@
 """From a command line to a Runner: configs, data that is really there, processes without GPUs."""
 
 import atexit
+import gc
 import os
 import subprocess
 from argparse import Namespace
@@ -153,6 +154,7 @@ def use_cpu_processes(cfg: Config) -> None:
 
 def _leave_process_group() -> None:
     if torch.distributed.is_initialized():
+        gc.collect()  # a wrapped model, in a cycle with its runner, keeps the group and its threads
         torch.distributed.destroy_process_group()
 
 
