@@ -23,7 +23,7 @@ class Ready(NamedTuple):
 
     weight: Tensor
     made_of: Sequence[Tensor]
-    state: list[int]
+    versions: list[int]
 
 
 class CSGConv(_ConvNd):
@@ -43,7 +43,7 @@ class CSGConv(_ConvNd):
         blend: a dense weight that takes part in training still, and the share of the generated one.
         loaded: a dense weight that was loaded and waits to be fitted.
         ready: the weight that the bank made ahead for the forward pass that is on, or the dense one while it is
-            loaded, and what of which state it was made of.
+            loaded.
         dense_kind: the class that the conv had.
     """
 
@@ -79,9 +79,9 @@ class CSGConv(_ConvNd):
         """Return the weight that the bank made ahead, unless it is of no use by now."""
         if self.ready is None:
             return None
-        weight, made_of, state = self.ready
+        weight = self.ready.weight
         learns = weight.requires_grad or not torch.is_grad_enabled()
-        current = torch.compiler.is_compiling() or state == versions(made_of)
+        current = torch.compiler.is_compiling() or self.ready.versions == versions(self.ready.made_of)
         return weight if learns and current else None
 
     def make_ready(self, weight: Tensor) -> None:

@@ -150,9 +150,10 @@ class _Check:
                 row = self.receive.recv()
         except EOFError:
             self.process.join()
-            row = {'result': 'fail', 'reason': f'its process ended with status {self.process.exitcode}'}
             if self.process.exitcode == -signal.SIGKILL:
                 row = {'result': 'not done', 'reason': 'its process was killed, perhaps for want of memory'}
+            else:
+                row = {'result': 'fail', 'reason': f'its process ended with status {self.process.exitcode}'}
         self.stop()
         return {'scope': self.scope, 'name': self.name, **row, 'seconds': round(time.perf_counter() - self.start, 1)}
 

@@ -169,6 +169,7 @@ def _sketch(scope: str, spec: Any) -> nn.Module | None:
 
 
 Run = Callable[[nn.Module], list[Tensor]]
+Call = Callable[[nn.Module, Tensor], Any]
 
 
 def _runs(model: nn.Module) -> tuple[Run, Run]:
@@ -193,13 +194,10 @@ def _runs(model: nn.Module) -> tuple[Run, Run]:
                 first = first or error
                 continue
             try:
-                return run, _loss_run(model, run, size)
+                return run, _loss_run(model, run, images)
             except Exception as error:
                 in_training = error
     raise in_training or first or ValueError('it takes no input')
-
-
-Call = Callable[[nn.Module, Tensor], Any]
 
 
 def _calls(model: nn.Module) -> Iterator[Call]:
@@ -222,9 +220,9 @@ def _images(model: nn.Module, size: int) -> Tensor:
     return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def _loss_run(model: nn.Module, run: Run, size: int) -> Run:
+def _loss_run(model: nn.Module, run: Run, images: Tensor) -> Run:
     """Train a step; return how, with losses where the network is known to give some, with outputs elsewhere."""
-    images = _images(model, size)
+    size = images.shape[-1]
     box = {'boxes': torch.tensor([[0.0, 0.0, size / 2, size / 2]]), 'labels': torch.ones(1, dtype=torch.int64)}
     box |= {'masks': torch.ones(1, size, size), 'keypoints': torch.full((1, 17, 3), size / 4)}
 
@@ -293,13 +291,16 @@ def _storage_problem(model: nn.Module, run: Run, keys: list[str]) -> str | None:
         if list(model.state_dict()) != keys:
             return 'materialised, its state dict has other names'
         problem = _difference('materialised', expected, run(model.eval()))
+        if problem is not None:
+            return problem
         for value in model.state_dict().values():
-            value.fill_(1)
+            value.fill_(1)  # what the file leaves as it was would show
         load_compact(path, model)
-    return problem or _difference('loaded', expected, run(model.eval()))
+    return _difference('loaded', expected, run(model.eval()))
 
 
 def _difference(what: str, expected: list[Tensor], outputs: list[Tensor]) -> str | None:
+    """Say how the outputs of a network that was stored differ, beyond rounding, from those of before."""
     for one, other in zip(expected, outputs, strict=True):
         if one.shape != other.shape:
             return f'the {what} network gives {tuple(other.shape)}, not {tuple(one.shape)}'
