@@ -24,6 +24,8 @@ DENSE = DEMO.with_name(DEMO.name.removeprefix('csg-s16-d128_'))
 CIFAR = ROOT / 'configs' / 'cifar10' / 'csg-s12-d72_resnet20_b64-20e_cifar10-npz.py'
 META = {'classes': [f'class {index}' for index in range(21)], 'palette': [[index * 9, 0, 99] for index in range(21)]}
 
+PALETTE = [[10, 20, 30], [200, 100, 0]]
+
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
@@ -73,6 +75,61 @@ def test_shares_of_the_pixels_and_the_colours_agree_with_the_prediction(files):
     drawn = torch.from_numpy(picture.copy()).int()
     right = (drawn == torch.tensor(META['palette'])[found]).all(dim=-1).float().mean()
     assert right > 0.5  # names of classes lie upon the rest
+
+
+@pytest.fixture
+def binary(tmp_path, files):
+    """The files of a network that tells two classes apart by one score and a threshold."""
+    cfg = read_config(str(DEMO))
+    two = dict(num_classes=2, out_channels=1, loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=True))
+    cfg.model.decode_head.update(two, threshold=0.5)
+    cfg.model.auxiliary_head.update(two, threshold=0.5)
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    model.cfg = cfg
+    middle = predict(model.eval(), files / 'image.png').seg_logits.data.median()
+    model.decode_head.conv_seg.bias.data -= middle.logit()  # scores on both sides of the threshold
+    cfg.dump(tmp_path / 'binary.py')
+    for name, meta in (
+        ('named', {'classes': ('background', 'lane'), 'palette': PALETTE}),
+        ('coloured', {'palette': PALETTE}),
+        ('bare', {}),
+    ):
+        torch.save({'meta': {'dataset_meta': meta}, 'state_dict': model.state_dict()}, tmp_path / f'{name}.pth')
+        compact(cfg, tmp_path / f'{name}.pth', tmp_path / f'{name}.safetensors', dtype='float32')
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ('name', 'names'), [('named', ['background', 'lane']), ('coloured', ['0', '1']), ('bare', ['0', '1'])]
+)
+@pytest.mark.parametrize('config', [None, 'binary.py'])
+def test_one_score_and_a_threshold_make_two_classes(name, names, config, binary, files):
+    config = config and binary / config
+    network = load_network(config, binary / f'{name}.safetensors')
+    prediction = predict(network, files / 'image.png')
+    lane = prediction.seg_logits.data[0] > 0.5
+    share = 100 * lane.float().mean().item()
+    assert 1 < share < 99
+    wanted = {names[0]: pytest.approx(100 - share, abs=0.01), names[1]: pytest.approx(share, abs=0.01)}
+    assert name_classes(network, prediction) == wanted
+    picture = torch.from_numpy(draw(network, files / 'image.png', prediction, opacity=1.0).copy()).int()
+    # The commonest colour of each class, because names of classes lie upon the rest.
+    colours = [picture[lane == each].mode(dim=0).values.tolist() for each in (False, True)]
+    assert colours[0] != colours[1]
+    assert name == 'bare' or colours == PALETTE
+    assert (picture == torch.tensor(colours)[lane.long()]).all(dim=-1).float().mean() > 0.5
+
+
+def test_names_of_other_classes_are_not_given(files):
+    network = load_network(DEMO, files / 'csg.pth')
+    prediction = predict(network, files / 'image.png')
+    named = name_classes(network, prediction, most=21)
+    for meta in ({'classes': ['one', 'two']}, {'classes': None}, {}, None):
+        network.dataset_meta = meta
+        found = name_classes(network, prediction, most=21)
+        assert [f'class {each}' for each in found] == [*named]
+        assert draw(network, files / 'image.png', prediction, opacity=0.5).shape == (70, 90, 3)
 
 
 def test_a_file_and_its_array_are_one_image(files):

@@ -193,7 +193,8 @@ def _predict(twin: Twin, sample: dict) -> np.ndarray:
     with torch.no_grad():
         twin.runner.model.eval()
         prediction = twin.runner.model.test_step(pseudo_collate([sample]))[0]
-    return prediction.pred_sem_seg.data[0].cpu().numpy()
+    # A network of one score gives its two classes as floats.
+    return prediction.pred_sem_seg.data[0].long().cpu().numpy()
 
 
 def _write_products(csg: Twin, files: dict[str, Path]) -> None:

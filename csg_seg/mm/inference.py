@@ -13,7 +13,8 @@ from matplotlib import colormaps
 from mmengine.config import DictAction
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import TRANSFORMS, VISUALIZERS, init_default_scope
-from mmengine.structures import BaseDataElement
+from mmengine.structures import BaseDataElement, PixelData
+from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from ..checkpoint import load_compact
@@ -122,16 +123,19 @@ def draw(network: nn.Module, image: str | os.PathLike, prediction: BaseDataEleme
         ``(height, width, 3)``, uint8, RGB.
     """
     picture = mmcv.imread(str(image), channel_order='rgb')
-    meta = network.dataset_meta
+    meta = _meta(network)
     if 'pred_label' in prediction:
         painter = VISUALIZERS.build(dict(type='mmpretrain.UniversalVisualizer', name='demo'))
         larger = max(1.0, SMALLEST / min(picture.shape[:2]))  # for the text to be read
         return painter.visualize_cls(picture, prediction, classes=meta.get('classes'), rescale_factor=larger)
     painter = VISUALIZERS.build(dict(type='mmseg.SegLocalVisualizer', name='demo', alpha=opacity))
-    count = max(2, len(prediction.seg_logits.data))
-    colours = (np.array([TAB20(index % 20)[:3] for index in range(count)]) * 255).astype(int).tolist()
-    painter.dataset_meta = {'classes': [*map(str, range(count))], 'palette': colours, **meta}
-    painter.add_datasample('', picture, prediction, draw_gt=False)
+    count = _class_count(prediction)
+    colours = meta.get('palette') or []
+    if len(colours) != count:
+        colours = (np.array([TAB20(index % 20)[:3] for index in range(count)]) * 255).astype(int).tolist()
+    painter.dataset_meta = {'classes': _class_names(network, count), 'palette': colours}
+    labelled = SegDataSample(pred_sem_seg=PixelData(data=_labels(prediction)))
+    painter.add_datasample('', picture, labelled, draw_gt=False)
     return painter.get_image()
 
 
@@ -140,10 +144,31 @@ def name_classes(network: nn.Module, prediction: BaseDataElement, *, most: int =
     if 'pred_label' in prediction:
         parts = prediction.pred_score
     else:
-        parts = torch.bincount(prediction.pred_sem_seg.data.flatten()) / prediction.pred_sem_seg.data.numel()
-    names = network.dataset_meta.get('classes') or [*map(str, range(len(parts)))]
+        labels = _labels(prediction)
+        parts = torch.bincount(labels.flatten(), minlength=_class_count(prediction)) / labels.numel()
+    names = _class_names(network, len(parts))
     largest = parts.argsort(descending=True).tolist()[:most]
     return {names[each]: round(100 * parts[each].item(), 2) for each in largest if parts[each] > 0}
+
+
+def _meta(network: nn.Module) -> Mapping[str, Any]:
+    return getattr(network, 'dataset_meta', None) or {}
+
+
+def _labels(prediction: BaseDataElement) -> Tensor:
+    """Return the class of each pixel, ``(1, height, width)``; a network of one score gives it as a float."""
+    return prediction.pred_sem_seg.data.long()
+
+
+def _class_count(prediction: BaseDataElement) -> int:
+    """Return how many classes a segmentation tells apart: as many as scores, and two by one score's threshold."""
+    return max(2, len(prediction.seg_logits.data))
+
+
+def _class_names(network: nn.Module, count: int) -> list[str]:
+    """Return the names of the classes, or their numbers where the names are those of other classes."""
+    names = _meta(network).get('classes') or []
+    return [*map(str, names if len(names) == count else range(count))]
 
 
 def inputs(network: nn.Module, images: Sequence[str | os.PathLike | np.ndarray]) -> Tensor:
