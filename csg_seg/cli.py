@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import CSGError
+from .files import check_folder, describe
 
 MM_PACKAGES = ('mmcv', 'mmengine', 'mmseg', 'mmpretrain')
 ONNX_PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
@@ -40,13 +41,13 @@ def check_out(
         raise CSGError(f'{option} {out}: the file ends in {" or ".join(endings)}')
     if path.is_dir():
         raise CSGError(f'{option} {out} is a folder; give a file name')
-    folder = next(each for each in path.absolute().parents if each.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise CSGError(f'{option} {out}: nothing can be written in {folder}; choose another')
+    if path.exists() and not path.is_file():
+        raise CSGError(f'{option} {out} is no ordinary file; choose another')
     if path.resolve() in [Path(each).resolve() for each in inputs if each]:
         raise CSGError(f'{option} {out} is what is read here; choose another')
     if path.exists() and not overwrite:
         raise CSGError(f'{out} exists; choose another {option}, or {remedy}')
+    check_folder(path.parent, given=f'{option} {out}')
 
 
 @contextmanager
@@ -54,8 +55,10 @@ def one_line_errors() -> Iterator[None]:
     """End the program with one line, and exit status 1, on a mistake the user can mend."""
     try:
         yield
-    except (CSGError, FileNotFoundError) as error:
+    except CSGError as error:
         sys.exit(f'error: {error}')
+    except OSError as error:
+        sys.exit(f'error: {describe(error)}')
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         sys.exit(130)

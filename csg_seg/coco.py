@@ -31,9 +31,9 @@ from numpy import ndarray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from .checkpoint import write_whole
 from .drawing import palette
 from .errors import CSGError
+from .files import write_whole
 
 # Raised whenever the same annotations would give other masks.
 VERSION = 1
@@ -115,7 +115,7 @@ def make_masks(
             pass
     # Written last: where there is a list, there are all masks.
     if not (out / 'list.txt').exists():
-        _write(out / 'list.txt', lambda file: file.write_text(''.join(f'{scene.name}\n' for scene in scenes)))
+        write_whole(out / 'list.txt', lambda file: file.write_text(''.join(f'{scene.name}\n' for scene in scenes)))
     return {'images': listed, 'kept': len(scenes), 'made': len(todo)}
 
 
@@ -299,7 +299,7 @@ def _claim(out: Path, made_from: dict[str, Any]) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not any(out.iterdir()):
-            _write(record, lambda file: file.write_text(json.dumps(made_from) + '\n'))
+            write_whole(record, lambda file: file.write_text(json.dumps(made_from) + '\n'))
         if not record.exists():
             raise CSGError(f'{out} is not empty and no made_from.json says what is in it; {remedy}')
         found = json.loads(record.read_text())
@@ -365,11 +365,4 @@ def _make_mask(images: Path, masks: Path, scene: Scene) -> None:
         )
     mask = Image.fromarray(paint(scene))
     mask.putpalette(palette())
-    _write(masks / f'{scene.name}.png', partial(mask.save, format='PNG'))
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    try:
-        write_whole(path, write)
-    except OSError as error:
-        raise CSGError(f'{path} cannot be written ({error.strerror}); mend that and repeat the command') from None
+    write_whole(masks / f'{scene.name}.png', partial(mask.save, format='PNG'))

@@ -16,6 +16,7 @@ from numpy import ndarray
 from PIL import Image
 
 from csg_seg.errors import CSGError
+from csg_seg.files import writing
 
 # Raised whenever the same arguments would give other pixels.
 VERSION = 1
@@ -170,7 +171,7 @@ def draw_dataset(
     except OSError as error:
         raise CSGError(f'{home.parent} cannot be made ({error.strerror}); draw into another folder') from error
     # Renamed as the last step, so an interrupted run leaves no half data set.
-    with tempfile.TemporaryDirectory(prefix='.drawing-', dir=home.parent) as scratch:
+    with writing(home), tempfile.TemporaryDirectory(prefix='.drawing-', dir=home.parent) as scratch:
         half = Path(scratch) / home.name
         _write_lists(half, train=train, val=val)
         for split, i in progress(jobs) if progress else jobs:

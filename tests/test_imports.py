@@ -12,15 +12,19 @@ PACKAGE = Path(csg_seg.__file__).parent
 # Who may import whom: a module imports only what stands on a line above its own.
 ORDER = [
     {'errors', 'version'},
+    {'files'},
     {'slices', 'products', 'drawing', 'frontier', 'builders', 'cli'},
     {'settings', 'doctor'},
     {'generator'},
     {'descent'},
     {'fit'},
     {'conv', 'search'},
+    {'root', 'watch'},
+    {'loading'},
     {'bank'},
+    {'report'},
     {'retrofit', 'precision'},
-    {'checkpoint', 'report'},
+    {'checkpoint'},
     {'plan'},
     {'coco'},
     {'mm'},
@@ -93,7 +97,7 @@ def test_the_order_knows_every_module():
 
 
 def test_the_parser_sees_imports_of_every_form():
-    modules = {'builders', 'checkpoint', 'plan', 'report', 'retrofit', 'version'}
+    modules = {'builders', 'checkpoint', 'errors', 'plan', 'report', 'retrofit', 'version'}
     assert own_imports(PACKAGE / '__init__.py') == {*modules, 'mm'}
     assert 'errors' in own_imports(PACKAGE / 'retrofit.py')
     assert 'csg_seg' not in foreign_imports(PACKAGE / 'drawing.py')
@@ -123,10 +127,13 @@ def test_no_function_imports(path):
 
 def test_the_public_names_are_these():
     assert sorted(csg_seg.__all__) == [
+        'CSGError',
+        'CSGWarning',
         '__version__',
         'fit',
         'load_compact',
         'load_generators',
+        'load_state_dict',
         'materialise',
         'plan',
         'register_builder',

@@ -6,7 +6,8 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from csg_seg.cli import one_line_errors
+from csg_seg.cli import check_out, one_line_errors
+from csg_seg.files import write_whole, writing_into
 
 with one_line_errors():
     from mmengine.config import DictAction
@@ -54,17 +55,19 @@ def main() -> None:
     args = parse_args()
     with one_line_errors():
         if args.out:
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            check_out(args.out, overwrite=True, inputs=[args.dense, args.csg])
         options = {'randomness.seed': args.seed, **(args.cfg_options or {})}
         configs = [read_config(path, options) for path in (args.dense, args.csg)]
         for cfg in configs:
             for split in ('train', 'val', 'test'):
                 check_data(cfg, split)
-        with redirect_stdout(sys.stderr):  # mmengine prints notes, stdout is for the result
+        # mmengine prints notes, stdout is for the result.
+        with redirect_stdout(sys.stderr), writing_into(args.work_dir):
             figures = compare(*configs, args.work_dir)
         result = {**figures, 'command': ' '.join(['python', *sys.argv])}
-    if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=2) + '\n')
+        if args.out:
+            text = json.dumps(result, indent=2) + '\n'
+            write_whole(Path(args.out), lambda partial: partial.write_text(text))
     if args.json:
         print(json.dumps(result))
     else:

@@ -6,10 +6,8 @@ import json
 from csg_seg.cli import check_out, one_line_errors
 
 with one_line_errors():
-    import mmcv
-
     from csg_seg.errors import CSGError
-    from csg_seg.mm.inference import add_network_options, draw, load_network, name_classes, predict
+    from csg_seg.mm.inference import add_network_options, draw, load_network, name_classes, predict, save_picture
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,7 +31,7 @@ def main() -> None:
         network = load_network(args.config, args.checkpoint, args.cfg_options)
         prediction = predict(network, args.image)
         picture = draw(network, args.image, prediction, opacity=args.opacity)
-        mmcv.imwrite(mmcv.rgb2bgr(picture), args.out)
+        save_picture(picture, args.out)
     found = name_classes(network, prediction)
     if args.json:
         print(json.dumps(found))

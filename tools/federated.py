@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from csg_seg.cli import one_line_errors
+from csg_seg.files import writing_into
 
 with one_line_errors():
     from mmengine.config import DictAction
@@ -49,7 +50,8 @@ def main() -> None:
         for name, _, checkpoint, travels in args.network:
             options = dict(out=Path(args.work_dir, f'{name}.pth'), metric=args.metric)
             options['track'] = partial(track, description=name, console=Console(stderr=True))
-            with redirect_stdout(sys.stderr):  # mmengine prints notes, stdout is for the result
+            # mmengine prints notes, stdout is for the result.
+            with redirect_stdout(sys.stderr), writing_into(args.work_dir):
                 networks[name] = federate(configs[name], checkpoint, travels, **numbers, **options)
         figures = {**numbers, 'metric': args.metric, 'networks': networks, 'made_with': made_with(seed=args.seed)}
         result = write_result(args, figures)

@@ -2,15 +2,13 @@
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 
 from csg_seg import materialise
-from csg_seg.checkpoint import write_whole
 from csg_seg.cli import check_out, one_line_errors
+from csg_seg.files import write_tensors
 
 with one_line_errors():
-    import torch
     from mmengine.config import DictAction
 
     from csg_seg.mm.checkpoint import load_weights, read_checkpoint
@@ -40,8 +38,7 @@ def main() -> None:
         load_weights(model, checkpoint['state_dict'])
         state_dict = materialise(model).state_dict()
         meta = {key: checkpoint['meta'][key] for key in ('dataset_meta',) if key in checkpoint['meta']}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out, partial(torch.save, {'meta': meta, 'state_dict': state_dict}))
+        write_tensors(out, {'meta': meta, 'state_dict': state_dict})
     result = {'out': str(out), 'params': sum(each.numel() for each in model.parameters()), 'bytes': out.stat().st_size}
     print(json.dumps(result) if args.json else '{out}: plain, {params:,} parameters, {bytes:,} bytes'.format(**result))
 

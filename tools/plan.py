@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from csg_seg import plan, retrofit, summarise
-from csg_seg.checkpoint import write_whole
 from csg_seg.cli import check_out, one_line_errors
+from csg_seg.files import write_whole
 
 with one_line_errors():
     from rich.console import Console
@@ -61,7 +61,6 @@ def main() -> None:
         progress = partial(track, description='spectra', console=Console(stderr=True), transient=True)
         planned = plan(model, ratio=args.ratio, params=args.params, bytes=args.bytes, track=progress)
         text = planned_config(planned, args.config, cfg, out, trained=bool(args.checkpoint))
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, lambda partial_path: partial_path.write_text(text))
     if args.json:
         print(json.dumps({**planned.to_dict(), 'trained': bool(args.checkpoint), 'config': str(out)}))

@@ -13,6 +13,7 @@ with one_line_errors():
     from mmengine.runner import Runner
 
     from csg_seg.errors import CSGError
+    from csg_seg.files import check_folder, writing_into
     from csg_seg.mm.checkpoint import check_file, forbid_unpickling
     from csg_seg.mm.hooks import CheckpointGuardHook, ProgressBarHook
     from csg_seg.mm.launch import check_data, load_config, use_cpu_processes
@@ -41,6 +42,9 @@ def parse_args() -> argparse.Namespace:
 def apply_options(cfg, args: argparse.Namespace) -> None:
     """Write the options that concern testing into the config."""
     cfg.load_from = args.checkpoint
+    for option, folder in (('--out', args.out), ('--show-dir', args.show_dir)):
+        if folder:
+            check_folder(folder, given=f'{option} {folder}')
     if args.show or args.show_dir:
         show_predictions(cfg, args)
     if args.tta:
@@ -79,7 +83,8 @@ def main() -> None:
         apply_options(cfg, args)
         use_cpu_processes(cfg)
         # With --json, the log goes to stderr: stdout is for the scores alone.
-        with redirect_stdout(sys.stderr if args.json else sys.stdout), ProgressBarHook() as bars:
+        output = sys.stderr if args.json else sys.stdout
+        with writing_into(cfg.work_dir), redirect_stdout(output), ProgressBarHook() as bars:
             runner = Runner.from_cfg(cfg)
             runner.register_hook(CheckpointGuardHook())
             runner.register_hook(bars)

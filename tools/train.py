@@ -12,9 +12,10 @@ with one_line_errors():
     from mmengine.runner import Runner, find_latest_checkpoint
 
     from csg_seg.errors import CSGError
+    from csg_seg.files import writing_into
     from csg_seg.mm.checkpoint import forbid_unpickling
     from csg_seg.mm.hooks import CheckpointGuardHook, ProgressBarHook
-    from csg_seg.mm.launch import check_data, check_starts, load_config, use_cpu_processes
+    from csg_seg.mm.launch import RESUME, check_data, check_starts, guard_checkpoints, load_config, use_cpu_processes
     from csg_seg.mm.model import build_model
 
 
@@ -67,10 +68,11 @@ def main() -> None:
         check_data(cfg, 'train')
         check_data(cfg, 'val')
         use_cpu_processes(cfg)
-        with ProgressBarHook() as bars:
+        with writing_into(cfg.work_dir, after=RESUME), ProgressBarHook() as bars:
             runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
             runner.register_hook(CheckpointGuardHook())
             runner.register_hook(bars)
+            guard_checkpoints(runner, after=RESUME)
             runner.train()
 
 

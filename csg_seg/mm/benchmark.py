@@ -17,8 +17,8 @@ from mmengine.config import Config
 from rich.console import Console
 from rich.progress import track
 
-from ..checkpoint import write_whole
 from ..errors import CSGError
+from ..files import check_folder, write_whole
 from ..report import summarise
 from .builder import leaves
 from .compare import made_with
@@ -54,6 +54,7 @@ def benchmark(
         CSGError: a run failed, has no such metric, or its folder holds one of other settings.
     """
     check_counts(seeds, jobs)
+    check_folder(work_dir, given=f'--work-dir {work_dir}')
     summaries = {name: summarise(build_model(cfg)) for name, cfg in configs.items()}
     # Each config's first seed before any second: a picture emerges early.
     runs = {(name, seed): Path(work_dir, name, f'seed{seed}') for seed in seeds for name in configs}
@@ -122,7 +123,7 @@ def _prepare(cfg: Config, seed: int, folder: Path) -> None:
     if file.exists() and file.read_text() != text:
         raise CSGError(f'{folder} holds a run of other settings ({file}); choose another --work-dir')
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+    write_whole(file, lambda partial: partial.write_text(text))
 
 
 def _config(folder: Path) -> Path:

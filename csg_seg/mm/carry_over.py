@@ -8,6 +8,7 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 
 from ..errors import CSGError
+from ..files import check_folder
 from ..plan import Plan, plan
 from ..report import summarise
 from .benchmark import benchmark, check_counts, evaluate
@@ -77,8 +78,7 @@ def carry_over(
     if unknown:
         raise CSGError(f'the way {unknown[0]!r} is not possible here; take some of {", ".join(possible)}')
     work_dir, checkpoint = Path(work_dir), str(Path(checkpoint).resolve())
-    if work_dir.is_file():
-        raise CSGError(f'--work-dir {work_dir} is a file; give a folder')
+    check_folder(work_dir, given=f'--work-dir {work_dir}')
     check_counts(seeds, options.get('jobs', 1))
     network = build_dense(dense, checkpoint)
     match_layers(network, layers)

@@ -16,8 +16,9 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ..bank import find_bank
-from ..checkpoint import load_compact, write_compact, write_whole
+from ..checkpoint import load_compact, write_compact
 from ..errors import CSGError
+from ..files import write_whole
 from ..report import summarise
 from ..version import __version__
 from .builder import describe
@@ -33,6 +34,7 @@ def write_described(
     dataset_meta: Mapping[str, Any],
     *,
     dtype: str = 'float32',
+    notes: Mapping[str, str] | None = None,
 ) -> None:
     """Write a compact checkpoint with its config's network, its classes and the versions that made it.
 
@@ -45,6 +47,7 @@ def write_described(
         cfg: the model's config.
         dataset_meta: of which ``classes`` and ``palette`` are kept.
         dtype: as for :func:`csg_seg.save_compact`.
+        notes: to keep in the file too, text by name.
     """
     try:
         source = describe(cfg)
@@ -54,7 +57,7 @@ def write_described(
         source = None
     names = {key: dataset_meta[key] for key in ('classes', 'palette') if dataset_meta.get(key) is not None}
     versions = {'csg_seg': __version__, 'torch': torch.__version__, 'mmengine': mmengine.__version__}
-    metadata = {'dataset_meta': json.dumps(names), 'versions': json.dumps(versions)}
+    metadata = {**(notes or {}), 'dataset_meta': json.dumps(names), 'versions': json.dumps(versions)}
     write_compact(model, state_dict, path, dtype=dtype, source=source, metadata=metadata)
 
 

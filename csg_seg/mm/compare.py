@@ -22,11 +22,14 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import Progress
 
-from ..checkpoint import save_compact, write_whole
+from ..checkpoint import save_compact
 from ..errors import CSGError
+from ..files import check_folder, write_tensors, writing_into
 from ..report import Summary, summarise
 from ..retrofit import materialise
 from ..version import __version__
+from .launch import guard_checkpoints
+from .results import save_figure
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,11 @@ def train(name: str, cfg: Config, done: MutableMapping[str, int], threads: int) 
         threads: to compute with on the CPU.
     """
     torch.set_num_threads(threads)
-    runner = Runner.from_cfg(cfg)
-    runner.register_hook(CountHook(done, name))
-    runner.train()
+    with writing_into(cfg.work_dir):
+        runner = Runner.from_cfg(cfg)
+        runner.register_hook(CountHook(done, name))
+        guard_checkpoints(runner)
+        runner.train()
 
 
 def train_all(cfgs: Mapping[str, Config]) -> None:
@@ -139,7 +144,7 @@ def draw_predictions(twins: Sequence[Twin], path: Path, *, samples: int = 6) -> 
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def compare(dense: Config, csg: Config, work_dir: str | Path) -> dict[str, Any]:
@@ -159,6 +164,7 @@ def compare(dense: Config, csg: Config, work_dir: str | Path) -> dict[str, Any]:
                 f'{name}: compare takes iteration-based configs of segmentation; tools/benchmark.py takes any'
             )
     work_dir = Path(work_dir)
+    check_folder(work_dir, given=f'--work-dir {work_dir}')
     work_dir.mkdir(parents=True, exist_ok=True)
     for name, cfg in cfgs.items():
         cfg.update(work_dir=str(work_dir / name), experiment_name=f'{name}-{time.time_ns()}', log_level='ERROR')
@@ -201,8 +207,7 @@ def _write_products(csg: Twin, files: dict[str, Path]) -> None:
     save_compact(csg.runner.model, files['compact checkpoint'])
     plain = materialise(deepcopy(csg.runner.model))
     meta = {'dataset_meta': csg.runner.test_dataloader.dataset.metainfo}
-    content = {'meta': meta, 'state_dict': plain.state_dict()}
-    write_whole(files['materialised checkpoint'], lambda partial: torch.save(content, partial))
+    write_tensors(files['materialised checkpoint'], {'meta': meta, 'state_dict': plain.state_dict()})
 
 
 def _figures(twin: Twin, seconds: Sequence[float]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CSGError
+from ..files import check_folder, write_tensors
 from ..report import summarise
 from ..retrofit import choose_layers, fit, retrofit
 from ..settings import Settings
@@ -57,6 +58,8 @@ def compare_fits(
         CSGError: a setting, the number of images or the network does not do.
     """
     cfg = deepcopy(cfg)
+    if folder is not None:
+        check_folder(folder, given=f'--work-dir {folder}')
     network = _build_classifier(cfg, checkpoint)
     calibration = _calibration(cfg, network, images)
     given = {text: read_settings(text, network) for text in texts}
@@ -76,9 +79,7 @@ def compare_fits(
             'accuracy_bn': accuracy(renormalised(twin, calibration), tests),
         }
         if folder is not None:
-            start = _start(folder, text, way)
-            start.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({'state_dict': twin.state_dict()}, start)
+            write_tensors(_start(folder, text, way), {'state_dict': twin.state_dict()})
     return {'dense': dense, 'settings': found}
 
 

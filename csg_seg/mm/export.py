@@ -13,8 +13,8 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import write_whole
 from ..errors import CSGError
+from ..files import write_whole
 from ..version import __version__
 from .inference import channel_order
 

@@ -17,9 +17,9 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..checkpoint import write_whole
 from ..cli import check_out
 from ..errors import CSGError, abridge
+from ..files import check_folder, write_tensors
 from .hooks import CheckpointGuardHook
 from .launch import check_data, check_starts, read_config
 from .model import build_model
@@ -88,8 +88,7 @@ def federate(
                 _set(runner.model, shared)
                 scores.append({'round': done, 'bytes': in_a_round * done, 'score': _score(runner, metric)})
     meta = {'dataset_meta': runner.test_dataloader.dataset.metainfo}
-    content = {'meta': meta, 'state_dict': runner.model.state_dict()}
-    write_whole(Path(out), lambda partial: torch.save(content, partial))
+    write_tensors(Path(out), {'meta': meta, 'state_dict': runner.model.state_dict()})
     return {'travels': travels, 'tensors': len(shared), 'bytes': _bytes(shared.values()), 'scores': scores}
 
 
@@ -109,8 +108,7 @@ def read_networks(args: Namespace, numbers: Mapping[str, int]) -> dict[str, Conf
         CSGError: says what is wrong.
     """
     _check_numbers(**numbers)
-    if Path(args.work_dir).is_file():
-        raise CSGError(f'--work-dir {args.work_dir} is a file; give a folder')
+    check_folder(args.work_dir, given=f'--work-dir {args.work_dir}')
     configs: dict[str, Config] = {}
     for name, config, checkpoint, travels in args.network:
         if name in configs or '/' in name:

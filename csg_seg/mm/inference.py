@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import mmcv
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import load_compact
 from ..errors import CSGError
+from ..files import write_whole
 from .checkpoint import load_weights, read_checkpoint
 from .launch import read_config
 from .model import build_model
@@ -137,6 +139,13 @@ def draw(network: nn.Module, image: str | os.PathLike, prediction: BaseDataEleme
     labelled = SegDataSample(pred_sem_seg=PixelData(data=_labels(prediction)))
     painter.add_datasample('', picture, labelled, draw_gt=False)
     return painter.get_image()
+
+
+def save_picture(picture: np.ndarray, path: str | os.PathLike) -> None:
+    """Save a picture of :func:`draw`, in the format that the path's ending names."""
+    path = Path(path)
+    _, encoded = cv2.imencode(path.suffix, mmcv.rgb2bgr(picture))
+    write_whole(path, lambda partial: partial.write_bytes(encoded.tobytes()))
 
 
 def name_classes(network: nn.Module, prediction: BaseDataElement, *, most: int = 5) -> dict[str, float]:

@@ -14,9 +14,13 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS, init_default_scope
+from mmengine.runner import Runner
 
 from ..errors import CSGError
+from ..files import NotWrittenError, check_folder, writing
 from .checkpoint import check_file
+
+RESUME = '; --resume goes on from the last checkpoint'
 
 
 def load_config(args: Namespace) -> Config:
@@ -31,8 +35,7 @@ def load_config(args: Namespace) -> Config:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
-    if Path(cfg.work_dir).is_file():
-        raise CSGError(f'--work-dir {cfg.work_dir} is a file; give a folder')
+    check_folder(cfg.work_dir, given=f'--work-dir {cfg.work_dir}')
     return cfg
 
 
@@ -71,6 +74,27 @@ def _leave_scope(node: Any) -> None:
     elif isinstance(node, (list, tuple)):
         for each in node:
             _leave_scope(each)
+
+
+def guard_checkpoints(runner: Runner, *, after: str = '') -> None:
+    """Let a checkpoint that cannot be written end the run in one line, and leave no half of it.
+
+    Args:
+        runner: of a training.
+        after: what else to say.
+    """
+    save = runner.save_checkpoint
+
+    def save_whole(out_dir: str, filename: str, *args: Any, **options: Any) -> None:
+        path = Path(out_dir, filename)
+        try:
+            with writing(path, after=after):
+                save(out_dir, filename, *args, **options)
+        except NotWrittenError:
+            path.unlink(missing_ok=True)  # mmengine leaves as much as there was room for
+            raise
+
+    runner.save_checkpoint = save_whole
 
 
 def check_data(cfg: Config, split: str) -> None:

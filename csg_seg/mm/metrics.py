@@ -13,6 +13,8 @@ from mmpretrain.evaluation import ConfusionMatrix
 from rich.console import Console
 from rich.table import Table
 
+from .results import save_figure
+
 
 @METRICS.register_module()
 class PerClassAccuracy(ConfusionMatrix):
@@ -40,8 +42,7 @@ class PerClassAccuracy(ConfusionMatrix):
         worst = sorted(seen, key=lambda i: float(matrix[i, i] / samples[i]))[: self.most]
         shown = {names[i]: 100 * int(matrix[i, i]) / int(samples[i]) for i in sorted(worst)}
         picture = Path(self.out) if self.out else _log_folder() / 'confusion_matrix.png'
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        draw_confusion(matrix, names).savefig(picture, dpi=110)
+        save_figure(draw_confusion(matrix, names), picture, dpi=110)
         table = _table(shown, {names[i]: int(samples[i]) for i in worst}, left_out=len(seen) - len(worst))
         print_log(f'\n{table}confusion matrix: {picture}', logger='current')
         return shown

@@ -11,9 +11,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..checkpoint import write_whole
 from ..cli import check_out
 from ..errors import CSGError
+from ..files import write_whole
 
 
 def add_result_options(parser: ArgumentParser, *, picture: str = '') -> None:
@@ -43,13 +43,11 @@ def write_result(args: Namespace, figures: Mapping[str, Any]) -> dict[str, Any]:
     """Put the command before the figures, and write both to the file that was asked for, if one was."""
     result = {'command': shlex.join(['python', *sys.argv]), **figures}
     if args.out:
-        out = Path(args.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out, lambda partial: partial.write_text(json.dumps(result, indent=2) + '\n'))
+        write_whole(Path(args.out), lambda partial: partial.write_text(json.dumps(result, indent=2) + '\n'))
     return result
 
 
-def save_figure(figure: Figure, path: str | os.PathLike) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike, *, dpi: int = 150) -> None:
     """Save a picture, and make the folder it goes to.
 
     Raises:
@@ -57,7 +55,8 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> None:
     """
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    except (ValueError, OSError) as error:
+        write_whole(path, lambda partial: figure.savefig(partial, dpi=dpi, format=path.suffix[1:]))
+    except CSGError:
+        raise
+    except ValueError as error:
         raise CSGError(f'{path}: cannot be drawn ({error}); give a name that ends in .png') from None

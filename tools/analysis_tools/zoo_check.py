@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from csg_seg.cli import one_line_errors
+from csg_seg.files import writing
 
 with one_line_errors():
     from rich.console import Console
@@ -45,7 +46,7 @@ def main() -> None:
         progress = partial(track, description=args.scope, console=Console(stderr=True))
         checks = check_all(args.scope, waiting, jobs=args.jobs, seconds=args.seconds, track=progress)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of closing
-        with out.open('a') as file, closing(checks):
+        with writing(out), out.open('a') as file, closing(checks):
             if rows and not out.read_text().endswith('\n'):
                 file.write('\n')
             for row in checks:

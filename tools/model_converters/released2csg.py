@@ -2,15 +2,12 @@
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 
-from csg_seg.checkpoint import write_whole
 from csg_seg.cli import check_out, one_line_errors
+from csg_seg.files import write_tensors, write_whole
 
 with one_line_errors():
-    import torch
-
     from csg_seg.mm.launch import read_config
     from csg_seg.mm.released import convert_released
 
@@ -37,9 +34,8 @@ def main() -> None:
         check_out(checkpoint, overwrite=args.overwrite, endings=['.pth'], inputs=[args.file])
         check_out(config, overwrite=args.overwrite, inputs=[args.like])
         converted = convert_released(args.file, read_config(args.like))
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
         write_whole(config, lambda partial_path: partial_path.write_text(converted.config.pretty_text))
-        write_whole(checkpoint, partial(torch.save, {'meta': {}, 'state_dict': converted.state_dict}))
+        write_tensors(checkpoint, {'meta': {}, 'state_dict': converted.state_dict})
     released, summary = converted.released, converted.summary
     csg = released.csg or {}
     result = {
