@@ -9,13 +9,21 @@ with one_line_errors():
     import torch
     from mmengine.config import DictAction
     from mmengine.registry import RUNNERS
-    from mmengine.runner import Runner, find_latest_checkpoint
+    from mmengine.runner import Runner
 
     from csg_seg.errors import CSGError
     from csg_seg.files import writing_into
-    from csg_seg.mm.checkpoint import forbid_unpickling
+    from csg_seg.mm.checkpoint import check_file, forbid_unpickling
     from csg_seg.mm.hooks import CheckpointGuardHook, ProgressBarHook
-    from csg_seg.mm.launch import RESUME, check_data, check_starts, guard_checkpoints, load_config, use_cpu_processes
+    from csg_seg.mm.launch import (
+        RESUME,
+        check_data,
+        check_starts,
+        guard_checkpoints,
+        latest_checkpoint,
+        load_config,
+        use_cpu_processes,
+    )
     from csg_seg.mm.model import build_model
 
 
@@ -47,10 +55,14 @@ def use_amp(cfg) -> None:
 def resume_latest(cfg, *, named: bool) -> None:
     """Go on from the checkpoint that the user named, or the work folder's latest; a config's own is to begin with."""
     if not named and cfg.get('load_from') is not None:
-        cfg.resume = find_latest_checkpoint(cfg.work_dir) is not None
-        cfg.load_from = None if cfg.resume else cfg.load_from
-    if cfg.resume and str(cfg.get('load_from')).endswith('.safetensors'):
-        raise CSGError('a compact checkpoint has no training state to resume; give the .pth beside it')
+        cfg.load_from = None if latest_checkpoint(cfg.work_dir) else cfg.load_from
+        cfg.resume = cfg.load_from is None
+    path = cfg.get('load_from') or latest_checkpoint(cfg.work_dir)
+    if cfg.resume and path:
+        if path.endswith('.safetensors'):
+            raise CSGError('a compact checkpoint has no training state to resume; give the .pth beside it')
+        if '://' not in path:
+            check_file(path)
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from ..files import check_folder, write_whole
 from ..report import summarise
 from .builder import leaves
 from .compare import made_with
+from .launch import latest_checkpoint
 from .model import build_model
 
 
@@ -149,7 +150,7 @@ def _run(folder: Path, tools: Path, threads: int) -> None:
     if result.exists():
         return
     _call(tools / 'train.py', config, '--resume', log=folder / 'train.txt', threads=threads)
-    checkpoint = (folder / 'last_checkpoint').read_text()
+    checkpoint = latest_checkpoint(folder)
     printed = _call(tools / 'test.py', config, checkpoint, '--json', log=folder / 'test.txt', threads=threads)
     write_whole(result, lambda partial: partial.write_text(printed))
 

@@ -30,6 +30,8 @@ from .model import retrofit_for_runner
 
 # What a compact file of CompactCheckpointHook calls the checkpoint it lies beside.
 OF = 'checkpoint'
+# Settings that one kind of torch's optimizers has and another lacks.
+KIND = {'momentum', 'betas', 'alpha', 'rho', 'lambd', 'etas', 'lr_decay'}
 
 
 @HOOKS.register_module()
@@ -239,10 +241,24 @@ class ChannelsLastHook(Hook):
 
 
 class CheckpointGuardHook(Hook):
-    """Refuse a CSG checkpoint for a dense model, which mmengine would load in part."""
+    """Refuse a CSG checkpoint for a dense model, which mmengine would load in part, and other training states."""
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Compare the checkpoint's kind with the model's."""
+        """Compare the checkpoint's kind with the model's, and its training state with the optimizer."""
+        self._check_kind(runner, checkpoint)
+        if not runner._resume or not isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)):
+            return
+        path = runner._load_from or find_latest_checkpoint(runner.work_dir)
+        anew = f'begin a new run with its weights: --cfg-options load_from={path}, without --resume'
+        if not {'epoch', 'iter'} <= {*checkpoint.get('meta', {})} or 'message_hub' not in checkpoint:
+            raise CSGError(f'{path} holds weights and no training state to resume; {anew}')
+        if 'optimizer' in checkpoint:
+            other = _other_optimizer(runner.optim_wrapper, checkpoint['optimizer'])
+            if other:
+                raise CSGError(f'{path} was saved by {other}; resume with the settings it was trained with, or {anew}')
+
+    @staticmethod
+    def _check_kind(runner: Runner, checkpoint: dict) -> None:
         generators = [name for name in checkpoint.get('state_dict', checkpoint) if f'{BANK}.0.' in name]
         if generators and find_bank(bare_model(runner.model)) is None:
             raise CSGError(
@@ -333,6 +349,28 @@ def _announced(runner: Runner, which: str) -> set[Path]:
     info = runner.message_hub.runtime_info
     keys = [key for key in info if key.startswith(which) and key.startswith(('last_ckpt', 'best_ckpt'))]
     return {Path(info[key]) for key in keys if info[key]}
+
+
+def _other_optimizer(optim_wrapper: OptimWrapper | OptimWrapperDict, stored: Mapping[str, Any]) -> str:
+    """Say in what the optimizer that a state was saved by differs from this one, which could not go on from it."""
+    if isinstance(optim_wrapper, OptimWrapperDict):
+        ours = dict(optim_wrapper.items())
+        if stored.keys() != ours.keys():
+            return f'the optimizers {", ".join(stored)}, and the config has {", ".join(ours)}'
+        return next(filter(None, (_other_optimizer(each, stored[name]) for name, each in ours.items())), '')
+    if 'param_groups' not in stored:
+        return f'the optimizers {", ".join(stored)}, and the config has one'
+    theirs, groups = stored['param_groups'], optim_wrapper.param_groups
+    if len(theirs) != len(groups):
+        return f'an optimizer of {len(theirs)} parameter groups, and the config makes {len(groups)}'
+    for position, (their, group) in enumerate(zip(theirs, groups, strict=True)):
+        sizes = len(their['params']), len(group['params'])
+        if sizes[0] != sizes[1]:
+            return f'an optimizer of {sizes[0]} parameters in group {position}, and the config puts {sizes[1]} there'
+        kinds = [', '.join(sorted(KIND & each.keys())) or 'none of them' for each in (their, group)]
+        if kinds[0] != kinds[1]:
+            return f"another kind of optimizer ({kinds[0]}), not the config's ({kinds[1]})"
+    return ''
 
 
 def _delete(runner: Runner, path: Path) -> None:

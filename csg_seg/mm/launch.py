@@ -127,6 +127,32 @@ def check_data(cfg: Config, split: str) -> None:
         _check_classes(split, cfg.model, built)
 
 
+def latest_checkpoint(work_dir: str | os.PathLike) -> str | None:
+    """Return the checkpoint that a resumed run goes on from, None where there was no run.
+
+    Raises:
+        CSGError: the folder's ``last_checkpoint``, mmengine's note of it, names none.
+    """
+    note = Path(work_dir, 'last_checkpoint')
+    if not note.exists():
+        return None
+    steps = [path for path in Path(work_dir).glob('*.pth') if not path.name.startswith('best_')]
+    newest = max(steps, key=lambda path: path.stat().st_mtime, default=None)
+    remedy = f'add --cfg-options load_from={newest}' if newest else 'delete it to start anew'
+    if not note.is_file():
+        raise CSGError(f'{note}: a folder, not the name of the checkpoint to resume from; {remedy}')
+    try:
+        named = note.read_text().strip()
+    except UnicodeDecodeError:
+        named = ''
+    if not named:
+        raise CSGError(f'{note}: does not name the checkpoint to resume from; {remedy}')
+    if '://' not in named and not Path(named).is_file():
+        what = 'a folder' if Path(named).is_dir() else 'no such file'
+        raise CSGError(f'{note} names {named}: {what}; {remedy}')
+    return named
+
+
 def check_starts(cfg: Config) -> None:
     """Find out before training whether the checkpoints it starts from are there and whole.
 
