@@ -10,9 +10,10 @@ from importlib.util import find_spec
 
 from .builders import register_builder
 from .checkpoint import load_compact, save_compact
+from .errors import CSGError, CSGWarning
 from .plan import plan
 from .report import summarise
-from .retrofit import fit, load_generators, materialise, retrofit
+from .retrofit import fit, load_generators, load_state_dict, materialise, retrofit
 from .version import __version__
 
 if find_spec('mmengine') is not None:
@@ -22,10 +23,13 @@ if find_spec('mmengine') is not None:
         warnings.warn(f'mmengine is installed but does not import: {error}', stacklevel=2)
 
 __all__ = [
+    'CSGError',
+    'CSGWarning',
     '__version__',
     'fit',
     'load_compact',
     'load_generators',
+    'load_state_dict',
     'materialise',
     'plan',
     'register_builder',

@@ -1,19 +1,18 @@
-"""The bank of generators at a model's root: what it feeds, and how weights are loaded into it."""
+"""The bank of generators at a model's root: what it feeds, and the weights that it makes ahead."""
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from .conv import CSGConv, batches, check_finite, draw_code, generate_weights, generated_convs, named_convs, versions
-from .errors import CSGError, abridge
+from . import loading, watch
+from .conv import CSGConv, batches, check_finite, draw_code, generate_weights, generated_convs, versions
+from .errors import CSGError
 from .fit import fit_generator
 from .generator import Generator, check_meaning
 from .products import is_recorded
-
-BANK = 'csg'
+from .root import BANK, enroot, uproot
 
 
 class Kept(NamedTuple):
@@ -25,16 +24,17 @@ class Kept(NamedTuple):
 
 
 class GeneratorBank(nn.ModuleList):
-    """The generators of a model, its root's last child.
+    """The generators of a model, a child of its root that is not counted: see :mod:`csg_seg.root`.
 
     Attributes:
         left_dense: name of each conv that stayed dense, and why.
-        fed: name and conv of each generated layer; the bank does not register them.
+        fed: name and conv of each generated layer, as :meth:`refresh` found them; the bank does not register them.
         before_init: called with the bank when a trainer initialises the network.
         after_fit: called with the bank once weights are fitted.
         fitted: the relative error of each layer's weight at the last fit, by name.
         taken_over: whether the generators are another network's, which a fit keeps.
         kept: by generator, the weights of the last evaluation.
+        reset: which layers may start anew when weights are loaded.
         fits: whether dense weights that are loaded are fitted, or dropped because a
             training checkpoint follows.
     """
@@ -48,7 +48,10 @@ class GeneratorBank(nn.ModuleList):
         self.fitted: dict[str, float] = {}
         self.taken_over = False
         self.kept: dict[int, Kept] = {}
+        self.reset = loading.Reset()
         self.fits = True
+        self._copies = CSGConv.copies
+        self._is_watched = False
 
     def forward(self, input: Any) -> Any:
         """Return the input: a root that runs its children in turn, as ``nn.Sequential`` does, runs the bank too."""
@@ -59,15 +62,55 @@ class GeneratorBank(nn.ModuleList):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out of copies and pickles what can be made again."""
-        return {**self.__dict__, 'kept': {}}
+        return {**self.__dict__, 'kept': {}, '_is_watched': False}
 
-    def make_ahead(self) -> None:
+    def refresh(self, root: nn.Module) -> None:
+        """Look up which layers the generators feed by now: some may have been added, copied, renamed or dropped.
+
+        A copy of a layer brings a copy of its generator, and shares the network's own again as long as the two are
+        the same.
+
+        Raises:
+            CSGError: a layer's generator is none of the bank's.
+        """
+        self._copies = CSGConv.copies
+        fed = dict(generated_convs(root))
+        for name, conv in fed.items():
+            if all(conv.generator is not generator for generator in self):
+                self._adopt(name, conv)
+        self.fed = fed
+        for generator in self:
+            generator.layers = {
+                name: tuple(conv.weight_shape) for name, conv in fed.items() if conv.generator is generator
+            }
+
+    def _adopt(self, name: str, conv: CSGConv) -> None:
+        """Let a copied layer share a generator of the bank's that is the same as its own."""
+        for generator in self:
+            if _same_generators(generator, conv.generator):
+                object.__setattr__(conv, 'generator', generator)
+                return
+        raise CSGError(
+            f"{name}: its generator is not this network's: the layer was taken from another network, or copied "
+            'before training went on; copy a layer of the network as it is now, or materialise both'
+        )
+
+    def share_with(self, root: nn.Module) -> None:
+        """Give the generators to a second root too, such as a slice of a container."""
+        attach_bank(root, GeneratorBank(self, {}))
+
+    def make_ahead(self, root: nn.Module) -> None:
         """Make the weights of all layers, small ones at once, for the forward pass of the root that begins.
 
         Without gradients they are kept from pass to pass, as long as all that they are made of has the same
         values. A layer that is called elsewhere, compiled or recomputed makes its weight itself, and so does one
         whose code or generator was written to since the pass began.
         """
+        if self._copies != CSGConv.copies:
+            self.refresh(root)
+        if not self._is_watched and torch.is_grad_enabled():
+            watch.begin(self.fed)
+            self._is_watched = True
         for position, generator in enumerate(self):
             if not all(type(each) is nn.Parameter for each in generator.parameters()):
                 continue
@@ -110,10 +153,14 @@ class GeneratorBank(nn.ModuleList):
         self.kept.clear()
         return super()._apply(fn, recurse)
 
-    def init_weights(self) -> None:
-        """Fit what was loaded into parts of the network; mmengine calls it last, after all other children's."""
+    def begin_init(self) -> None:
+        """Prepare for a trainer that initialises the network, and may load weights into it or its parts."""
+        self.reset.is_on = self.fits
         if self.before_init is not None and self.fits:
             self.before_init(self)
+
+    def init_weights(self) -> None:
+        """Fit what was loaded into parts of the network; called last, after all else is initialised."""
         self.fit_loaded()
 
     @torch.no_grad()
@@ -138,10 +185,15 @@ class GeneratorBank(nn.ModuleList):
         stored = {name: stored[name] for name in own}
         self.load_state_dict(stored)
         self.taken_over = True
+        self.draw_codes(self.fed)
+
+    @torch.no_grad()
+    def draw_codes(self, names: Collection[str]) -> None:
+        """Draw codes of some layers anew, at the Kaiming variance that the generators as they are now give."""
         for generator in self:
             rng = torch.Generator().manual_seed(generator.settings.seed)
-            for conv in self.fed.values():
-                if conv.generator is generator:
+            for name, conv in self.fed.items():
+                if name in names and conv.generator is generator:
                     conv.code.copy_(draw_code(conv, rng))
 
     def check_meanings(self, state_dict: Mapping[str, Tensor], prefix: str = '') -> None:
@@ -196,12 +248,14 @@ def find_bank(model: nn.Module) -> GeneratorBank | None:
 
 def attach_bank(root: nn.Module, bank: GeneratorBank) -> None:
     """Register the bank on the root, and make loading into the root strict about it."""
-    bank.fed = dict(generated_convs(root))
-    root.add_module(BANK, bank)
-    root._register_load_state_dict_pre_hook(check_state_dict, with_module=True)
+    enroot(root, bank)
+    bank.refresh(root)
+    root.register_state_dict_pre_hook(refresh_before_save)
+    root._register_load_state_dict_pre_hook(check_before_load, with_module=True)
     root.register_load_state_dict_post_hook(fit_after_load)
     root.register_forward_pre_hook(make_ahead)
     root.register_forward_hook(drop_ahead, always_call=True)
+    watch.begin(bank.fed)
 
 
 def find_roots(model: nn.Module) -> Iterator[tuple[str, nn.Module, GeneratorBank]]:
@@ -209,14 +263,16 @@ def find_roots(model: nn.Module) -> Iterator[tuple[str, nn.Module, GeneratorBank
     for name, module in model.named_modules():
         bank = find_bank(module)
         if bank is not None:
+            bank.refresh(module)
             yield f'{name}.' if name else '', module, bank
 
 
 def detach_bank(root: nn.Module) -> None:
     """Undo :func:`attach_bank`."""
-    root._modules.pop(BANK)
+    uproot(root)
     for hooks, ours in (
-        (root._load_state_dict_pre_hooks, check_state_dict),
+        (root._state_dict_pre_hooks, refresh_before_save),
+        (root._load_state_dict_pre_hooks, check_before_load),
         (root._load_state_dict_post_hooks, fit_after_load),
         (root._forward_pre_hooks, make_ahead),
         (root._forward_hooks, drop_ahead),
@@ -226,16 +282,42 @@ def detach_bank(root: nn.Module) -> None:
             root._forward_hooks_always_called.pop(key, None)
 
 
+def bank_of(root: nn.Module) -> GeneratorBank:
+    """Return the bank of a module that is known to be a retrofitted root."""
+    return cast(GeneratorBank, root._modules[BANK])
+
+
 def make_ahead(root: nn.Module, inputs: Any) -> None:
     """Begin a forward pass of the root; compiled, each layer makes its weight in the one graph."""
     if not is_recorded():
-        cast(GeneratorBank, root._modules[BANK]).make_ahead()
+        bank_of(root).make_ahead(root)
 
 
 def drop_ahead(root: nn.Module, inputs: Any, outputs: Any) -> None:
     """End a forward pass of the root."""
     if not is_recorded():
-        cast(GeneratorBank, root._modules[BANK]).drop_ahead()
+        bank_of(root).drop_ahead()
+
+
+def refresh_before_save(root: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """See that a state dict will hold what all layers need."""
+    bank_of(root).refresh(root)
+
+
+def check_before_load(root: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Refuse, before anything is copied, a state dict that does not fit the generated layers."""
+    bank = bank_of(root)
+    bank.refresh(root)
+    bank.forget_loaded()
+    bank.drop_ahead()  # of a pass that was interrupted
+    loading.prepare(root, bank.reset, state_dict, prefix)
+
+
+def fit_after_load(root: nn.Module, incompatible_keys: Any) -> None:
+    """Fit what a dense state dict has just brought into the root, and draw the codes of layers that start anew."""
+    bank = bank_of(root)
+    bank.fit_loaded()
+    bank.draw_codes(bank.reset.layers)
 
 
 def _make_small(convs: Iterable[CSGConv]) -> dict[CSGConv, Tensor]:
@@ -251,84 +333,20 @@ def _make_small(convs: Iterable[CSGConv]) -> dict[CSGConv, Tensor]:
     return weights
 
 
+def _same_generators(one: Generator, other: Generator) -> bool:
+    if one.settings != other.settings:
+        return False
+    pairs = zip(_tensors(one), _tensors(other), strict=True)
+    # One of the two may have been moved or cast since.
+    return all(torch.equal(each, twin.to(each)) for each, twin in pairs)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
 def _same(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
-
-
-def fit_after_load(root: nn.Module, incompatible_keys: Any) -> None:
-    """Fit what a dense state dict has just brought into the root."""
-    bank = find_bank(root)
-    assert bank is not None
-    bank.fit_loaded()
-
-
-def check_state_dict(root: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Refuse, before anything is copied, a state dict that does not fit the generated layers.
-
-    Trainers load without ``strict`` and would keep random codes in silence. A dense
-    state dict is completed by the generators as they are, which are fitted to it afterwards.
-
-    Raises:
-        CSGError: codes or generators are missing or were made with other settings,
-            or a dense state dict is another network's.
-    """
-    bank = find_bank(root)
-    assert bank is not None
-    bank.forget_loaded()
-    bank.drop_ahead()  # of a pass that was interrupted
-    convs = named_convs(root)
-    stored_bank = {f'{prefix}{BANK}.{name}': tensor for name, tensor in bank.state_dict().items()}
-    if _is_dense(state_dict, prefix, convs) and not stored_bank.keys() & state_dict.keys():
-        _check_dense_network(root, state_dict, prefix)
-        state_dict.update(stored_bank)
-        return
-    bank.check_meanings(state_dict, f'{prefix}{BANK}.')
-    wanted: dict[str, Tensor] = dict(stored_bank)
-    for name, conv in convs.items():
-        wanted |= {f'{prefix}{name}.{key}': tensor for key, tensor in conv.stored().items()}
-    missing = [name for name in wanted if name not in state_dict]
-    if missing:
-        raise CSGError(
-            f'the checkpoint lacks {missing[0]} ({len(missing)} such entries of generated layers); '
-            'it was made from another network or with other settings: take a checkpoint of this config'
-        )
-    for name, tensor in wanted.items():
-        stored = state_dict[name].shape
-        if stored != tensor.shape and not name.endswith('_extra_state'):
-            raise CSGError(
-                f'{name}: the checkpoint holds {tuple(stored)}, this model wants {tuple(tensor.shape)}; '
-                "set the config's csg to the checkpoint's, or take another checkpoint"
-            )
-    for conv, visits in Counter(convs.values()).items():
-        conv.__dict__['_visits'] = visits
-
-
-def _is_dense(state_dict: Mapping[str, Tensor], prefix: str, convs: Iterable[str]) -> bool:
-    return any(f'{prefix}{name}.weight' in state_dict for name in convs) and not any(
-        f'{prefix}{name}.code' in state_dict for name in convs
-    )
-
-
-def _check_dense_network(root: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
-    """Refuse another network's weights; a part that only one of the two has, such as a head, may differ."""
-    convs = named_convs(root)
-    stored = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
-    known, parts = root.state_dict().keys(), set(map(_part, stored))
-    wrong = [f'{name}.weight is missing' for name in convs if f'{name}.weight' not in stored and _part(name) in parts]
-    for name, tensor in stored.items():
-        conv = convs.get(name.removesuffix('.weight')) if name.endswith('.weight') else None
-        if conv is None:
-            if tensor.ndim == 4 and name not in known and _part(name) in map(_part, convs):
-                wrong.append(f'{name} {tuple(tensor.shape)} is not in the model')
-        elif tensor.shape != conv.weight_shape:
-            wrong.append(f'{name} is {tuple(tensor.shape)}, not {tuple(conv.weight_shape)}')
-        check_finite(name, tensor)
-    if wrong:
-        raise CSGError(f"the dense checkpoint is another network's: {abridge(wrong)}")
-
-
-def _part(name: str) -> str:
-    return name.split('.')[0]
 
 
 def _fit(

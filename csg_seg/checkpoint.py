@@ -11,24 +11,26 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .bank import BANK, find_bank, find_roots
+from .bank import BANK, bank_of, find_bank, find_roots
 from .builders import build, check_source, decode_source, encode_source
-from .conv import DENSE_KINDS, find_convs, generated_convs
-from .errors import CSGError
+from .conv import find_convs, generated_convs
+from .errors import CSGError, abridge
 from .generator import MEANING, build_generator, encode_meaning
+from .loading import check_reset
 from .precision import lower, matrices, restore
 from .retrofit import check_root, dense_shapes, swap_layers
-from .settings import Settings
+from .settings import Settings, matches, read_patterns
 from .slices import grid
 from .version import __version__
 
@@ -38,6 +40,8 @@ FORMAT, VERSION, READABLE = 'csg_seg compact checkpoint', '3', ('2', '3')
 # network takes while it is built this much larger than its weights.
 LARGEST_RATIO, SLACK = 1000, 8
 _EXTRA = '_extra_state'
+Shape = tuple[int, ...]
+T = TypeVar('T')
 
 
 @dataclass(frozen=True)
@@ -89,14 +93,20 @@ def save_compact(
     write_compact(model, model.state_dict(), path, dtype=dtype, source=source)
 
 
-def load_compact(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
+def load_compact(
+    path: str | os.PathLike, model: nn.Module | None = None, *, reset: str | Sequence[str] = ()
+) -> nn.Module:
     """Load a compact checkpoint into a model, which stays as it was if they do not fit.
 
     Args:
         path: a file of :func:`save_compact`.
         model: the dense network, which is retrofitted as the file says, or a
-            retrofitted one. Without it the network is built as the file says; no
+            retrofitted one. On the meta device it gets the file's tensors, on the CPU.
+            Without it the network is built as the file says; no
             other file is read for it, and no code that the file names is run.
+        reset: patterns of layers that keep their start values where the file does not
+            fit them, see :func:`csg_seg.load_state_dict`; ``model.csg.reset.layers``
+            says which did.
 
     Returns:
         The same model, or the one built.
@@ -107,22 +117,32 @@ def load_compact(path: str | os.PathLike, model: nn.Module | None = None) -> nn.
             the file's), or it does not say how to build one.
     """
     compact = read_compact(path)
+    patterns = read_patterns('load_compact', 'reset', reset) or ()
     try:
         if model is None:
             model = _build(compact)
-        dense = find_bank(model) is None
-        if dense:
+        bank = find_bank(model)
+        if bank is None:
             check_root(model)
-        wanted = _shapes_when_retrofitted(model, compact) if dense else _shapes(model, compact)
-        _check_same({name: tuple(tensor.shape) for name, tensor in compact.tensors.items()}, wanted)
-        if dense:
-            _retrofit_like(model, compact)
+            layers = _layers_in(model, compact, patterns)
+            wanted = _shapes_when_retrofitted(model, layers, compact.settings)
+        else:
+            layers = {}
+            wanted = _shapes(model, compact, patterns)
+        check_reset(model, patterns)
+        _check_same(_without(shapes_of(compact.tensors), patterns), _without(wanted, patterns))
+        _check_values(model, compact, wanted)
+        if bank is None:
+            _retrofit_like(model, compact, layers)
     except CSGError as error:
         raise CSGError(f'{path}: {error}') from None
     # Modules that read older layouts of their state ask for the version of this one: it is today's.
     state_dict = model.state_dict()
+    for name in [name for name in state_dict if _matches_any(name, patterns)]:
+        del state_dict[name]
     state_dict.update(compact.tensors)
-    model.load_state_dict(state_dict)
+    with bank_of(model).reset.allow(patterns):
+        _load_values(model, state_dict)
     return model
 
 
@@ -175,7 +195,7 @@ def write_compact(
             raise CSGError(
                 f'{name}: a {type(tensor).__name__} in the state dict, which only tensors can be; save it apart'
             )
-    stored = {name: tensor for name, tensor in state_dict.items() if not _is_setting(name)}
+    stored = {name: each for name, each in state_dict.items() if not (_is_setting(name) or _is_counter(name))}
     lowered = lower(stored, matrices(model), dtype)
     # Cloned, because safetensors refuses views and tied tensors.
     tensors = {
@@ -247,8 +267,10 @@ def _parse(tensors: dict[str, Tensor], header: dict[str, str]) -> Compact:
     claimed += sum(math.prod(shape) for _, shape in layers.values())
     if claimed > LARGEST_RATIO * stored:
         raise CSGError(f'{stored:,} values in the file cannot make {claimed:,} of weights and generators; it lies')
-    tensors = restore(tensors)
-    tensors |= {f'{BANK}.{position}.{_EXTRA}': encode_meaning(each) for position, each in enumerate(settings)}
+    tensors = {name: tensor for name, tensor in restore(tensors).items() if not _is_counter(name)}
+    for position, each in enumerate(settings):
+        fed = {name: shape for name, (generator, shape) in layers.items() if generator == position}
+        tensors[f'{BANK}.{position}.{_EXTRA}'] = encode_meaning(each, fed)
     return Compact(tensors, settings, layers, source, header)
 
 
@@ -276,7 +298,7 @@ def _build(compact: Compact) -> nn.Module:
 def _check_built(built: nn.Module, model: nn.Module) -> None:
     """Refuse a source that builds another network than the one that is saved."""
     try:
-        _check_same({name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}, dense_shapes(model))
+        _check_same(shapes_of(built.state_dict()), dense_shapes(model))
     except CSGError as error:
         raise CSGError(f'the source builds another network: its state dict {error}') from None
 
@@ -300,7 +322,7 @@ def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
     return sha.hexdigest()
 
 
-def _shapes(model: nn.Module, compact: Compact) -> dict[str, tuple[int, ...]]:
+def _shapes(model: nn.Module, compact: Compact, reset: Sequence[str]) -> dict[str, Shape]:
     """Return the shapes of a retrofitted model's state dict, once its settings are found to agree."""
     bank = find_bank(model)
     assert bank is not None
@@ -309,44 +331,108 @@ def _shapes(model: nn.Module, compact: Compact) -> dict[str, tuple[int, ...]]:
         wanted = [getattr(generator.settings, key) for generator in bank]
         if stored != wanted:
             raise CSGError(f'made with {key} {stored}, the model has {wanted}; load it into the dense network instead')
-    layers = _layers(model)
-    if layers != compact.layers:
-        odd = sorted(dict(layers.items() ^ compact.layers.items()))
+    odd = sorted(dict(_without(_layers(model), reset).items() ^ _without(compact.layers, reset).items()))
+    if odd:
         raise CSGError(f'{odd[0]} is generated otherwise in the file; load it into the dense network it was made from')
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return shapes_of(model.state_dict())
 
 
-def _shapes_when_retrofitted(model: nn.Module, compact: Compact) -> dict[str, tuple[int, ...]]:
-    """Return the state-dict shapes that a dense model will have as the file's network."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    everywhere = list(model.named_modules(remove_duplicate=False))
-    convs = {name: module for name, module in everywhere if isinstance(module, DENSE_KINDS)}
-    for name, (position, weight_shape) in compact.layers.items():
-        if name not in convs or shapes.pop(f'{name}.weight', None) != weight_shape:
+def _layers_in(model: nn.Module, compact: Compact, reset: Sequence[str]) -> dict[str, tuple[int, Shape]]:
+    """Return which convs of a dense model the file's generators feed, and their weights' shapes in the model."""
+    convs = dict(find_convs(model, remove_duplicate=False))
+    layers = {}
+    for name, (position, shape) in compact.layers.items():
+        own = tuple(convs[name].weight.shape) if name in convs else None
+        if own != shape and not _matches_any(name, reset):
             raise CSGError(
-                f'{name} is a conv of weight {weight_shape} in the file and not in the model; '
-                'load it into the network it was made from'
+                f'{name} is a conv of weight {shape} in the file and not in the model; '
+                'load it into the network it was made from, or name the layer in reset'
             )
-        settings = compact.settings[position]
-        rows, cols = grid(weight_shape, settings.slice_shape)
+        if own is not None and own[2:] == compact.settings[position].kernel:
+            layers[name] = (position, own)
+    return layers
+
+
+def _shapes_when_retrofitted(
+    model: nn.Module, layers: Mapping[str, tuple[int, Shape]], settings: Sequence[Settings]
+) -> dict[str, Shape]:
+    """Return the state-dict shapes that a dense model will have when these layers are generated."""
+    shapes = shapes_of(model.state_dict())
+    everywhere = list(model.named_modules(remove_duplicate=False))
+    convs = dict(everywhere)
+    for name, (position, weight_shape) in layers.items():
+        each = settings[position]
+        rows, cols = grid(weight_shape, each.slice_shape)
         # A module that stands in two places has two names in a state dict.
         for alias in [alias for alias, module in everywhere if module is convs[name]]:
             shapes.pop(f'{alias}.weight', None)
-            shapes[f'{alias}.code'] = (rows * cols, settings.code_dim)
-            if settings.residual:
-                shapes[f'{alias}.residual_out'] = (weight_shape[0], settings.residual)
-                shapes[f'{alias}.residual_in'] = (settings.residual, math.prod(weight_shape[1:]))
-    for position, settings in enumerate(compact.settings):
-        state = build_generator(settings, torch.Generator()).state_dict()
-        shapes |= {f'{BANK}.{position}.{name}': tuple(tensor.shape) for name, tensor in state.items()}
+            shapes[f'{alias}.code'] = (rows * cols, each.code_dim)
+            if each.residual:
+                shapes[f'{alias}.residual_out'] = (weight_shape[0], each.residual)
+                shapes[f'{alias}.residual_in'] = (each.residual, math.prod(weight_shape[1:]))
+    for position, each in enumerate(settings):
+        state = build_generator(each, torch.Generator()).state_dict()
+        shapes |= shapes_of({f'{BANK}.{position}.{name}': tensor for name, tensor in state.items()})
     return shapes
 
 
-def _retrofit_like(model: nn.Module, compact: Compact) -> None:
-    convs = find_convs(model)
-    left_dense = {name: 'dense in the compact checkpoint' for name in convs if name not in compact.layers}
-    taken = {name: position for name, (position, _) in compact.layers.items()}
+def shapes_of(state_dict: Mapping[str, Tensor]) -> dict[str, Shape]:
+    """Return the shape of each entry of a state dict, but for what profilers left in it."""
+    return {name: tuple(tensor.shape) for name, tensor in state_dict.items() if not _is_counter(name)}
+
+
+def _is_counter(name: str) -> bool:
+    """Whether a state-dict entry is a count that thop leaves in the modules that it has profiled."""
+    return name.rpartition('.')[2] in ('total_ops', 'total_params')
+
+
+def _matches_any(name: str, patterns: Sequence[str]) -> bool:
+    return any(matches(name, pattern) for pattern in patterns)
+
+
+def _without(named: Mapping[str, T], patterns: Sequence[str]) -> dict[str, T]:
+    """Return the items whose names, of layers or of their entries, match none of the patterns."""
+    return {name: each for name, each in named.items() if not _matches_any(name, patterns)}
+
+
+def _retrofit_like(model: nn.Module, compact: Compact, layers: Mapping[str, tuple[int, Shape]]) -> None:
+    left_dense = {name: 'dense in the compact checkpoint' for name in find_convs(model) if name not in layers}
+    taken = {name: position for name, (position, _) in layers.items()}
     swap_layers(model, compact.settings, taken, left_dense)
+
+
+def _load_values(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Load a state dict strictly; parameters and buffers on the meta device become its tensors."""
+    own = model.state_dict()
+    if not any(tensor.is_meta for tensor in own.values()):
+        model.load_state_dict(state_dict)
+        return
+    tied = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied[id(parameter)].append(name)
+    cast = {
+        name: tensor.to(own[name].dtype) if name in own and not _is_setting(name) else tensor
+        for name, tensor in state_dict.items()
+    }
+    model.load_state_dict(cast, assign=True)
+    for first, *others in tied.values():
+        for name in others:
+            layer, _, key = name.rpartition('.')
+            setattr(model.get_submodule(layer), key, model.get_parameter(first))
+
+
+def _check_values(model: nn.Module, compact: Compact, wanted: Collection[str]) -> None:
+    """Refuse a network on the meta device of which something would have no value."""
+    held = {*wanted} & {*compact.tensors}
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    left = [name for name, each in tensors if each.is_meta and name not in held and not name.startswith(f'{BANK}.')]
+    # A dense weight goes where the file has codes.
+    left = [name for name in left if f'{name.removesuffix("weight")}code' not in held]
+    if left:
+        raise CSGError(
+            f'{abridge(left)}: on the meta device, and the file holds no value for it; '
+            'build the network on another device'
+        )
 
 
 def _layers(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]]:

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from threading import get_ident
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,10 @@ DENSE_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTrans
 
 
 class Ready(NamedTuple):
-    """A weight, what it was made of, and torch's counts of what was written to that."""
+    """A weight, the thread it is for, what it was made of, and torch's counts of what was written to that."""
 
     weight: Tensor
+    thread: int
     made_of: Sequence[Tensor]
     versions: list[int]
 
@@ -45,8 +47,10 @@ class CSGConv(_ConvNd):
         ready: the weight that the bank made ahead for the forward pass that is on, or the dense one while it is
             loaded.
         dense_kind: the class that the conv had.
+        copies: how many generated convs have been copied or unpickled in this process.
     """
 
+    copies: ClassVar[int] = 0
     code: nn.Parameter
     residual_out: nn.Parameter
     residual_in: nn.Parameter
@@ -77,18 +81,20 @@ class CSGConv(_ConvNd):
 
     def _made_ahead(self) -> Tensor | None:
         """Return the weight that the bank made ahead, unless it is of no use by now."""
-        if self.ready is None:
+        ready = self.ready  # read once: a pass that ends in another thread takes it away
+        if ready is None:
             return None
-        weight = self.ready.weight
-        learns = weight.requires_grad or not torch.is_grad_enabled()
-        current = torch.compiler.is_compiling() or self.ready.versions == versions(self.ready.made_of)
-        return weight if learns and current else None
+        learns = ready.weight.requires_grad or not torch.is_grad_enabled()
+        current = torch.compiler.is_compiling() or (
+            ready.thread == get_ident() and ready.versions == versions(ready.made_of)
+        )
+        return ready.weight if learns and current else None
 
     def make_ready(self, weight: Tensor) -> None:
         """Have the conv take a weight that was made ahead, until what it is made of is written to."""
         made_of = self.code, self.generator.weight
         # Not by nn.Module, which takes its time.
-        self.__dict__['ready'] = Ready(weight, made_of, versions(made_of))
+        self.__dict__['ready'] = Ready(weight, get_ident(), made_of, versions(made_of))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse a new weight: it would not last.
@@ -135,7 +141,7 @@ class CSGConv(_ConvNd):
             check_dense(prefix[:-1], self, dense)
             state_dict.update({f'{prefix}{key}': tensor.detach() for key, tensor in self.stored().items()})
             # ConvAWS2d takes statistics of the weight as it is loaded.
-            self.__dict__['ready'] = Ready(dense.detach(), (), [])
+            self.__dict__['ready'] = Ready(dense.detach(), get_ident(), (), [])
         # Set by check_state_dict when the load began at the root, generators included: how often it comes here.
         visits = self.__dict__.pop('_visits', 0)
         if visits > 1:
@@ -206,6 +212,7 @@ def generated_kind(kind: type) -> type[CSGConv]:
 
 
 def _blank(kind: type[_ConvNd]) -> CSGConv:
+    CSGConv.copies += 1
     made = generated_kind(kind)
     return made.__new__(made)
 
@@ -281,9 +288,10 @@ def swap_out(conv: CSGConv, weight: Tensor) -> None:
     conv._parameters.update({'weight': dense, **others})
 
 
-def find_convs(model: nn.Module) -> dict[str, _ConvNd]:
-    """Return each conv of torch by name, dense and generated, subclasses included."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, DENSE_KINDS)}
+def find_convs(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, _ConvNd]:
+    """Return each conv of torch by name, or by all its names, dense and generated, subclasses included."""
+    modules = model.named_modules(remove_duplicate=remove_duplicate)
+    return {name: module for name, module in modules if isinstance(module, DENSE_KINDS)}
 
 
 def find_others(model: nn.Module) -> dict[str, nn.Module]:
@@ -325,10 +333,16 @@ def check_dense(name: str, conv: CSGConv, weight: Tensor) -> None:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Refuse NaN and infinity in trained weights or statistics.
+    """Refuse NaN and infinity in trained weights or statistics, but not a running variance of +inf.
+
+    Half precision overflows to it. Batch norm divides by its root: in evaluation the channel
+    is its bias, in training the batch's own variance counts.
 
     Raises:
         CSGError: there is one.
     """
-    if not torch.isfinite(tensor).all():
+    accepted = torch.isfinite(tensor)
+    if name.endswith('running_var'):
+        accepted |= torch.isposinf(tensor)
+    if not accepted.all():
         raise CSGError(f'{name} holds NaN or infinite values; take a checkpoint from before training diverged')

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 
 import torch
@@ -24,15 +24,18 @@ class Generator(nn.Module):
     Attributes:
         weight: ``(code_dim, s_out * s_in * kh * kw)``, no bias.
         settings: what the user asked for.
+        layers: name of each layer that it feeds, and its weight's shape; the bank keeps them up to date.
         is_product: whether a slice is its code times ``weight``, for this kind of generator.
     """
 
     weight: Tensor
+    layers: Mapping[str, Sequence[int]]
     is_product = True
 
     def __init__(self, settings: Settings, rng: torch.Generator):
         super().__init__()
         self.settings = settings
+        self.layers = {}
         self._draw_weight(rng)
 
     def _draw_weight(self, rng: torch.Generator) -> None:
@@ -99,11 +102,11 @@ class Generator(nn.Module):
         return ', '.join([f'code_dim={self.settings.code_dim}', f'slice_shape={self.settings.slice_shape}', *extras])
 
     def get_extra_state(self) -> Tensor:
-        """Return :func:`encode_meaning` of the settings.
+        """Return :func:`encode_meaning` of the settings and the layers.
 
         A tensor, because trainers move and broadcast every value of a state dict.
         """
-        return encode_meaning(self.settings)
+        return encode_meaning(self.settings, self.layers)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Refuse another generator's state.
@@ -142,12 +145,11 @@ class BinaryGenerator(Generator):
             CSGError: one of the settings in ``MEANING`` differs.
         """
         super().set_extra_state(state)
-        stored = read_meaning(state)
-        if stored['seed'] != self.settings.seed:
-            like = self.weight
+        stored, like = read_meaning(state), self.weight
+        if stored['seed'] != self.settings.seed or like.is_meta:
             self.settings = Settings.from_dict({**self.settings.to_dict(), 'seed': stored['seed']})
             self._rebuild_signs()
-            self.weight = self.weight.to(like)
+            self.weight = self.weight.to(like.dtype if like.is_meta else like)
 
 
 class MLPGenerator(Generator):
@@ -321,6 +323,7 @@ def sign_value(settings: Settings) -> float:
 
 
 MEANING = ('generator', 'slice_shape', 'code_dim', 'layout', *OPTIONAL)
+LAYERS = 'layers'
 
 _KINDS = {
     'linear': Generator,
@@ -335,23 +338,60 @@ def build_generator(settings: Settings, rng: torch.Generator) -> Generator:
     return _KINDS[settings.generator](settings, rng)
 
 
-def encode_meaning(settings: Settings) -> Tensor:
-    """Encode, as JSON bytes ``(n,)`` in uint8, the settings that decide what a layer's stored values mean."""
-    return torch.frombuffer(bytearray(json.dumps(_meaning(settings)).encode()), dtype=torch.uint8)
+def encode_meaning(settings: Settings, layers: Mapping[str, Sequence[int]]) -> Tensor:
+    """Encode what decides the meaning of a layer's stored values.
+
+    Args:
+        settings: of the generator.
+        layers: name of each layer that it feeds, and its weight's shape.
+
+    Returns:
+        JSON bytes ``(n,)`` in uint8.
+    """
+    meaning = _meaning(settings)
+    if layers:
+        meaning[LAYERS] = {name: list(shape) for name, shape in layers.items()}
+    return torch.frombuffer(bytearray(json.dumps(meaning).encode()), dtype=torch.uint8)
 
 
-def read_meaning(state: Tensor) -> dict:
+def _read(state: Tensor) -> dict:
     """Decode what :func:`encode_meaning` wrote.
 
     Raises:
         CSGError: these bytes were not written by a generator.
     """
     try:
-        stored = json.loads(bytes(state.tolist()))
+        # Bytes that were cast or averaged with all else in a state dict are the same numbers, but for rounding.
+        return json.loads(bytes(round(each) for each in state.tolist()))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise CSGError(f"the checkpoint's generator settings are damaged ({error}); use another copy of it") from None
+
+
+def read_meaning(state: Tensor) -> dict:
+    """Return the settings that :func:`encode_meaning` wrote.
+
+    Raises:
+        CSGError: these bytes were not written by a generator.
+    """
+    stored = _read(state)
+    try:
         required = [key for key in MEANING if key not in OPTIONAL]
         required += ['value', 'seed'] if stored['generator'] == 'binary' else []
         return {key: stored[key] for key in required} | {key: stored[key] for key in OPTIONAL if key in stored}
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
+        raise CSGError(f"the checkpoint's generator settings are damaged ({error}); use another copy of it") from None
+
+
+def read_layers(state: Tensor) -> dict[str, tuple[int, ...]] | None:
+    """Return the layers that :func:`encode_meaning` wrote; None if csg_seg 0.1.0 or earlier did, which wrote none.
+
+    Raises:
+        CSGError: these bytes were not written by a generator.
+    """
+    stored = _read(state)
+    try:
+        return {name: tuple(shape) for name, shape in stored[LAYERS].items()} if LAYERS in stored else None
+    except (AttributeError, TypeError) as error:
         raise CSGError(f"the checkpoint's generator settings are damaged ({error}); use another copy of it") from None
 
 

@@ -76,10 +76,31 @@ class Summary:
 
     def headline(self) -> str:
         """Return the totals in one line."""
+        ratio = self.compression_ratio
+        compared = f'{ratio:.2f}x smaller' if ratio >= 1 else f'{1 / ratio:.2f}x LARGER'
         return (
             f'{self.stored_params:,} parameters stored ({self.trainable_params:,} trainable) '
-            f'for {self.dense_params:,} dense: {self.compression_ratio:.2f}x smaller, '
+            f'for {self.dense_params:,} dense: {compared}, '
             f'{self.stored_bytes / 1e6:.1f} MB for {self.dense_bytes / 1e6:.1f} MB'
+        )
+
+    def describe_growth(self) -> str:
+        """Say that the model stores more than its dense twin, and what would help; '' if it does not."""
+        if self.stored_params <= self.dense_params:
+            return ''
+        saved = [0] * len(self.generators)
+        for layer in self.layers:
+            if layer.generator is not None:
+                saved[layer.generator] += layer.dense_params - layer.stored_params
+        costly = [
+            f'csg[{position}] stores {each.stored_params:,} for its generator and saves {less:,} in its layers'
+            for position, (each, less) in enumerate(zip(self.generators, saved, strict=True))
+            if each.stored_params > less
+        ]
+        return (
+            f'the network stores {self.stored_params:,} parameters, its dense twin {self.dense_params:,}: '
+            f'{"; ".join(costly)}. Smaller slices, a lower code_dim, more layers to a generator, or '
+            "generator='binary' would help"
         )
 
     def __str__(self) -> str:
@@ -98,7 +119,8 @@ class Summary:
         ]
         lines = _align(rows) if generated else ['no generated layers']
         lines += ['', *(self._generator_line(position) for position in range(len(self.generators)))]
-        lines += [*self._left_dense_lines(), self.headline()]
+        lines += self._left_dense_lines()
+        lines += [each for each in (self.describe_growth(), self.headline()) if each]
         return '\n'.join(lines)
 
     def _generator_line(self, position: int) -> str:
@@ -193,8 +215,9 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _bytes(entry: Any) -> int:
+    """Return the size of a state dict's entry, 0 for an extra state that is no tensor."""
+    return entry.numel() * entry.element_size() if isinstance(entry, Tensor) else 0
 
 
 def _by(shape: Sequence[int]) -> str:

@@ -1,5 +1,6 @@
 """Choose layers; dense to generated, and back to plain convs."""
 
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -23,9 +24,10 @@ from .conv import (
     swap_in,
     swap_out,
 )
-from .errors import CSGError, abridge
+from .errors import CSGError, CSGWarning, abridge
 from .generator import build_generator
-from .settings import Settings, matches
+from .report import summarise
+from .settings import Settings, matches, read_patterns
 from .slices import grid
 
 CSG = Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -58,6 +60,9 @@ def retrofit(model: nn.Module, csg: CSG) -> nn.Module:
     check_root(model)
     taken, left_dense = choose_layers(model, settings)
     swap_layers(model, settings, taken, left_dense)
+    larger = summarise(model).describe_growth()
+    if larger:
+        warnings.warn(larger, CSGWarning, stacklevel=2)
     return model
 
 
@@ -83,14 +88,15 @@ def materialise(model: nn.Module) -> nn.Module:
     groups: dict[int, list[CSGConv]] = defaultdict(list)
     for conv in convs.values():
         groups[id(conv.generator)].append(conv)
+    weights: dict[CSGConv, Tensor] = {}
     for fed in groups.values():
         # At once, as an evaluation makes them: another size of product rounds otherwise.
         with torch.no_grad():
-            weights = generate_weights(fed)
-        for conv, weight in zip(fed, weights, strict=True):
-            swap_out(conv, weight)
+            weights.update(zip(fed, generate_weights(fed), strict=True))
     for _, root, _ in roots:
         detach_bank(root)
+    for conv in convs.values():
+        swap_out(conv, weights.pop(conv))
     return model
 
 
@@ -119,6 +125,7 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
     if bank is None:
         raise CSGError('nothing to fit: the model is not retrofitted; call csg_seg.retrofit on it first')
     _check_weights('fit', weights)
+    _check_has_values('fit', model)
     wanted = dense_shapes(model)
     given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = [f'{name} is missing' for name in wanted if name not in given]
@@ -130,6 +137,45 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
         raise CSGError(f"the weights are not those of the model's dense twin: {abridge(wrong)}")
     model.load_state_dict(weights)
     return bank.fitted
+
+
+def load_state_dict(
+    model: nn.Module, weights: Mapping[str, Tensor], *, reset: str | Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Load a checkpoint into a retrofitted model of which some layers may differ, in place.
+
+    A layer that ``reset`` names and that the checkpoint does not fit, such as a classifier of other classes, keeps its
+    start values; if it is generated, its codes are drawn for the generator that was loaded. All else is loaded
+    strictly. In a config it is ``reset`` of ``CSGModel`` or ``CSGHook``.
+
+    Args:
+        model: a retrofitted network.
+        weights: the state dict of a CSG network, or of the dense twin of one, to which the model is fitted.
+        reset: patterns of layer names, as for ``include``.
+
+    Returns:
+        the names of the layers that kept their start values.
+
+    Raises:
+        CSGError: the model is not retrofitted, a pattern names no layer, or the weights do not fit elsewhere.
+    """
+    bank = find_bank(model)
+    if bank is None:
+        raise CSGError('the model is not retrofitted; call csg_seg.retrofit on it first, or model.load_state_dict')
+    _check_weights('load_state_dict', weights)
+    with bank.reset.allow(read_patterns('load_state_dict', 'reset', reset) or ()):
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:  # torch's, of all entries that differ
+            raise CSGError(f'the weights do not fit the model: {" ".join(str(error).split())[:300]}') from None
+    return bank.reset.layers
+
+
+def _check_has_values(who: str, model: nn.Module) -> None:
+    """Refuse a model on the meta device, which holds no values to compute with."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise CSGError(f'{who}: {name} is on the meta device and has no values; build the model on another device')
 
 
 def _check_weights(who: str, weights: Any) -> None:
@@ -156,6 +202,7 @@ def load_generators(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     if bank is None:
         raise CSGError('there is no generator in the model; call csg_seg.retrofit on it first')
     _check_weights('load_generators', weights)
+    _check_has_values('load_generators', model)
     bank.load_generators(weights)
 
 

@@ -46,6 +46,7 @@ class Choice:
     """One generator for some layers, and what it makes and replaces."""
 
     layers: Layers
+    weight_shapes: tuple[Shape, ...]
     slice_shape: Shape
     code_dim: int
     slices: int
@@ -56,7 +57,8 @@ class Choice:
         params = self.code_dim * (math.prod(self.slice_shape) + self.slices)
         if unit is None:
             return params
-        return unit * params + len(encode_meaning(Settings(self.slice_shape, self.code_dim)))
+        layers = dict(zip(self.layers, self.weight_shapes, strict=True))
+        return unit * params + len(encode_meaning(Settings(self.slice_shape, self.code_dim), layers))
 
 
 def search(convs: Convs, slice_shapes: Sequence[Sequence[int]] | None, unit: int | None, track: Track) -> Frontier:
@@ -180,4 +182,5 @@ def _longest(convs: Convs, shape: Shape) -> int:
 def _choice(convs: Convs, slice_shape: Shape, code_dim: int) -> Choice:
     weights = [conv.weight for conv in convs.values()]
     slices = sum(math.prod(grid(weight.shape, slice_shape)) for weight in weights)
-    return Choice(tuple(convs), slice_shape, code_dim, slices, sum(weight.numel() for weight in weights))
+    shapes = tuple(tuple(weight.shape) for weight in weights)
+    return Choice(tuple(convs), shapes, slice_shape, code_dim, slices, sum(weight.numel() for weight in weights))

@@ -83,8 +83,8 @@ class Settings:
             layout=_choice(where, 'layout', values.get('layout', 'block'), LAYOUTS),
             generator=_choice(where, 'generator', values.get('generator', 'linear'), GENERATORS),
             freeze_generator=_flag(where, values),
-            include=_patterns(where, 'include', values.get('include')),
-            exclude=_patterns(where, 'exclude', values.get('exclude')) or (),
+            include=read_patterns(where, 'include', values.get('include')),
+            exclude=read_patterns(where, 'exclude', values.get('exclude')) or (),
             seed=_integer(where, 'seed', values['seed'], minimum=0, maximum=MAX_SEED),
             hidden=_own_integer(where, 'hidden', values, kind='mlp', minimum=1),
             rank=_own_integer(where, 'rank', values, kind='tensor_ring', minimum=1),
@@ -183,7 +183,8 @@ def _flag(where: str, values: Mapping[str, Any]) -> bool:
     return freeze
 
 
-def _patterns(where: str, key: str, value: Any) -> tuple[str, ...] | None:
+def read_patterns(where: str, key: str, value: Any) -> tuple[str, ...] | None:
+    """Check patterns on module names: one, several, or None."""
     if value is None:
         return None
     patterns = [value] if isinstance(value, str) else value

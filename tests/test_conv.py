@@ -284,7 +284,9 @@ def test_the_generator_is_stored_counted_and_seen_once():
         [*dense_only, 'narrow.code', 'widen.code', 'csg.0.weight']
     )
     assert [name for name in model.state_dict() if 'csg' in name] == ['csg.0.weight', 'csg.0._extra_state']
-    assert list(model._modules)[-1] == 'csg'
+    # First and last are what they are in the dense network.
+    assert list(model.children()) == [model.stem, model.narrow, model.norm, model.widen, model.head]
+    assert list(model.parameters())[-1] is model.head.bias
 
 
 def test_a_binary_models_state_dict_holds_no_signs():

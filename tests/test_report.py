@@ -207,7 +207,7 @@ def test_the_table_names_each_layer_and_why_some_stay_dense():
     assert any(
         line.startswith('generator 1: binary') and '0 parameters feed 4 slices of 1 layers' in line for line in lines
     )
-    assert f'{summary.compression_ratio:.2f}x smaller' in lines[-1]
+    assert f'{1 / summary.compression_ratio:.2f}x LARGER' in lines[-1]
     assert f'{summary.stored_params:,}' in lines[-1]
     assert f'{summary.dense_params:,}' in lines[-1]
 
