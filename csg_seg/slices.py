@@ -7,8 +7,10 @@ dimensions as well as two, and ``out`` and ``in`` are the first two dimensions o
 conv's weight: ``(out, in / groups)``, or ``(in, out / groups)`` of a transposed one.
 """
 
+import warnings
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -47,8 +49,8 @@ def join(slices: Tensor, weight_shape: Sequence[int], *, layout: str = 'block') 
         ValueError: the number of slices does not match the grid, or the layout is unknown.
     """
     _check_layout(layout)
-    n_slices, s_out, s_in, *kernel = slices.shape
-    rows, cols = grid(weight_shape, slices.shape[1:])
+    n_slices, s_out, s_in, *kernel = _sizes(slices)
+    rows, cols = grid(weight_shape, (s_out, s_in, *kernel))
     if n_slices != rows * cols:
         raise ValueError(
             f'{n_slices} slices do not make a weight of shape {tuple(weight_shape)}, '
@@ -86,6 +88,21 @@ def split(weight: Tensor, slice_shape: Sequence[int], *, layout: str = 'block') 
         grid_of_slices = whole.reshape(rows, s_out, cols, s_in, *kernel)
         whole = grid_of_slices.transpose(1, 2)
     return whole.reshape(rows * cols, s_out, s_in, *kernel)
+
+
+def _sizes(tensor: Tensor) -> Sequence[int]:
+    """Return a tensor's shape in plain numbers.
+
+    In a trace the sizes are tensors, and what is computed with them becomes part of the
+    graph. ONNX divides integers towards zero, which makes the grid too small.
+    """
+    shape = tensor.shape
+    if not isinstance(shape[0], Tensor):
+        return shape
+    with warnings.catch_warnings():
+        # The warning is that a size becomes a constant, as it should: a conv's weight has one shape.
+        warnings.simplefilter('ignore', torch.jit.TracerWarning)
+        return [int(size) for size in shape]
 
 
 def _check_layout(layout: str) -> None:

@@ -1,4 +1,5 @@
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -101,6 +102,20 @@ def test_dtype_is_kept(layout):
     weight = random(17, 31, 3, 3).double()
     slices = split(weight, (12, 20, 3, 3), layout=layout)
     assert slices.dtype == join(slices, weight.shape, layout=layout).dtype == torch.float64
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize(('weight_shape', 'slice_shape'), SHAPES)
+def test_a_trace_has_the_grid_as_constants(weight_shape, slice_shape, layout):
+    slices = random_slices(weight_shape, slice_shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', torch.jit.TracerWarning)
+        warnings.simplefilter('ignore', DeprecationWarning)
+        traced = torch.jit.trace(lambda given: join(given, weight_shape, layout=layout), slices)
+    assert torch.equal(traced(-slices), join(-slices, weight_shape, layout=layout))
+    assert not {'aten::size', 'aten::floor_divide', 'aten::mul', 'aten::neg'} & {
+        node.kind() for node in traced.inlined_graph.nodes()
+    }
 
 
 @pytest.mark.parametrize('slice_shape', [(12, 20, 1, 1), (12, 20, 3, 1), (12, 20, 1, 3)])
