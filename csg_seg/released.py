@@ -137,7 +137,8 @@ def _take_generator(tensors: dict[str, Tensor]) -> Tensor | None:
     names = [name for name in tensors if GENERATOR.fullmatch(name)]
     copies = [tensors.pop(name) for name in names]
     for name, copy in zip(names, copies, strict=True):
-        if not torch.equal(copy, copies[0]):
+        # NaN counts as equal, so that it is refused as what it is.
+        if copy.shape != copies[0].shape or not torch.allclose(copy, copies[0], rtol=0, atol=0, equal_nan=True):
             raise CSGError(f'{name} differs from {names[0]}; one generator for all layers was expected')
     return copies[0] if copies else None
 

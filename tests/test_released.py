@@ -1,6 +1,7 @@
 """Files that others released are read exactly: against an oracle, real ones and ones made here in the same form."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -87,6 +88,31 @@ def test_logits_are_those_of_the_authors_formulas(file, reference, test_images):
     assert (logits(model.double(), few) - exact).abs().max() < 1e-5
     accuracy = 100 * (found.argmax(1) == labels).double().mean().item()
     assert accuracy == pytest.approx(measured, abs=0.005) if measured else accuracy > 85
+
+
+def with_value(tensors, ending, value):
+    """Return tensors in half precision, of which the first value of the first of that name is another."""
+    first = next(tensor for name, tensor in tensors.items() if name.endswith(ending))
+    changed = first.half()
+    changed.view(-1)[0] = value
+    # By identity: the authors' files repeat the generator.
+    return {
+        name: changed if tensor is first else tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def test_a_real_file_whose_variance_overflowed_is_read(reference, test_images, tmp_path):
+    file = 'associativeconv/resnet56_csg_s12_c72_acc92.37.t7'
+    tensors = with_value(read_tensors(reference / file)['net'], 'running_var', math.inf)
+    _, model = convert(save(tmp_path / 'half.t7', tensors, prefix=''))
+    pixels, labels = test_images
+    found = logits(model, normalise(pixels))
+    accuracy = 100 * (found.argmax(1) == labels).double().mean().item()
+    assert summarise(model).stored_params == 160_450
+    assert model.backbone.bn1.running_var[0] == math.inf
+    # As measured in float32 with the first channel of the first norm set to its bias; two images may turn.
+    assert accuracy == pytest.approx(92.13, abs=0.2)
 
 
 @pytest.mark.parametrize('file', AKAMASTER)
@@ -241,6 +267,15 @@ MADE = {
     'shufflenet': ('ShuffleNetV2 0.5x', 16, 16, 171_818),
     'shufflenet, blocks': ('ShuffleNetV2 0.5x', 16, 16, None),
 }
+NEVER_INFINITE = (
+    'running_mean',
+    'bn_1.weight',
+    'bn_1.bias',
+    '.code',
+    'CSG.weight',
+    'classifier.weight',
+    'conv_1_3x3.weight',
+)
 
 
 def save(path, tensors, *, prefix='module.', **others):
@@ -265,6 +300,31 @@ def test_every_released_network_is_recognised_and_evaluated_as_the_authors_do(ki
     exact = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     expected = evaluate(exact, x)
     assert (logits(model, x) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize('kind', MADE)
+def test_a_variance_that_overflowed_makes_the_channel_its_bias(kind, tmp_path):
+    _, side, code_dim, _ = MADE[kind]
+    tensors = with_value(authors_tensors(kind, side=side, code_dim=code_dim), 'running_var', 1e5)
+    _, model = convert(save(tmp_path / 'x.t7', tensors))
+    x = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    expected = evaluate({name: each.float() if each.is_floating_point() else each for name, each in tensors.items()}, x)
+    assert any(each.isinf().any() for each in tensors.values()) and expected.isfinite().all()
+    assert (logits(model, x) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ('ending', 'value'),
+    [
+        ('running_var', math.nan),
+        ('running_var', -math.inf),
+        *((ending, value) for ending in NEVER_INFINITE for value in (math.nan, math.inf)),
+    ],
+)
+def test_other_values_that_are_not_finite_are_refused(ending, value, tmp_path):
+    tensors = with_value(authors_tensors('resnet20', side=12, code_dim=72), ending, value)
+    with pytest.raises(CSGError, match='holds NaN or infinite values; take a checkpoint from before training diverged'):
+        convert(save(tmp_path / 'x.t7', tensors))
 
 
 @pytest.mark.parametrize('prefix', ['', 'module.', 'module.module.'])
