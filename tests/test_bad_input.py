@@ -224,6 +224,38 @@ def test_amp_without_gpu(refused, drawn):
     assert '--amp needs a GPU' in refused('train.py', CSG, '--amp', *small(drawn))
 
 
+@pytest.mark.parametrize('dtype', [None, 'float16', 'bfloat16'])
+def test_mixed_precision_in_a_config_without_gpu(refused, drawn, tmp_path, dtype):
+    if torch.cuda.is_available():
+        pytest.skip('there is a GPU')
+    keys = {'optim_wrapper.type': 'AmpOptimWrapper'} | ({'optim_wrapper.dtype': dtype} if dtype else {})
+    runs = [tmp_path / 'runs', *small(drawn, **keys)]
+    commands = {
+        'train.py': [CSG, *runs[1:]],
+        'compare.py': [DENSE, CSG, '--work-dir', *runs],
+        'benchmark.py': [DENSE, CSG, '--work-dir', *runs],
+        'analysis_tools/exchange.py': [DENSE, CSG, *runs[1:]],
+    }
+    for tool, arguments in commands.items():
+        message = refused(tool, *arguments)
+        assert 'without one, give --cfg-options optim_wrapper.type=OptimWrapper' in message, f'{tool}: {message}'
+        assert ('take dtype out of the config' in message) == (dtype is not None)
+
+
+@pytest.mark.parametrize(
+    ('options', 'says'),
+    [
+        ({'optim_wrapper.dtype': 'bfloat16'}, "unexpected keyword argument 'dtype'"),
+        ({'optim_wrapper.optimizer.type': 'AdamX'}, '(optimizer AdamX)'),
+        ({'optim_wrapper.optimizer.lr': -1}, 'Invalid learning rate: -1'),
+        ({'optim_wrapper.optimizer.rate': 1}, "unexpected keyword argument 'rate'"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_built(refused, drawn, options, says):
+    message = refused('train.py', CSG, *small(drawn, **options))
+    assert 'optim_wrapper (' in message and says in message and message.endswith('; correct it in the config')
+
+
 @pytest.mark.parametrize('tool', ['train.py', 'test.py', 'report.py', 'materialise.py', 'compare.py'])
 def test_mm_packages_absent(tool):
     script = f"""

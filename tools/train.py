@@ -18,6 +18,7 @@ with one_line_errors():
     from csg_seg.mm.launch import (
         RESUME,
         check_data,
+        check_optimizer,
         check_starts,
         guard_checkpoints,
         latest_checkpoint,
@@ -75,7 +76,7 @@ def main() -> None:
             use_amp(cfg)
         if args.resume:
             resume_latest(cfg, named='load_from' in (args.cfg_options or {}))
-        build_model(cfg)  # a mistake shows here, before anything is written
+        check_optimizer(cfg, build_model(cfg))  # a mistake shows here, before anything is written
         check_starts(cfg)
         check_data(cfg, 'train')
         check_data(cfg, 'val')

@@ -22,7 +22,7 @@ from ..files import check_folder, write_whole
 from ..report import summarise
 from .builder import leaves
 from .compare import made_with
-from .launch import latest_checkpoint
+from .launch import check_optimizer, latest_checkpoint
 from .model import build_model
 
 
@@ -56,7 +56,11 @@ def benchmark(
     """
     check_counts(seeds, jobs)
     check_folder(work_dir, given=f'--work-dir {work_dir}')
-    summaries = {name: summarise(build_model(cfg)) for name, cfg in configs.items()}
+    summaries = {}
+    for name, cfg in configs.items():
+        model = build_model(cfg)
+        check_optimizer(cfg, model)
+        summaries[name] = summarise(model)
     # Each config's first seed before any second: a picture emerges early.
     runs = {(name, seed): Path(work_dir, name, f'seed{seed}') for seed in seeds for name in configs}
     for (name, seed), folder in runs.items():

@@ -12,6 +12,7 @@ from ..files import check_folder
 from ..plan import Plan, plan
 from ..report import summarise
 from .benchmark import benchmark, check_counts, evaluate
+from .launch import check_optimizer
 from .model import build_model
 from .plan import build_dense
 from .teacher import match_layers
@@ -81,6 +82,7 @@ def carry_over(
     check_folder(work_dir, given=f'--work-dir {work_dir}')
     check_counts(seeds, options.get('jobs', 1))
     network = build_dense(dense, checkpoint)
+    check_optimizer(dense, network)
     match_layers(network, layers)
     scores = evaluate(dense, checkpoint, work_dir / 'dense', **options)
     result: dict[str, Any] = {'dense': {'stored_params': summarise(network).stored_params, **scores}, 'ratios': {}}

@@ -28,7 +28,8 @@ from ..files import check_folder, write_tensors, writing_into
 from ..report import Summary, summarise
 from ..retrofit import materialise
 from ..version import __version__
-from .launch import guard_checkpoints
+from .launch import check_optimizer, guard_checkpoints
+from .model import build_model
 from .results import save_figure
 
 
@@ -163,6 +164,7 @@ def compare(dense: Config, csg: Config, work_dir: str | Path) -> dict[str, Any]:
             raise CSGError(
                 f'{name}: compare takes iteration-based configs of segmentation; tools/benchmark.py takes any'
             )
+        check_optimizer(cfg, build_model(cfg))
     work_dir = Path(work_dir)
     check_folder(work_dir, given=f'--work-dir {work_dir}')
     work_dir.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..bank import find_bank
 from ..errors import CSGError
 from .batches import held_bytes, random_batch
-from .launch import replace_sync_bn
+from .launch import check_optimizer, replace_sync_bn
 from .links import End, limit, link, parse_rate
 from .model import build_model
 
@@ -162,7 +162,9 @@ def measure_exchange(cfgs: Mapping[str, Config], measurement: Measurement) -> di
     """
     for cfg in cfgs.values():
         replace_sync_bn(cfg.model)
-        random_batch(build_model(cfg), 1, 1, 1)  # a mistake in a config shows here, in one line
+        model = build_model(cfg)  # a mistake in a config shows here, in one line
+        check_optimizer(cfg, model)
+        random_batch(model, 1, 1, 1)
     with link() if measurement.rates else nullcontext() as ends, TemporaryDirectory() as folder:
         context = torch.multiprocessing.get_context('spawn')
         results = context.SimpleQueue()

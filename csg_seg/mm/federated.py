@@ -21,7 +21,7 @@ from ..cli import check_out
 from ..errors import CSGError, abridge
 from ..files import check_folder, write_tensors
 from .hooks import CheckpointGuardHook
-from .launch import check_data, check_starts, read_config
+from .launch import check_data, check_optimizer, check_starts, read_config
 from .model import build_model
 from .results import save_figure
 
@@ -120,7 +120,9 @@ def read_networks(args: Namespace, numbers: Mapping[str, int]) -> dict[str, Conf
         for split in ('train', 'test'):
             check_data(cfg, split)
         check_starts(cfg)
-        _shared(build_model(cfg), travels)
+        model = build_model(cfg)
+        check_optimizer(cfg, model)
+        _shared(model, travels)
         _loaders(cfg, numbers['workers'])
     return configs
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
+from mmengine.optim import OptimWrapperDict, build_optim_wrapper
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner
+from torch import nn
 
 from ..errors import CSGError
 from ..files import NotWrittenError, check_folder, writing
@@ -172,6 +175,41 @@ def check_starts(cfg: Config) -> None:
             raise CSGError(f'a start of the training is named by {path!r}; give the path of a checkpoint')
         if path and '://' not in path:
             check_file(path)
+
+
+def check_optimizer(cfg: Config, model: nn.Module) -> None:
+    """Find out before training whether mmengine builds the config's optimizer, on this machine.
+
+    Args:
+        cfg: a whole config.
+        model: its model.
+
+    Raises:
+        CSGError: it does not.
+    """
+    settings = cfg.get('optim_wrapper')
+    if settings is None:
+        return
+    try:
+        built = build_optim_wrapper(model, deepcopy(settings))
+        for _, each in built.items() if isinstance(built, OptimWrapperDict) else [('', built)]:
+            with each.optim_context(model):
+                pass
+    # What the classes that a config names make of the arguments it gives them.
+    except Exception as error:
+        optimizer = (settings.get('optimizer') or {}).get('type')
+        said = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
+        raise CSGError(f'optim_wrapper (optimizer {optimizer}): {said}; {_optimizer_remedy(settings)}') from None
+
+
+def _optimizer_remedy(settings: Mapping[str, Any]) -> str:
+    """Say what to do about an optimizer that cannot be built."""
+    kind = settings.get('type', 'OptimWrapper')
+    if str(getattr(kind, '__name__', kind)).rpartition('.')[2] != 'AmpOptimWrapper' or torch.cuda.is_available():
+        return 'correct it in the config'
+    own = [key for key in ('dtype', 'loss_scale', 'use_fsdp') if key in settings]
+    drop = f' and take {", ".join(own)} out of the config' if own else ''
+    return f'mixed precision needs a GPU; without one, give --cfg-options optim_wrapper.type=OptimWrapper{drop}'
 
 
 def use_cpu_processes(cfg: Config) -> None:

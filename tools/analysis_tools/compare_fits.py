@@ -16,7 +16,8 @@ with one_line_errors():
     from csg_seg.errors import CSGError
     from csg_seg.mm.compare import made_with
     from csg_seg.mm.compare_fits import check_ways, compare_fits, train_from_fits
-    from csg_seg.mm.launch import read_config
+    from csg_seg.mm.launch import check_optimizer, read_config
+    from csg_seg.mm.model import build_model
     from csg_seg.mm.results import add_result_options, check_result_options, write_result
 
 SETTINGS = ['s12-d72', 's8-2.3x', 's8-5x']
@@ -62,6 +63,8 @@ def main() -> None:
         if args.train and not args.work_dir:
             raise CSGError('--train needs a folder for its runs; give --work-dir')
         cfg = read_config(args.config)
+        if args.train:
+            check_optimizer(cfg, build_model(cfg))
         progress = partial(track, description='fits', console=Console(stderr=True), transient=True)
         options = dict(images=args.images, folder=args.work_dir, track=progress)
         figures = compare_fits(cfg, args.checkpoint, args.settings, **options)
