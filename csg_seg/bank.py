@@ -110,7 +110,7 @@ class GeneratorBank(nn.ModuleList):
             self.refresh(root)
         if not self._is_watched and torch.is_grad_enabled():
             watch.begin(self.fed)
-            self._is_watched = True
+            self._is_watched, self.reset.is_on = True, False
         for position, generator in enumerate(self):
             if not all(type(each) is nn.Parameter for each in generator.parameters()):
                 continue

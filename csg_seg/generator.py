@@ -49,12 +49,12 @@ class Generator(nn.Module):
 
     def forward(self, code: Tensor) -> Tensor:
         """Map codes ``(n, code_dim)`` to slices ``(n, s_out, s_in, kh, kw)``."""
-        return (code @ self.weight).unflatten(1, self.settings.slice_shape)
+        return (code @ self.weight).view(-1, *self.settings.slice_shape)
 
     def generate(self, codes: Sequence[Tensor]) -> Sequence[Tensor]:
         """Map several layers' codes ``(n, code_dim)`` to their slices ``(n, s_out, s_in, kh, kw)`` at once."""
         if self.is_product:
-            return [each.unflatten(1, self.settings.slice_shape) for each in multiply(self.weight, codes)]
+            return [each.view(-1, *self.settings.slice_shape) for each in multiply(self.weight, codes)]
         if len(codes) == 1:
             return [self(codes[0])]
         return self(torch.cat(list(codes))).split([len(code) for code in codes])
@@ -243,8 +243,8 @@ class TensorRingGenerator(Generator):
         weights are smaller, move less.
         """
         rank, mode, cores = self._ring()
-        s_out, _, kh, kw = self.settings.slice_shape
-        weight_std = math.sqrt(2.0 / (s_out * kh * kw))
+        s_out, _, *kernel = self.settings.slice_shape
+        weight_std = math.sqrt(2.0 / (s_out * math.prod(kernel)))
         size = math.prod(self.settings.slice_shape)
         return math.sqrt(rank * mode / size) / cores * weight_std ** (1 / cores - 1)
 
@@ -255,13 +255,16 @@ class TensorRingGenerator(Generator):
     def forward(self, code: Tensor) -> Tensor:
         """Map codes ``(n, code_dim)`` to slices ``(n, s_out, s_in, kh, kw)``."""
         cores, size = self.settings.cores, math.prod(self.settings.slice_shape)
-        coefficients = (code * self._scale()).unflatten(1, (cores, -1))
-        ring = torch.einsum('nkb,bpiq->knpiq', coefficients, self.weight).unbind()
+        rank, mode, _ = self._ring()
+        basis = self.weight.flatten(1)
+        # Products rather than einsum, and sizes from the settings: TorchScript's ONNX has no einsum before
+        # opset 12, and rounds towards zero what is computed with a tensor's shape.
+        ring = [(part @ basis).view(-1, rank, mode, rank) for part in (code * self._scale()).chunk(cores, dim=1)]
         left, right = reduce(_merge, ring[: cores // 2]), reduce(_merge, ring[cores // 2 :])
         # Cropped as far as can be before the largest product.
-        left = left[:, :, : -(-size // right.shape[2])]
-        values = torch.einsum('npiq,nqjp->nij', left, right).flatten(1)
-        return values[:, :size].unflatten(1, self.settings.slice_shape)
+        left = left[:, :, : -(-size // mode ** (cores - cores // 2))]
+        values = left.transpose(1, 2).flatten(2) @ right.permute(0, 3, 1, 2).flatten(1, 2)
+        return values.flatten(1)[:, :size].reshape(-1, *self.settings.slice_shape)
 
     def code_std(self, weight_std: float) -> float:
         """Return the std of zero-mean codes whose slices have the given std.
@@ -302,7 +305,8 @@ class TensorRingGenerator(Generator):
 
 def _merge(left: Tensor, right: Tensor) -> Tensor:
     """Merge two cores ``(n, p, i, q)`` and ``(n, q, j, r)`` into one ``(n, p, i * j, r)``."""
-    return torch.einsum('npiq,nqjr->npijr', left, right).flatten(2, 3)
+    merged = left.flatten(1, 2) @ right.flatten(2, 3)
+    return merged.view(left.shape[0], left.shape[1], -1, right.shape[3])
 
 
 def row_length(settings: Settings) -> float:

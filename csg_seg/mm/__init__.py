@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 from mmengine.config.utils import MODULE2PACKAGE
 
-from . import builder, checkpoint, hooks, model, proximal  # noqa: F401
+from . import builder, checkpoint, hooks, model, optimizers, proximal  # noqa: F401
 
 # They print a note about a package nobody asked for, and warn that mmcv has no compiled ops, which none of
 # our networks uses; stdout belongs to programs that read JSON.

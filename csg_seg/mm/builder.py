@@ -48,7 +48,9 @@ def dense_model(cfg: Config) -> dict[str, Any]:
     model = cfg.model.to_dict()
     if model['type'] in ('CSGModel', 'TaughtModel'):
         model['type'] = model.pop('base_type')
-        model = {key: value for key, value in model.items() if key not in ('csg', 'teacher', 'generators_from')}
+        model = {
+            key: value for key, value in model.items() if key not in ('csg', 'teacher', 'generators_from', 'reset')
+        }
     return model
 
 

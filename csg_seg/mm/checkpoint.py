@@ -3,10 +3,13 @@
 import json
 import os
 import zipfile
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import mmengine.runner.checkpoint
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
@@ -14,10 +17,13 @@ from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
-from ..bank import find_bank
+from ..bank import BANK, find_bank
 from ..checkpoint import read_compact
-from ..conv import check_finite
+from ..conv import check_finite, generated_convs
 from ..errors import CSGError, abridge
+from ..generator import read_layers
+
+REORDERED = 'csg_generators_first'
 
 
 @CheckpointLoader.register_scheme(prefixes=r'.*\.safetensors$')
@@ -129,6 +135,60 @@ def load_weights(model: nn.Module, state_dict: dict) -> None:
         load_state_dict(model, state_dict, strict=True)
     except RuntimeError as error:
         raise CSGError(f'the checkpoint does not fit the config: {" ".join(str(error).split())[:300]}') from None
+
+
+def check_kind(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Refuse a CSG checkpoint for a dense model, which mmengine would load in part.
+
+    Raises:
+        CSGError: the state dict holds generators and the model has no generated layer.
+    """
+    generators = [name for name in state_dict if f'{BANK}.0.' in name]
+    if generators and not any(generated_convs(model)):
+        raise CSGError(
+            f'the checkpoint holds codes and a generator ({generators[0]}) but the config is dense, or has its csg in '
+            'CSGHook, which a Runner alone runs; use a config with CSGModel, or materialise the checkpoint first '
+            '(tools/materialise.py)'
+        )
+
+
+def _refuse_codes(load: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(load)
+    def load_state_dict(module: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        check_kind(module, state_dict)
+        return load(module, state_dict, *args, **kwargs)
+
+    return load_state_dict
+
+
+# Whatever loads checkpoints for mmengine ends there: Runner, init_model, inferencers.
+mmengine.runner.checkpoint.load_state_dict = _refuse_codes(load_state_dict)
+
+
+def put_generators_first(checkpoint: dict, model: nn.Module) -> None:
+    """Reorder, once, the optimizer's state of a run of csg_seg 0.1.0, in which the generators' parameters came last.
+
+    Args:
+        checkpoint: of a training, changed in place.
+        model: retrofitted; else nothing is done.
+    """
+    bank = find_bank(model)
+    settings = checkpoint.get('state_dict', {}).get(f'{BANK}.0._extra_state')
+    groups = checkpoint.get('optimizer', {}).get('param_groups')
+    if bank is None or settings is None or not groups or read_layers(settings) is not None or REORDERED in checkpoint:
+        return
+    checkpoint[REORDERED] = True
+    if len(groups) == 1:
+        groups[0]['params'] = _rotate(groups[0]['params'], len([*bank.parameters()]))
+    # mmengine makes no group for a frozen parameter.
+    elif all(len(group['params']) == 1 for group in groups):
+        groups[:] = _rotate(groups, sum(each.requires_grad for each in bank.parameters()))
+
+
+def _rotate(items: list, count: int) -> list:
+    """Return a list with its last few items first."""
+    split = len(items) - count
+    return [*items[split:], *items[:split]]
 
 
 def _hint(model: nn.Module, state_dict: dict) -> str:

@@ -25,6 +25,7 @@ from ..files import NotWrittenError, writing
 from ..report import summarise
 from ..retrofit import CSG
 from ..settings import Settings
+from .checkpoint import put_generators_first
 from .compact import write_described
 from .model import retrofit_for_runner
 
@@ -47,16 +48,25 @@ class CSGHook(Hook):
             model is a ``CSGModel``.
         save_compact: write a compact checkpoint beside each checkpoint.
         generators_from: as for ``CSGModel``, when there is ``csg``.
+        reset: likewise.
     """
 
     # Before hooks that copy or inspect the model, such as EMAHook.
     priority = 'VERY_HIGH'
 
-    def __init__(self, csg: CSG | None = None, save_compact: bool = False, generators_from: str | None = None):
-        if csg is None and generators_from is not None:
-            raise CSGError('CSGHook: generators_from goes with csg; of a CSGModel, give it to the model')
+    def __init__(
+        self,
+        csg: CSG | None = None,
+        save_compact: bool = False,
+        generators_from: str | None = None,
+        reset: str | Sequence[str] | None = None,
+    ):
+        for key, value in (('generators_from', generators_from), ('reset', reset)):
+            if csg is None and value is not None:
+                raise CSGError(f'CSGHook: {key} goes with csg; of a CSGModel, give it to the model')
         self.csg = csg
         self.generators_from = generators_from
+        self.reset = reset
         self.save_compact = save_compact
 
     def retrofit(self, model: nn.Module) -> bool:
@@ -72,7 +82,7 @@ class CSGHook(Hook):
             return False
         if self.csg is None:
             raise CSGError('CSGHook found a dense model and has no csg; give it csg=dict(...), or build a CSGModel')
-        retrofit_for_runner(model, self.csg, self.generators_from)
+        retrofit_for_runner(model, self.csg, self.generators_from, self.reset)
         return True
 
     def before_train(self, runner: Runner) -> None:
@@ -81,6 +91,7 @@ class CSGHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Refuse to resume from a dense checkpoint, which mmengine does when ``load_from`` names one."""
+        put_generators_first(checkpoint, bare_model(runner.model))
         if runner._resume and not any(f'{BANK}.0.' in name for name in checkpoint.get('state_dict', checkpoint)):
             raise CSGError(
                 'the run would resume from a dense checkpoint, the load_from of the config; resume with '
@@ -241,11 +252,11 @@ class ChannelsLastHook(Hook):
 
 
 class CheckpointGuardHook(Hook):
-    """Refuse a CSG checkpoint for a dense model, which mmengine would load in part, and other training states."""
+    """Refuse to resume from another training's state."""
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Compare the checkpoint's kind with the model's, and its training state with the optimizer."""
-        self._check_kind(runner, checkpoint)
+        """Compare the checkpoint's training state with the optimizer."""
+        put_generators_first(checkpoint, bare_model(runner.model))
         if not runner._resume or not isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)):
             return
         path = runner._load_from or find_latest_checkpoint(runner.work_dir)
@@ -256,15 +267,6 @@ class CheckpointGuardHook(Hook):
             other = _other_optimizer(runner.optim_wrapper, checkpoint['optimizer'])
             if other:
                 raise CSGError(f'{path} was saved by {other}; resume with the settings it was trained with, or {anew}')
-
-    @staticmethod
-    def _check_kind(runner: Runner, checkpoint: dict) -> None:
-        generators = [name for name in checkpoint.get('state_dict', checkpoint) if f'{BANK}.0.' in name]
-        if generators and find_bank(bare_model(runner.model)) is None:
-            raise CSGError(
-                f'the checkpoint holds codes and a generator ({generators[0]}) but the config is dense; '
-                'use the CSG config, or materialise the checkpoint first (tools/materialise.py)'
-            )
 
 
 class ProgressBarHook(Hook):

@@ -1,7 +1,7 @@
 """The model doors: any registered model, retrofitted or taught as it is built."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -15,8 +15,10 @@ from torch import nn
 
 from ..bank import GeneratorBank, find_bank
 from ..conv import find_convs
-from ..errors import CSGError
+from ..errors import CSGError, abridge
+from ..loading import check_reset
 from ..retrofit import CSG, retrofit
+from ..settings import read_patterns
 from .checkpoint import read_checkpoint
 from .teacher import Teacher
 
@@ -27,6 +29,7 @@ def CSGModel(
     base_type: str | None = None,
     teacher: Mapping[str, Any] | None = None,
     generators_from: str | None = None,
+    reset: str | Sequence[str] | None = None,
     **base: Any,
 ) -> nn.Module:
     """Build the model that a config inherited and retrofit it.
@@ -43,6 +46,8 @@ def CSGModel(
             the config has an ``init_cfg`` of its own.
         generators_from: checkpoint of a CSG network of any architecture, whose
             generators training starts with.
+        reset: patterns of layers that keep their start values where the checkpoint that
+            training begins with does not fit them, such as a head for other classes.
         base: all that ``base_type`` takes.
 
     Returns:
@@ -61,7 +66,7 @@ def CSGModel(
         base = _start_from(base, teacher)
     # Segmentors write into their config.
     architecture = deepcopy(dict(type=base_type, **base))
-    model = retrofit_for_runner(MODELS.build(dict(type=base_type, **base)), csg, generators_from)
+    model = retrofit_for_runner(MODELS.build(dict(type=base_type, **base)), csg, generators_from, reset)
     return model if teacher is None else _teach(model, teacher, architecture)
 
 
@@ -82,7 +87,12 @@ def TaughtModel(base_type: str | None = None, teacher: Mapping[str, Any] | None 
     return _teach(MODELS.build(dict(type=base_type, **base)), teacher)
 
 
-def retrofit_for_runner(model: nn.Module, csg: CSG, generators_from: str | None = None) -> nn.Module:
+def retrofit_for_runner(
+    model: nn.Module,
+    csg: CSG,
+    generators_from: str | None = None,
+    reset: str | Sequence[str] | None = None,
+) -> nn.Module:
     """Retrofit a model so that weights which a Runner loads are fitted on all ranks alike.
 
     Raises:
@@ -100,6 +110,9 @@ def retrofit_for_runner(model: nn.Module, csg: CSG, generators_from: str | None 
         # Once training begins: a test or a demonstration needs no such file.
         bank.before_init = partial(_take_over, path=generators_from)
     bank.after_fit = _share_fit_and_tell
+    bank.reset.patterns = read_patterns('CSG', 'reset', reset) or ()
+    bank.reset.tell = _tell_reset
+    check_reset(model, bank.reset.patterns)
     return model
 
 
@@ -147,6 +160,10 @@ def _take_over(bank: GeneratorBank, path: str) -> None:
     except CSGError as error:
         raise CSGError(f'generators_from: {path}: {str(error).removeprefix(f"{path}: ")}') from None
     print_log(f'CSG: generators of {path}', logger='current')
+
+
+def _tell_reset(layers: Sequence[str]) -> None:
+    print_log(f'CSG: the checkpoint does not fit {abridge(layers, most=8)}, reset to start values', logger='current')
 
 
 def _share_fit_and_tell(bank: GeneratorBank) -> None:
