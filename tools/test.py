@@ -16,6 +16,7 @@ with one_line_errors():
     from csg_seg.files import check_folder, writing_into
     from csg_seg.mm.checkpoint import check_file, forbid_unpickling
     from csg_seg.mm.hooks import CheckpointGuardHook, ProgressBarHook
+    from csg_seg.mm.labels import LabelGuardHook
     from csg_seg.mm.launch import check_data, load_config, use_cpu_processes
     from csg_seg.mm.model import build_model
 
@@ -88,6 +89,7 @@ def main() -> None:
             runner = Runner.from_cfg(cfg)
             runner.register_hook(CheckpointGuardHook())
             runner.register_hook(bars)
+            runner.register_hook(LabelGuardHook(cfg))
             scores = runner.test()
     if args.json and runner.rank == 0:
         print(json.dumps(scores, default=float))  # mmseg's scores are NumPy's

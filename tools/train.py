@@ -15,6 +15,7 @@ with one_line_errors():
     from csg_seg.files import writing_into
     from csg_seg.mm.checkpoint import check_file, forbid_unpickling
     from csg_seg.mm.hooks import CheckpointGuardHook, ProgressBarHook
+    from csg_seg.mm.labels import LabelGuardHook
     from csg_seg.mm.launch import (
         RESUME,
         check_data,
@@ -81,10 +82,11 @@ def main() -> None:
         check_data(cfg, 'train')
         check_data(cfg, 'val')
         use_cpu_processes(cfg)
-        with writing_into(cfg.work_dir, after=RESUME), ProgressBarHook() as bars:
+        with writing_into(cfg.work_dir, after=RESUME), ProgressBarHook() as bars, LabelGuardHook(cfg) as labels:
             runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
             runner.register_hook(CheckpointGuardHook())
             runner.register_hook(bars)
+            runner.register_hook(labels)
             guard_checkpoints(runner, after=RESUME)
             runner.train()
 

@@ -28,6 +28,7 @@ from ..files import check_folder, write_tensors, writing_into
 from ..report import Summary, summarise
 from ..retrofit import materialise
 from ..version import __version__
+from .labels import LabelGuardHook
 from .launch import check_optimizer, guard_checkpoints
 from .model import build_model
 from .results import save_figure
@@ -65,9 +66,10 @@ def train(name: str, cfg: Config, done: MutableMapping[str, int], threads: int) 
         threads: to compute with on the CPU.
     """
     torch.set_num_threads(threads)
-    with writing_into(cfg.work_dir):
+    with writing_into(cfg.work_dir), LabelGuardHook(cfg) as labels:
         runner = Runner.from_cfg(cfg)
         runner.register_hook(CountHook(done, name))
+        runner.register_hook(labels)
         guard_checkpoints(runner)
         runner.train()
 
@@ -98,6 +100,7 @@ def evaluate(name: str, cfg: Config) -> Twin:
     cfg = deepcopy(cfg)
     cfg.update(load_from=str(checkpoint), experiment_name=f'{cfg.experiment_name}-test')
     runner = Runner.from_cfg(cfg)
+    runner.register_hook(LabelGuardHook(cfg))
     scores = {key: float(value) for key, value in runner.test().items()}
     return Twin(name, runner, checkpoint, scores, summarise(runner.model))
 

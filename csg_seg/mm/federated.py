@@ -21,6 +21,7 @@ from ..cli import check_out
 from ..errors import CSGError, abridge
 from ..files import check_folder, write_tensors
 from .hooks import CheckpointGuardHook
+from .labels import LabelGuardHook
 from .launch import check_data, check_optimizer, check_starts, read_config
 from .model import build_model
 from .results import save_figure
@@ -71,6 +72,7 @@ def federate(
     cfg.load_from = str(checkpoint)
     runner = Runner.from_cfg(cfg)
     runner.register_hook(CheckpointGuardHook())
+    runner.register_hook(LabelGuardHook(cfg))
     scores = [{'round': 0, 'bytes': 0, 'score': _score(runner, metric)}]
     shared = _shared(runner.model, travels)
     batches = [iter(Runner.build_dataloader(loader, seed=runner.seed)) for loader in _loaders(cfg, workers)]

@@ -22,6 +22,7 @@ from torch import nn
 from ..errors import CSGError
 from ..files import NotWrittenError, check_folder, writing
 from .checkpoint import check_file
+from .labels import check_labels
 
 RESUME = '; --resume goes on from the last checkpoint'
 
@@ -108,7 +109,7 @@ def check_data(cfg: Config, split: str) -> None:
         split: 'train', 'val' or 'test'.
 
     Raises:
-        CSGError: a folder, a list, an image or a mask is missing.
+        CSGError: a folder, a list, an image or a mask is missing, or a label is none of the network's.
     """
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     remedy = f"see 'Prepare the data' in README.md, or set its data_root in {split}_dataloader"
@@ -128,6 +129,7 @@ def check_data(cfg: Config, split: str) -> None:
         built = _build_dataset(split, dataset, remedy)
         _check_samples(split, root, built, remedy)
         _check_classes(split, cfg.model, built)
+        check_labels(cfg, split, built, dataset.get('pipeline') or [])
 
 
 def latest_checkpoint(work_dir: str | os.PathLike) -> str | None:
