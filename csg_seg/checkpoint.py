@@ -195,6 +195,8 @@ def write_compact(
             raise CSGError(
                 f'{name}: a {type(tensor).__name__} in the state dict, which only tensors can be; save it apart'
             )
+        if tensor.is_meta:
+            raise CSGError(f'{name}: on the meta device, without values to save; load some first')
     stored = {name: each for name, each in state_dict.items() if not (_is_setting(name) or _is_counter(name))}
     lowered = lower(stored, matrices(model), dtype)
     # Cloned, because safetensors refuses views and tied tensors.

@@ -86,7 +86,11 @@ def prepare(root: nn.Module, reset: Reset, state_dict: dict[str, Tensor], prefix
     if not is_dense:
         bank.check_meanings(state_dict, f'{prefix}{BANK}.')
     stored = {} if is_dense else _stored_layers(len(bank), state_dict, prefix)
-    reset.layers = tuple(_start_anew(root, reset.patterns, stored, state_dict, prefix)) if reset.is_on else ()
+    reset.layers = (
+        tuple(_start_anew(root, reset.patterns, None if is_dense else stored, state_dict, prefix))
+        if reset.is_on
+        else ()
+    )
     if reset.layers and reset.tell is not None:
         reset.tell(reset.layers)
     _check_kinds(root, state_dict, prefix)
@@ -198,11 +202,18 @@ def _part(name: str) -> str:
 def _start_anew(
     root: nn.Module,
     patterns: Sequence[str],
-    stored: Mapping[str, tuple[int, Shape]],
+    stored: Mapping[str, tuple[int, Shape]] | None,
     state_dict: dict[str, Tensor],
     prefix: str,
 ) -> list[str]:
     """Replace, in a state dict, the entries of layers that may start anew and do not fit by their own.
+
+    Args:
+        root: retrofitted.
+        patterns: of the layers that may.
+        stored: generator and weight's shape of each layer, as far as they are known; None of a dense state dict.
+        state_dict: changed in place.
+        prefix: of the root's names in it.
 
     Returns:
         the names of these layers.
@@ -236,13 +247,13 @@ def _fits(
     module: nn.Module,
     own: Mapping[str, Mapping[str, Tensor]],
     theirs: Mapping[str, Mapping[str, Tensor]],
-    stored: Mapping[str, tuple[int, Shape]],
+    stored: Mapping[str, tuple[int, Shape]] | None,
 ) -> bool:
     """Say whether all that a module itself holds can be loaded."""
     wanted = {key: getattr(each, 'shape', None) for key, each in own.get(name, {}).items()}
     given = {key: getattr(each, 'shape', None) for key, each in theirs.get(name, {}).items()}
     if isinstance(module, CSGConv):
-        if 'weight' in given:  # of a dense checkpoint
+        if stored is None:
             wanted = {key: shape for key, shape in wanted.items() if key not in module.stored()}
             wanted['weight'] = module.weight_shape
         elif name in stored and stored[name][1] != module.weight_shape:

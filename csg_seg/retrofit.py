@@ -27,6 +27,7 @@ from .conv import (
 from .errors import CSGError, CSGWarning, abridge
 from .generator import build_generator
 from .report import summarise
+from .root import check_rootable
 from .settings import Settings, matches, read_patterns
 from .slices import grid
 
@@ -351,6 +352,7 @@ def check_root(model: nn.Module) -> None:
         raise CSGError('the model is retrofitted already; materialise it before another retrofit')
     if hasattr(model, BANK):
         raise CSGError(f'the model has an attribute named {BANK!r}, where its generators go; rename that attribute')
+    check_rootable(model)
 
 
 def _others(model: nn.Module) -> dict[str, str]:

@@ -18,6 +18,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from .conv import generated_convs
+from .errors import CSGError
 
 BANK = 'csg'
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -88,6 +89,22 @@ def enroot(root: nn.Module, bank: nn.Module) -> None:
     others = dict(root._modules)
     root._modules.clear()
     root._modules.update({BANK: bank, **others})
+
+
+def check_rootable(model: nn.Module) -> None:
+    """Refuse a module whose class cannot be extended.
+
+    Raises:
+        CSGError: says why.
+    """
+    kind = type(model)
+    try:
+        model.__class__ = rooted_kind(kind)
+        model.__class__ = kind
+    except TypeError as error:
+        raise CSGError(
+            f'the class {kind.__name__} cannot be extended at run time ({error}); retrofit a module that holds it'
+        ) from None
 
 
 def uproot(root: nn.Module) -> None:
