@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -31,7 +30,12 @@ class Rate(NamedTuple):
     weight_decay: float
 
 
-NOT_HELD = Rate(0.0, 0.0)
+# Of a parameter that no optimizer holds, and of one that gets no gradient.
+NOT_HELD, FROZEN = Rate(0.0, 0.0), Rate(0.0, 0.0)
+# What is odd about a generator.
+NO_OPTIMIZER, NO_RATE = 'no optimizer holds it', 'its learning rate is 0'
+MOST_NAMES = 6
+Found = dict[str, list[str]]
 
 
 class _Watch:
@@ -43,6 +47,7 @@ class _Watch:
         self.hook: Any = None
 
     def begin(self, layers: Mapping[str, CSGConv]) -> None:
+        """Watch layers, by name, until their generator has had its first step."""
         self.layers.update({conv: name for name, conv in layers.items()})
         self.steps_left = STEPS
         if self.hook is None:
@@ -51,33 +56,38 @@ class _Watch:
     def look(self, optimizer: Optimizer, *_: Any) -> None:
         """Look, after a step, at the generators that had a gradient in it."""
         by_generator: dict[Generator, dict[str, CSGConv]] = defaultdict(dict)
-        for conv, name in self.layers.items():
-            if isinstance(conv, CSGConv):  # it may have been materialised since
+        for conv, name in [*self.layers.items()]:
+            if isinstance(conv, CSGConv):
                 by_generator[conv.generator][name] = conv
-        for generator, layers in by_generator.items():
-            found = examine(generator, layers, optimizer)
-            if found:
-                warnings.warn(found, CSGWarning, stacklevel=3)  # where the user's program calls step()
+            else:  # materialised since
+                self.layers.pop(conv)
+        seen = [(layers, examine(generator, layers, optimizer)) for generator, layers in by_generator.items()]
+        for layers, found in seen:
             if found is not None:
                 for conv in layers.values():
                     self.layers.pop(conv, None)
+        text = describe([found for _, found in seen if found])
+        if text:
+            warnings.warn(text, CSGWarning, stacklevel=3)  # where the user's program calls step()
         self.steps_left -= 1
         if not self.layers or self.steps_left <= 0:
-            self.layers.clear()
+            self.end()
+
+    def end(self) -> None:
+        """Watch nothing any more; optimizers' steps are then what they were."""
+        self.layers.clear()
+        if self.hook is not None:
             self.hook.remove()
             self.hook = None
 
 
 _watch = _Watch()
+# Watch generated layers, by name, until their generator has had its first step; watch none.
+begin, end = _watch.begin, _watch.end
 
 
-def begin(layers: Mapping[str, CSGConv]) -> None:
-    """Watch generated layers, by name, until their generator has had its first step."""
-    _watch.begin(layers)
-
-
-def examine(generator: Generator, layers: Mapping[str, CSGConv], optimizer: Optimizer) -> str | None:
-    """Describe the layers that move otherwise than the optimizer's settings suggest.
+def examine(generator: Generator, layers: Mapping[str, CSGConv], optimizer: Optimizer) -> Found | None:
+    """Find the layers that move otherwise than the optimizer's settings suggest.
 
     Args:
         generator: of these layers.
@@ -85,8 +95,8 @@ def examine(generator: Generator, layers: Mapping[str, CSGConv], optimizer: Opti
         optimizer: has just made a step.
 
     Returns:
-        a warning, empty if there is nothing to tell; None if the step was none of this generator's, or one whose
-        rates were all zero.
+        names of layers by what is odd about them; None if the step was none of this generator's, or one whose rates
+        were all zero.
     """
     learning = [each for each in generator.parameters() if each.requires_grad and each.grad is not None]
     codes = {name: conv.code for name, conv in layers.items()}
@@ -97,16 +107,12 @@ def examine(generator: Generator, layers: Mapping[str, CSGConv], optimizer: Opti
         # Other optimizers may hold the rest.
         rates = _rates(each for each in gc.get_objects() if issubclass(type(each), Optimizer))
     of_generator = max((rates.get(id(each), NOT_HELD) for each in learning), key=lambda rate: rate.lr)
-    if of_generator.lr > 0:
-        return _describe_layers(codes, rates, of_generator)
-    moving = [name for name, code in codes.items() if code.requires_grad and rates.get(id(code), NOT_HELD).lr > 0]
-    if not moving:
-        return None
-    why = 'no optimizer holds it' if of_generator is NOT_HELD else 'its learning rate is 0'
-    return (
-        f'the generator of {abridge(moving)} gets gradients and does not change: {why}. Add model.csg.parameters() to '
-        "the optimizer's parameter groups, or set freeze_generator=True if codes alone are to train"
-    )
+    found: Found = defaultdict(list)
+    for name, code in codes.items():
+        rate = rates.get(id(code), NOT_HELD) if code.requires_grad else FROZEN
+        found[_compare(rate, of_generator)].append(name)
+    is_at_rest = of_generator.lr == 0 and not {NO_OPTIMIZER, NO_RATE} & {*found}
+    return None if is_at_rest else found
 
 
 def _rates(optimizers: Iterable[Optimizer]) -> dict[int, Rate]:
@@ -119,25 +125,43 @@ def _rates(optimizers: Iterable[Optimizer]) -> dict[int, Rate]:
     }
 
 
-def _describe_layers(codes: Mapping[str, Tensor], rates: Mapping[int, Rate], of_generator: Rate) -> str:
-    """Describe layers that move with a generator that trains, and are not meant to, or not so fast."""
-    reasons = defaultdict(list)
-    for name, code in codes.items():
-        rate = rates.get(id(code), NOT_HELD)
-        if not code.requires_grad:
-            reasons['frozen'].append(name)
-        elif rate is NOT_HELD:
-            reasons['in no optimizer'].append(name)
-        elif rate.lr == 0:
-            reasons['at a learning rate of 0'].append(name)
-        elif rate.lr < of_generator.lr:
-            reasons[f"at a lower learning rate than the generator's {of_generator.lr:g}"].append(name)
-        elif rate.weight_decay < of_generator.weight_decay:
-            reasons[f"with less weight decay than the generator's {of_generator.weight_decay:g}"].append(name)
-    if not reasons:
-        return ''
-    found = '; '.join(f'{reason}: {abridge(names)}' for reason, names in reasons.items())
-    return (
-        f'these layers change as fast as their generator, which trains on: {found}. To hold them, freeze them before '
-        'retrofit, exclude them, give them a dict of their own in csg, or set freeze_generator=True'
-    )
+def _compare(layer: Rate, generator: Rate) -> str:
+    """Say what is odd about the rates of a layer's code and of its generator; '' if nothing is."""
+    if generator.lr == 0:
+        if layer.lr == 0:
+            return ''
+        return NO_OPTIMIZER if generator is NOT_HELD else NO_RATE
+    if layer is FROZEN:
+        return 'frozen'
+    if layer is NOT_HELD:
+        return 'in no optimizer'
+    if layer.lr == 0:
+        return 'at a learning rate of 0'
+    if layer.lr < generator.lr:
+        return f"at a lower learning rate than the generator's {generator.lr:g}"
+    if layer.weight_decay < generator.weight_decay:
+        return f"with less weight decay than the generator's {generator.weight_decay:g}"
+    return ''
+
+
+def describe(found: Iterable[Found]) -> str:
+    """Say in one text what :func:`examine` found of several generators; '' if that was nothing."""
+    layers: Found = defaultdict(list)
+    for each in found:
+        for reason, names in each.items():
+            layers[reason] += names
+    layers.pop('', None)
+    texts = [
+        f'the generator of {abridge(layers.pop(reason), most=MOST_NAMES)} gets gradients and does not change: '
+        f"{reason}. Add model.csg.parameters() to the optimizer's parameter groups, or set freeze_generator=True if "
+        'codes alone are to train.'
+        for reason in (NO_OPTIMIZER, NO_RATE)
+        if reason in layers
+    ]
+    if layers:
+        listed = '; '.join(f'{reason}: {abridge(names, most=MOST_NAMES)}' for reason, names in layers.items())
+        texts.append(
+            f'layers change as fast as their generator, which trains on: {listed}. To hold them, freeze them before '
+            'retrofit, exclude them, give them a dict of their own in csg, or set freeze_generator=True.'
+        )
+    return ' '.join(texts)

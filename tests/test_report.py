@@ -1,13 +1,15 @@
 import copy
 import json
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torchvision import models
 
-from csg_seg import materialise, retrofit, summarise
+from csg_seg import CSGWarning, materialise, retrofit, summarise
 from csg_seg.models import CIFARResNet
+from csg_seg.plan import predict
 
 CSG = {'slice_shape': (16, 16, 3, 3), 'code_dim': 128}
 ODD_CSG = {'slice_shape': (12, 20, 3, 3), 'code_dim': 24}
@@ -224,3 +226,58 @@ def test_a_model_is_left_as_it_is():
     summarise(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert list(model.state_dict()) == list(before)
+
+
+# --- larger than dense ---
+
+
+def unet(width):
+    """Few layers for a generator of 294,912 parameters, as in a narrow network."""
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.Conv2d(width, width, 3), nn.Conv2d(width, width, 3))
+
+
+BIG = {'slice_shape': (16, 16, 3, 3), 'code_dim': 128}
+
+
+@pytest.mark.parametrize('kind', [{}, {'generator': 'mlp', 'hidden': 8}, {'residual': 2}])
+def test_a_network_that_grows_is_told_with_both_figures(kind):
+    with pytest.warns(CSGWarning) as told:
+        model = retrofit(unet(64), {**BIG, **kind})
+    summary = summarise(model)
+    (text,) = [str(each.message) for each in told]
+    assert f'stores {summary.stored_params:,} parameters, its dense twin {summary.dense_params:,}' in text
+    assert f'csg[0] stores {summary.generators[0].stored_params:,} for its generator' in text
+    assert 'Smaller slices, a lower code_dim' in text
+    assert text in str(summary) and 'x LARGER' in summary.headline()
+
+
+def test_only_the_dict_that_costs_more_than_it_saves_is_blamed():
+    wide = nn.Sequential(unet(16), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1))
+    with pytest.warns(CSGWarning, match=r'csg\[1\] stores 16,384') as told:
+        retrofit(
+            wide, [{'slice_shape': (16, 16, 3, 3), 'code_dim': 1}, {'slice_shape': (16, 16, 1, 1), 'code_dim': 64}]
+        )
+    assert 'csg[0]' not in str(told[0].message)
+
+
+@pytest.mark.parametrize('csg', [BIG | {'code_dim': 16}, BIG | {'generator': 'binary'}])
+def test_a_network_that_shrinks_is_told_nothing(csg):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        model = retrofit(unet(128), csg)
+    assert not summarise(model).describe_growth() and 'x smaller' in summarise(model).headline()
+
+
+def test_a_plan_of_settings_that_grow_the_network_is_marked():
+    with pytest.warns(CSGWarning, match='its dense twin'):
+        found = predict(unet(64), BIG)
+    assert found.compression_ratio < 1
+
+
+def test_an_extra_state_that_is_no_tensor_takes_no_bytes():
+    class Noted(nn.Identity):
+        def get_extra_state(self):
+            return {'note': 'old'}
+
+    model, noted = unet(64), unet(64).append(Noted())
+    assert summarise(noted).stored_bytes == summarise(model).stored_bytes
