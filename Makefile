@@ -1,4 +1,4 @@
-# make demo    set up, train a CSG DeepLabV3 and its dense twin on drawn data, print the comparison
+# make demo    set up, train a CSG DeepLabV3 and its dense twin on drawn data, print the comparison, look at an image
 # make test    set up and run the tests; CSG_SEG_DATA=FOLDER adds those on real images
 # make check-full   the long checks too
 # make lint    ruff and mypy
@@ -16,6 +16,8 @@ demo: $(VENV)/mm.installed
 	$(RUN) tools/dataset_converters/draw_voc.py data/drawn
 	$(RUN) tools/compare.py $(DEMO)/$(NAME) $(DEMO)/csg-s16-d128_$(NAME) \
 		--work-dir work_dirs/demo --out work_dirs/demo/result.json
+	$(VENV)/bin/csg-seg demo data/drawn/VOC2012/JPEGImages/val_00045.jpg work_dirs/demo/csg.safetensors \
+		--scale 6 --out work_dirs/demo/seen.png --overwrite
 
 test: $(VENV)/dev.installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'not full' -n 2 --dist loadfile --no-loadscope-reorder

@@ -21,6 +21,7 @@ def test_demo_keeps_its_promises(tmp_path):
     for file in result['files'].values():
         assert (ROOT / file['path']).stat().st_size == file['bytes']
         assert file['path'] in printed
+    assert printed.splitlines()[-1] == 'drawn: work_dirs/demo/seen.png'
 
 
 FIT = """

@@ -10,7 +10,9 @@ import torch
 from conftest import ROOT, run_tool
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS
+from mmpretrain.datasets import CIFAR10
 from mmseg.apis import MMSegInferencer
+from mmseg.datasets import PascalVOCDataset
 
 import csg_seg
 from csg_seg.errors import CSGError
@@ -77,6 +79,17 @@ def test_shares_of_the_pixels_and_the_colours_agree_with_the_prediction(files):
     assert right > 0.5  # names of classes lie upon the rest
 
 
+@pytest.mark.parametrize('scale', [1, 2, 5])
+def test_a_larger_picture_shows_the_same(files, scale):
+    network = load_network(None, files / 'csg.safetensors')
+    prediction = predict(network, files / 'image.png')
+    picture = draw(network, files / 'image.png', prediction, opacity=1.0, scale=scale)
+    assert picture.shape == (scale * 70, scale * 90, 3)
+    found = prediction.pred_sem_seg.data[0].numpy()
+    wanted = np.kron(np.array(META['palette'])[found], np.ones((scale, scale, 1), int))
+    assert (picture == wanted).all(axis=-1).mean() > 0.5  # names of classes lie upon the rest
+
+
 @pytest.fixture
 def binary(tmp_path, files):
     """The files of a network that tells two classes apart by one score and a threshold."""
@@ -121,6 +134,50 @@ def test_one_score_and_a_threshold_make_two_classes(name, names, config, binary,
     assert (picture == torch.tensor(colours)[lane.long()]).all(dim=-1).float().mean() > 0.5
 
 
+VOC = dict(type='PascalVOCDataset', data_root='nowhere', pipeline=[])
+OWN = [f'own {index}' for index in range(21)]
+
+
+@pytest.mark.parametrize(
+    ('dataset', 'names'),
+    [
+        (VOC, PascalVOCDataset.METAINFO['classes']),
+        (dict(type='RepeatDataset', times=2, dataset=VOC), PascalVOCDataset.METAINFO['classes']),
+        (dict(type='ConcatDataset', datasets=[VOC, VOC]), PascalVOCDataset.METAINFO['classes']),
+        (dict(type='mmseg.PascalVOCDataset', data_root='nowhere'), PascalVOCDataset.METAINFO['classes']),
+        (dict(type='BaseSegDataset', metainfo=dict(classes=OWN)), OWN),
+        (dict(type='BaseSegDataset'), [*map(str, range(21))]),
+        (dict(type='CamVidDataset'), [*map(str, range(21))]),  # of another number of classes
+        (dict(type='Unknown'), [*map(str, range(21))]),
+    ],
+)
+def test_a_config_names_the_classes_that_a_checkpoint_does_not(dataset, names, files, tmp_path):
+    cfg = read_config(str(DEMO))
+    for split in ('train', 'val', 'test'):
+        cfg[f'{split}_dataloader'].dataset = dataset
+    cfg.dump(tmp_path / 'named.py')
+    torch.save({'state_dict': build_model(cfg).state_dict()}, tmp_path / 'x.pth')
+    network = load_network(tmp_path / 'named.py', tmp_path / 'x.pth')
+    prediction = predict(network, files / 'image.png')
+    found = prediction.pred_sem_seg.data[0]
+    shares = name_classes(network, prediction, most=21)
+    assert shares == {
+        names[index]: pytest.approx(100 * (found == index).float().mean().item(), abs=0.01)
+        for index in found.unique().tolist()
+    }
+    assert draw(network, files / 'image.png', prediction, opacity=1.0).shape == (70, 90, 3)
+    # What the checkpoint says goes before.
+    assert load_network(tmp_path / 'named.py', files / 'csg.pth').dataset_meta == META
+
+
+def test_a_config_names_the_classes_of_a_classifier(tmp_path):
+    torch.save({'state_dict': build_model(read_config(str(CIFAR))).state_dict()}, tmp_path / 'x.pth')
+    mmcv.imwrite(np.zeros((32, 32, 3), np.uint8), str(tmp_path / 'image.png'))
+    network = load_network(CIFAR, tmp_path / 'x.pth')
+    found = name_classes(network, predict(network, tmp_path / 'image.png'), most=10)
+    assert found.keys() == {*CIFAR10.METAINFO['classes']}
+
+
 def test_names_of_other_classes_are_not_given(files):
     network = load_network(DEMO, files / 'csg.pth')
     prediction = predict(network, files / 'image.png')
@@ -161,6 +218,8 @@ def test_the_tool_draws_and_prints(files, tmp_path):
     assert mmcv.imread(str(out)).shape == (70, 90, 3)
     again = run_tool('demo.py', *args, check=False)
     assert again.returncode == 1 and 'give --overwrite' in again.stderr.splitlines()[-1]
+    small = run_tool('demo.py', *args, '--overwrite', '--scale', 0, check=False)
+    assert small.returncode == 1 and '--scale 0: give a whole number of at least 1' in small.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ def parse_args() -> argparse.Namespace:
     add_network_options(parser)
     parser.add_argument('--out', default='demo.png', help='picture to write (default: demo.png)')
     parser.add_argument('--opacity', type=float, default=0.5, help='of the colours (default: 0.5)')
+    parser.add_argument('--scale', type=int, default=1, help='of the picture, for names to be read (default: 1)')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT when it exists')
     parser.add_argument('--json', action='store_true', help='print JSON')
     return parser.parse_args()
@@ -28,9 +29,11 @@ def main() -> None:
         check_out(args.out, overwrite=args.overwrite, endings=['.png', '.jpg'], inputs=read)
         if not 0 < args.opacity <= 1:
             raise CSGError(f'--opacity {args.opacity} is not above 0 and at most 1')
+        if args.scale < 1:
+            raise CSGError(f'--scale {args.scale}: give a whole number of at least 1')
         network = load_network(args.config, args.checkpoint, args.cfg_options)
         prediction = predict(network, args.image)
-        picture = draw(network, args.image, prediction, opacity=args.opacity)
+        picture = draw(network, args.image, prediction, opacity=args.opacity, scale=args.scale)
         save_picture(picture, args.out)
     found = name_classes(network, prediction)
     if args.json:

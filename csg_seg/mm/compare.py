@@ -22,12 +22,12 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import Progress
 
-from ..checkpoint import save_compact
 from ..errors import CSGError
-from ..files import check_folder, write_tensors, writing_into
+from ..files import check_folder, write_tensors, writing, writing_into
 from ..report import Summary, summarise
 from ..retrofit import materialise
 from ..version import __version__
+from .compact import write_described
 from .labels import LabelGuardHook
 from .launch import check_optimizer, guard_checkpoints
 from .model import build_model
@@ -209,10 +209,11 @@ def _predict(twin: Twin, sample: dict) -> np.ndarray:
 
 
 def _write_products(csg: Twin, files: dict[str, Path]) -> None:
-    save_compact(csg.runner.model, files['compact checkpoint'])
-    plain = materialise(deepcopy(csg.runner.model))
-    meta = {'dataset_meta': csg.runner.test_dataloader.dataset.metainfo}
-    write_tensors(files['materialised checkpoint'], {'meta': meta, 'state_dict': plain.state_dict()})
+    model, names = csg.runner.model, csg.runner.test_dataloader.dataset.metainfo
+    with writing(files['compact checkpoint']):
+        write_described(model, model.state_dict(), files['compact checkpoint'], csg.runner.cfg, names)
+    plain = materialise(deepcopy(model)).state_dict()
+    write_tensors(files['materialised checkpoint'], {'meta': {'dataset_meta': names}, 'state_dict': plain})
 
 
 def _figures(twin: Twin, seconds: Sequence[float]) -> dict[str, Any]:

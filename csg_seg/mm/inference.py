@@ -11,9 +11,9 @@ import mmcv
 import numpy as np
 import torch
 from matplotlib import colormaps
-from mmengine.config import DictAction
+from mmengine.config import Config, DictAction
 from mmengine.dataset import Compose, pseudo_collate
-from mmengine.registry import TRANSFORMS, VISUALIZERS, init_default_scope
+from mmengine.registry import DATASETS, TRANSFORMS, VISUALIZERS, init_default_scope
 from mmengine.structures import BaseDataElement, PixelData
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from ..checkpoint import load_compact
 from ..errors import CSGError
 from ..files import write_whole
 from .checkpoint import load_weights, read_checkpoint
-from .launch import read_config
+from .launch import data_sets, read_config
 from .model import build_model
 
 TAB20 = colormaps['tab20']
@@ -74,7 +74,10 @@ def load_network(
                 'csg_seg.load_compact'
             )
         read = read_checkpoint(checkpoint)
-    network.dataset_meta = read['meta'].get('dataset_meta') or {}
+    meta = read['meta'].get('dataset_meta') or {}
+    if config is not None and not meta.get('classes'):
+        meta = {**_named_by_data_set(network.cfg), **{key: each for key, each in meta.items() if each is not None}}
+    network.dataset_meta = meta
     return network.eval()
 
 
@@ -112,7 +115,9 @@ def predict(network: nn.Module, image: str | os.PathLike | np.ndarray) -> BaseDa
     return network.test_step(prepare(network, [image]))[0]
 
 
-def draw(network: nn.Module, image: str | os.PathLike, prediction: BaseDataElement, *, opacity: float) -> np.ndarray:
+def draw(
+    network: nn.Module, image: str | os.PathLike, prediction: BaseDataElement, *, opacity: float, scale: int = 1
+) -> np.ndarray:
     """Draw a prediction upon its image.
 
     Args:
@@ -120,15 +125,17 @@ def draw(network: nn.Module, image: str | os.PathLike, prediction: BaseDataEleme
         image: file.
         prediction: of :func:`predict`.
         opacity: of the colours, above 0 and at most 1.
+        scale: of the picture, so that names of classes can be read on a small image; at least 1.
 
     Returns:
-        ``(height, width, 3)``, uint8, RGB.
+        ``(scale * height, scale * width, 3)``, uint8, RGB.
     """
     picture = mmcv.imread(str(image), channel_order='rgb')
+    height, width = picture.shape[:2]
     meta = _meta(network)
     if 'pred_label' in prediction:
         painter = VISUALIZERS.build(dict(type='mmpretrain.UniversalVisualizer', name='demo'))
-        larger = max(1.0, SMALLEST / min(picture.shape[:2]))  # for the text to be read
+        larger = max(float(scale), SMALLEST / min(height, width))  # for the text to be read
         return painter.visualize_cls(picture, prediction, classes=meta.get('classes'), rescale_factor=larger)
     painter = VISUALIZERS.build(dict(type='mmseg.SegLocalVisualizer', name='demo', alpha=opacity))
     count = _class_count(prediction)
@@ -136,8 +143,9 @@ def draw(network: nn.Module, image: str | os.PathLike, prediction: BaseDataEleme
     if len(colours) != count:
         colours = (np.array([TAB20(index % 20)[:3] for index in range(count)]) * 255).astype(int).tolist()
     painter.dataset_meta = {'classes': _class_names(network, count), 'palette': colours}
-    labelled = SegDataSample(pred_sem_seg=PixelData(data=_labels(prediction)))
-    painter.add_datasample('', picture, labelled, draw_gt=False)
+    labels = _labels(prediction).repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
+    picture = mmcv.imresize(picture, (scale * width, scale * height))
+    painter.add_datasample('', picture, SegDataSample(pred_sem_seg=PixelData(data=labels)), draw_gt=False)
     return painter.get_image()
 
 
@@ -158,6 +166,22 @@ def name_classes(network: nn.Module, prediction: BaseDataElement, *, most: int =
     names = _class_names(network, len(parts))
     largest = parts.argsort(descending=True).tolist()[:most]
     return {names[each]: round(100 * parts[each].item(), 2) for each in largest if parts[each] > 0}
+
+
+def _named_by_data_set(cfg: Config) -> dict[str, Any]:
+    """Return the classes, and their colours, of the data set that a config tests on, without reading any data."""
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    loaders = [cfg.get(f'{split}_dataloader') or {} for split in ('test', 'val', 'train')]
+    for dataset in (each for loader in loaders for each in data_sets(loader.get('dataset'))):
+        kind = dataset.get('type')
+        if isinstance(kind, str):
+            with DATASETS.switch_scope_and_registry(None) as registry:
+                kind = registry.get(kind)
+        given = dataset.get('metainfo')
+        known = {**(getattr(kind, 'METAINFO', None) or {}), **(given if isinstance(given, Mapping) else {})}
+        if known.get('classes'):
+            return {key: known[key] for key in ('classes', 'palette') if known.get(key)}
+    return {}
 
 
 def _meta(network: nn.Module) -> Mapping[str, Any]:

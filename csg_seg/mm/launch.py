@@ -114,7 +114,7 @@ def check_data(cfg: Config, split: str) -> None:
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     remedy = f"see 'Prepare the data' in README.md, or set its data_root in {split}_dataloader"
     loader = cfg.get(f'{split}_dataloader')
-    for dataset in _leaves(loader.dataset if loader else None):
+    for dataset in data_sets(loader.dataset if loader else None):
         if dataset.get('backend_args') or '://' in str(dataset.get('data_root')):
             continue  # not on this file system
         root = Path(dataset.get('data_root') or '.')
@@ -248,7 +248,7 @@ def _leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _leaves(dataset: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+def data_sets(dataset: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
     """Yield the data sets inside wrappers such as ConcatDataset and RepeatDataset."""
     if dataset is None:
         return
@@ -257,7 +257,7 @@ def _leaves(dataset: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
         yield dataset
     else:
         for each in inner if isinstance(inner, (list, tuple)) else [inner]:
-            yield from _leaves(each)
+            yield from data_sets(each)
 
 
 def _build_dataset(split: str, dataset: Mapping[str, Any], remedy: str) -> BaseDataset:
