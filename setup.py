@@ -9,7 +9,7 @@ MM = ['onedl-mmcv', 'onedl-mmengine', 'onedl-mmsegmentation', 'onedl-mmpretrain'
 
 setup(
     name='csg_seg',
-    version='0.1.0',
+    version='0.2.0',
     description='Model compression for segmentation networks with a Convolutional Slice Generator',
     long_description=Path(__file__).with_name('README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',

@@ -4,13 +4,17 @@ import json
 import re
 import subprocess
 import sys
+from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, cfg_options, run_program, run_tool
 from mmengine.config import Config
+from torch import nn
 
+import csg_seg
+from csg_seg.mm.checkpoint import read_checkpoint
 from csg_seg.mm.model import build_model
 from csg_seg.mm.zoo import SCOPES, read_rows, summarise_rows
 
@@ -199,3 +203,42 @@ def test_the_tables_of_the_libraries_are_their_rows(scope):
     left = '; '.join(f'{count} {reason}' for reason, count in summary['left_dense'].most_common())
     assert f'| {scope} | {summary["generated"]:,} | {summary["on_losses"]} | {left} |' in text
     assert len({row['name'] for row in rows}) == len(rows)
+
+
+def example(document: str, marker: str) -> str:
+    text = (ROOT / 'docs' / document).read_text()
+    (found,) = [block for block in re.findall(r'```python\n(.*?)```', text, flags=re.DOTALL) if marker in block]
+    return found
+
+
+def test_the_recipe_for_other_classes_trains(drawn, tmp_path):
+    demo = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
+    heads = "dict(slice_shape=(16, 16, 1, 1), code_dim=16, include=['*.conv_seg'])"
+    any_classes = 'dict(loss_decode=dict(class_weight=None))'
+    csg = f'csg=[dict(slice_shape=(16, 16, 3, 3), code_dim=128), {heads}]'
+    csg = f'model = dict({csg}, decode_head={any_classes}, auxiliary_head={any_classes})\n'
+    (tmp_path / 'my_csg_config.py').write_text(f'_base_ = {str(demo)!r}\n{csg}')
+    recipe = example('from_trained_weights.md', "_base_ = './my_csg_config.py'")
+    (tmp_path / 'other.py').write_text(recipe.replace('trained.pth', str(tmp_path / 'trained' / 'iter_1.pth')))
+    loaders = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+    options = {'train_cfg.max_iters': 1, 'train_cfg.val_interval': 1}
+    options |= {f'{loader}.dataset.data_root': drawn for loader in loaders}
+    train = ['--work-dir', tmp_path / 'trained', *cfg_options(options)]
+    run_tool('train.py', tmp_path / 'my_csg_config.py', *train)
+    done = run_tool('train.py', tmp_path / 'other.py', *train[:1], tmp_path / 'other', *train[2:])
+    assert 'does not fit decode_head.conv_seg, auxiliary_head.conv_seg' in done.stdout + done.stderr
+    assert len(read_checkpoint(tmp_path / 'other' / 'iter_1.pth')['state_dict']['decode_head.conv_seg.bias']) == 4
+
+
+def test_the_example_for_other_classes_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def network(num_classes):
+        features = [nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)]
+        return nn.Sequential(OrderedDict(features=nn.Sequential(*features), classifier=nn.Conv2d(64, num_classes, 3)))
+
+    csg = dict(slice_shape=(16, 16, 3, 3), code_dim=8)
+    torch.save(csg_seg.retrofit(network(10), csg).state_dict(), 'trained.pth')
+    names = dict(torch=torch, csg_seg=csg_seg, network=network, csg=csg)
+    exec(example('plain_pytorch.md', "reset=['classifier']"), names)
+    assert names['fresh'] == ('classifier',)
