@@ -6,13 +6,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from . import loading, watch
+from . import loading
 from .conv import CSGConv, batches, check_finite, draw_code, generate_weights, generated_convs, versions
 from .errors import CSGError
 from .fit import fit_generator
 from .generator import Generator, check_meaning
 from .products import is_recorded
 from .root import BANK, enroot, uproot
+from .watch import WATCH
 
 
 class Kept(NamedTuple):
@@ -109,8 +110,10 @@ class GeneratorBank(nn.ModuleList):
         if self._copies != CSGConv.copies:
             self.refresh(root)
         if not self._is_watched and torch.is_grad_enabled():
-            watch.begin(self.fed)
+            WATCH.begin(self.fed)
             self._is_watched, self.reset.is_on = True, False
+        elif WATCH.is_over:
+            WATCH.end()
         for position, generator in enumerate(self):
             if not all(type(each) is nn.Parameter for each in generator.parameters()):
                 continue
@@ -255,7 +258,7 @@ def attach_bank(root: nn.Module, bank: GeneratorBank) -> None:
     root.register_load_state_dict_post_hook(fit_after_load)
     root.register_forward_pre_hook(make_ahead)
     root.register_forward_hook(drop_ahead, always_call=True)
-    watch.begin(bank.fed)
+    WATCH.begin(bank.fed)
 
 
 def find_roots(model: nn.Module) -> Iterator[tuple[str, nn.Module, GeneratorBank]]:

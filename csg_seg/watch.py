@@ -10,7 +10,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -38,23 +38,29 @@ MOST_NAMES = 6
 Found = dict[str, list[str]]
 
 
-class _Watch:
+class Watch:
     """The layers that are watched, while there are any; one for a process, as torch's hook of all optimizers is."""
 
     def __init__(self) -> None:
         self.layers: WeakKeyDictionary[CSGConv, str] = WeakKeyDictionary()
+        self.done: WeakSet[CSGConv] = WeakSet()
         self.steps_left = 0
         self.hook: Any = None
+        self.is_over = False
 
     def begin(self, layers: Mapping[str, CSGConv]) -> None:
         """Watch layers, by name, until their generator has had its first step."""
-        self.layers.update({conv: name for name, conv in layers.items()})
+        new = {conv: name for name, conv in layers.items() if conv not in self.done}
+        self.layers.update(new)
         self.steps_left = STEPS
-        if self.hook is None:
+        self.is_over = self.is_over and not new
+        if new and self.hook is None:
             self.hook = register_optimizer_step_post_hook(self.look)
 
     def look(self, optimizer: Optimizer, *_: Any) -> None:
         """Look, after a step, at the generators that had a gradient in it."""
+        if self.is_over:
+            return
         by_generator: dict[Generator, dict[str, CSGConv]] = defaultdict(dict)
         for conv, name in [*self.layers.items()]:
             if isinstance(conv, CSGConv):
@@ -64,26 +70,28 @@ class _Watch:
         seen = [(layers, examine(generator, layers, optimizer)) for generator, layers in by_generator.items()]
         for layers, found in seen:
             if found is not None:
+                self.done.update(layers.values())
                 for conv in layers.values():
                     self.layers.pop(conv, None)
         text = describe([found for _, found in seen if found])
         if text:
             warnings.warn(text, CSGWarning, stacklevel=3)  # where the user's program calls step()
         self.steps_left -= 1
-        if not self.layers or self.steps_left <= 0:
-            self.end()
+        # The hook itself goes in the next forward pass: torch is iterating over hooks here.
+        self.is_over = not self.layers or self.steps_left <= 0
+        if self.is_over:
+            self.layers.clear()
 
     def end(self) -> None:
         """Watch nothing any more; optimizers' steps are then what they were."""
         self.layers.clear()
+        self.is_over = False
         if self.hook is not None:
             self.hook.remove()
             self.hook = None
 
 
-_watch = _Watch()
-# Watch generated layers, by name, until their generator has had its first step; watch none.
-begin, end = _watch.begin, _watch.end
+WATCH = Watch()
 
 
 def examine(generator: Generator, layers: Mapping[str, CSGConv], optimizer: Optimizer) -> Found | None:

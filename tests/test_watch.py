@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import optimizer as torch_optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from csg_seg import CSGWarning, materialise, retrofit, watch
+from csg_seg import CSGWarning, materialise, retrofit
 from csg_seg.conv import CSGConv
+from csg_seg.watch import WATCH
 
 CSG = {'slice_shape': (8, 8, 3, 3), 'code_dim': 8}
 
@@ -30,9 +32,9 @@ class Net(nn.Module):
 
 @pytest.fixture(autouse=True)
 def no_watch_of_another_test():
-    watch.end()
+    WATCH.end()
     yield
-    watch.end()
+    WATCH.end()
 
 
 def build(**csg):
@@ -224,9 +226,28 @@ def test_after_the_first_step_nothing_is_watched():
     net = build()
     assert hooks() == 1
     train(net, *of_all(net), steps=1)
+    net(torch.zeros(1, 3, 12, 12))
     assert hooks() == 0
     train(net, *of_all(net))
     assert hooks() == 0
+
+
+def test_hooks_of_others_are_called_all_the_same():
+    net, steps = build(), []
+    handle = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    try:
+        train(net, *of_all(net))
+    finally:
+        handle.remove()
+    assert len(steps) == 3
+
+
+def test_what_was_told_is_not_told_again():
+    net = nn.Sequential(*Net().backbone, *Net().head)
+    retrofit(net, CSG)
+    net[2].requires_grad_(False)
+    assert len(train(net, sgd({'params': params(net)}))) == 1
+    assert train(net[:-1], sgd({'params': params(net[:-1])})) == []
 
 
 @pytest.mark.parametrize('end', ['materialised', 'gone', 'never trained'])
@@ -237,5 +258,5 @@ def test_networks_that_are_not_trained_are_forgotten(end):
     if end == 'gone':
         del net
         gc.collect()
-    train(other, sgd({'params': params(other)}), steps=1 if end != 'never trained' else 25)
-    assert hooks() == 0
+    train(other, sgd({'params': params(other)}), steps=25 if end == 'never trained' else 1)
+    assert WATCH.is_over and not WATCH.layers
