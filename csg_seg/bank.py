@@ -100,13 +100,8 @@ class GeneratorBank(nn.ModuleList):
         """Give the generators to a second root too, such as a slice of a container."""
         attach_bank(root, GeneratorBank(self, {}))
 
-    def make_ahead(self, root: nn.Module) -> None:
-        """Make the weights of all layers, small ones at once, for the forward pass of the root that begins.
-
-        Without gradients they are kept from pass to pass, as long as all that they are made of has the same
-        values. A layer that is called elsewhere, compiled or recomputed makes its weight itself, and so does one
-        whose code or generator was written to since the pass began.
-        """
+    def begin_pass(self, root: nn.Module) -> None:
+        """See, before a forward pass of the root, that layers are known, and that the first training is watched."""
         if self._copies != CSGConv.copies:
             self.refresh(root)
         if not self._is_watched and torch.is_grad_enabled():
@@ -114,6 +109,14 @@ class GeneratorBank(nn.ModuleList):
             self._is_watched, self.reset.is_on = True, False
         elif WATCH.is_over:
             WATCH.end()
+
+    def make_ahead(self) -> None:
+        """Make the weights of all layers, small ones at once, for the forward pass of the root that begins.
+
+        Without gradients they are kept from pass to pass, as long as all that they are made of has the same
+        values. A layer that is called elsewhere, compiled or recomputed makes its weight itself, and so does one
+        whose code or generator was written to since the pass began.
+        """
         for position, generator in enumerate(self):
             if not all(type(each) is nn.Parameter for each in generator.parameters()):
                 continue
@@ -293,7 +296,9 @@ def bank_of(root: nn.Module) -> GeneratorBank:
 def make_ahead(root: nn.Module, inputs: Any) -> None:
     """Begin a forward pass of the root; compiled, each layer makes its weight in the one graph."""
     if not is_recorded():
-        bank_of(root).make_ahead(root)
+        bank = bank_of(root)
+        bank.begin_pass(root)
+        bank.make_ahead()
 
 
 def drop_ahead(root: nn.Module, inputs: Any, outputs: Any) -> None:

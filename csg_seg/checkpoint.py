@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from .bank import BANK, bank_of, find_bank, find_roots
 from .builders import build, check_source, decode_source, encode_source
 from .conv import find_convs, generated_convs
 from .errors import CSGError, abridge
+from .files import write_whole
 from .generator import MEANING, build_generator, encode_meaning
 from .loading import check_reset
 from .precision import lower, matrices, restore
@@ -303,17 +304,6 @@ def _check_built(built: nn.Module, model: nn.Module) -> None:
         _check_same(shapes_of(built.state_dict()), dense_shapes(model))
     except CSGError as error:
         raise CSGError(f'the source builds another network: its state dict {error}') from None
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have ``write`` fill a file that takes its name only once it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
