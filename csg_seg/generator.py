@@ -146,10 +146,11 @@ class BinaryGenerator(Generator):
         """
         super().set_extra_state(state)
         stored, like = read_meaning(state), self.weight
-        if stored['seed'] != self.settings.seed or like.is_meta:
+        if stored['seed'] != self.settings.seed:
             self.settings = Settings.from_dict({**self.settings.to_dict(), 'seed': stored['seed']})
-            self._rebuild_signs()
-            self.weight = self.weight.to(like.dtype if like.is_meta else like)
+        # Whatever the seed: no state dict holds the signs, and ``to_empty`` leaves none.
+        self._rebuild_signs()
+        self.weight = self.weight.to(like.dtype if like.is_meta else like)
 
 
 class MLPGenerator(Generator):

@@ -390,6 +390,14 @@ def test_a_network_without_values_gets_the_files(csg, dtype, tmp_path):
         torch.testing.assert_close(materialise(loaded)(torch.ones(1, 3, 9, 9)), expected(torch.ones(1, 3, 9, 9)))
 
 
+@pytest.mark.parametrize('csg', KINDS.values(), ids=KINDS)
+def test_torchs_own_ways_from_the_meta_device_work(csg):
+    trained, images = retrofit(network(), csg), torch.ones(1, 3, 9, 9)
+    for model, options in ((on_meta(csg), {'assign': True}), (on_meta(csg).to_empty(device='cpu'), {})):
+        model.load_state_dict(trained.state_dict(), **options)
+        assert torch.equal(model(images), trained(images))
+
+
 def test_tied_weights_stay_tied(tmp_path):
     def build():
         net = network()
