@@ -28,14 +28,16 @@ REMEDIES = {
 SMALLEST = 1 << 12
 
 
-class NotWrittenError(CSGError):
-    """A file that the disk, or a right, did not let be written."""
+class NotWrittenError(CSGError, OSError):
+    """A file that the disk, or a right, did not let be written.
+
+    Attributes:
+        why: what comes after the file's name.
+    """
 
     def __init__(self, what: str | os.PathLike, why: str):
-        super().__init__(str(what), why)
-
-    def __str__(self) -> str:
-        return ': '.join(self.args)
+        super().__init__(f'{what}: {why}')
+        self.why = why
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -83,7 +85,7 @@ def writing(path: str | os.PathLike, *, after: str = '') -> Iterator[None]:
     try:
         yield
     except NotWrittenError as error:  # of the same file, while it had another name
-        raise NotWrittenError(path, error.args[1]) from None
+        raise NotWrittenError(path, error.why) from None
     except CSGError:
         raise
     # torch and safetensors have errors of their own, made from those of the system.

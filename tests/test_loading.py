@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmengine.runner.checkpoint import load_state_dict as load_by_mmengine
+from mmengine.runner import checkpoint as of_mmengine
 from torch import nn
 from torch.func import functional_call
 
+import csg_seg.mm  # noqa: F401 (has mmengine refuse codes for dense models)
 from csg_seg import (
     CSGError,
     fit,
@@ -42,6 +43,10 @@ def by_torch(model, weights):
 
 def by_torch_in_part(model, weights):
     model.load_state_dict(weights, strict=False)
+
+
+def load_by_mmengine(model, weights):
+    of_mmengine.load_state_dict(model, weights)
 
 
 def within_a_wrapper(model, weights):
