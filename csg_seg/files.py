@@ -31,13 +31,17 @@ SMALLEST = 1 << 12
 class NotWrittenError(CSGError, OSError):
     """A file that the disk, or a right, did not let be written.
 
-    Attributes:
-        why: what comes after the file's name.
+    Args:
+        what: the file.
+        why: what the system said, and what to do.
     """
 
     def __init__(self, what: str | os.PathLike, why: str):
         super().__init__(f'{what}: {why}')
-        self.why = why
+        self.what, self.why = str(what), why
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.what, self.why)  # so that it comes whole out of another process
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

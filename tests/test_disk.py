@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import resource
 import runpy
 import sys
@@ -250,3 +251,10 @@ def test_training_outlives_a_compact_file_that_does_not_fit(drawn, tmp_path):
         assert f'{tmp_path}/iter_{step}.safetensors: cannot be written (File too large)' in line
         assert 'tools/compact.py can make it later' in line
     assert not list(tmp_path.rglob('*.partial'))
+
+
+def test_the_error_comes_whole_out_of_another_process():
+    error = NotWrittenError('file', 'cannot be written')
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error) == 'file: cannot be written'
+    assert isinstance(again, OSError) and isinstance(again, CSGError)
