@@ -6,11 +6,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from . import loading
 from .conv import CSGConv, batches, check_finite, draw_code, generate_weights, generated_convs, versions
 from .errors import CSGError
 from .fit import fit_generator
 from .generator import Generator, check_meaning
+from .loading import Reset, prepare
 from .products import is_recorded
 from .root import BANK, enroot, uproot
 from .watch import WATCH
@@ -49,9 +49,9 @@ class GeneratorBank(nn.ModuleList):
         self.fitted: dict[str, float] = {}
         self.taken_over = False
         self.kept: dict[int, Kept] = {}
-        self.reset = loading.Reset()
+        self.reset = Reset()
         self.fits = True
-        self._copies = CSGConv.copies
+        self._changes = CSGConv.changes
         self._is_watched = False
 
     def forward(self, input: Any) -> Any:
@@ -65,6 +65,11 @@ class GeneratorBank(nn.ModuleList):
         """Leave out of copies and pickles what can be made again."""
         return {**self.__dict__, 'kept': {}, '_is_watched': False}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Watch the layers of a copy as those of any new network."""
+        super().__setstate__(state)
+        WATCH.begin(self.fed)
+
     def refresh(self, root: nn.Module) -> None:
         """Look up which layers the generators feed by now: some may have been added, copied, renamed or dropped.
 
@@ -74,7 +79,7 @@ class GeneratorBank(nn.ModuleList):
         Raises:
             CSGError: a layer's generator is none of the bank's.
         """
-        self._copies = CSGConv.copies
+        self._changes = CSGConv.changes
         fed = dict(generated_convs(root))
         for name, conv in fed.items():
             if all(conv.generator is not generator for generator in self):
@@ -98,15 +103,19 @@ class GeneratorBank(nn.ModuleList):
 
     def share_with(self, root: nn.Module) -> None:
         """Give the generators to a second root too, such as a slice of a container."""
-        attach_bank(root, GeneratorBank(self, {}))
+        bank = GeneratorBank(self, {})
+        bank.taken_over = True  # a fit of the part must not change the rest
+        attach_bank(root, bank)
 
     def begin_pass(self, root: nn.Module) -> None:
         """See, before a forward pass of the root, that layers are known, and that the first training is watched."""
-        if self._copies != CSGConv.copies:
+        if self._changes != CSGConv.changes:
             self.refresh(root)
+        self.reset.is_on = False
         if not self._is_watched and torch.is_grad_enabled():
-            WATCH.begin(self.fed)
-            self._is_watched, self.reset.is_on = True, False
+            self.refresh(root)
+            WATCH.begin(self.fed, root)
+            self._is_watched = True
         elif WATCH.is_over:
             WATCH.end()
 
@@ -261,7 +270,7 @@ def attach_bank(root: nn.Module, bank: GeneratorBank) -> None:
     root.register_load_state_dict_post_hook(fit_after_load)
     root.register_forward_pre_hook(make_ahead)
     root.register_forward_hook(drop_ahead, always_call=True)
-    WATCH.begin(bank.fed)
+    WATCH.begin(bank.fed, root)
 
 
 def find_roots(model: nn.Module) -> Iterator[tuple[str, nn.Module, GeneratorBank]]:
@@ -318,7 +327,7 @@ def check_before_load(root: nn.Module, state_dict: dict[str, Tensor], prefix: st
     bank.refresh(root)
     bank.forget_loaded()
     bank.drop_ahead()  # of a pass that was interrupted
-    loading.prepare(root, bank.reset, state_dict, prefix)
+    prepare(root, bank, state_dict, prefix)
 
 
 def fit_after_load(root: nn.Module, incompatible_keys: Any) -> None:
@@ -346,7 +355,10 @@ def _same_generators(one: Generator, other: Generator) -> bool:
         return False
     pairs = zip(_tensors(one), _tensors(other), strict=True)
     # One of the two may have been moved or cast since.
-    return all(torch.equal(each, twin.to(each)) for each, twin in pairs)
+    return all(
+        each.shape == twin.shape if each.is_meta and twin.is_meta else torch.equal(each, twin.to(each))
+        for each, twin in pairs
+    )
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

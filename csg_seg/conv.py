@@ -47,10 +47,10 @@ class CSGConv(_ConvNd):
         ready: the weight that the bank made ahead for the forward pass that is on, or the dense one while it is
             loaded.
         dense_kind: the class that the conv had.
-        copies: how many generated convs have been copied or unpickled in this process.
+        changes: how many generated convs have been copied, unpickled or materialised in this process.
     """
 
-    copies: ClassVar[int] = 0
+    changes: ClassVar[int] = 0
     code: nn.Parameter
     residual_out: nn.Parameter
     residual_in: nn.Parameter
@@ -142,7 +142,7 @@ class CSGConv(_ConvNd):
             state_dict.update({f'{prefix}{key}': tensor.detach() for key, tensor in self.stored().items()})
             # ConvAWS2d takes statistics of the weight as it is loaded.
             self.__dict__['ready'] = Ready(dense.detach(), get_ident(), (), [])
-        # Set by check_state_dict when the load began at the root, generators included: how often it comes here.
+        # Set by csg_seg.loading.prepare when the load began at the root, generators included: how often it comes here.
         visits = self.__dict__.pop('_visits', 0)
         if visits > 1:
             self.__dict__['_visits'] = visits - 1
@@ -212,7 +212,7 @@ def generated_kind(kind: type) -> type[CSGConv]:
 
 
 def _blank(kind: type[_ConvNd]) -> CSGConv:
-    CSGConv.copies += 1
+    CSGConv.changes += 1
     made = generated_kind(kind)
     return made.__new__(made)
 
@@ -282,6 +282,7 @@ def swap_out(conv: CSGConv, weight: Tensor) -> None:
     for name in ('blend', 'loaded', 'ready'):
         conv.__dict__.pop(name, None)
     conv.__class__ = conv.dense_kind  # type: ignore[assignment]
+    CSGConv.changes += 1
     # The weight comes first, as in a conv that was never generated.
     others = dict(conv._parameters)
     conv._parameters.clear()

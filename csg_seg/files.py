@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from .errors import CSGError
 
@@ -24,6 +25,8 @@ REMEDIES = {
     errno.EISDIR: 'give a file',
     errno.ENAMETOOLONG: 'give a shorter name',
 }
+# What a disk refuses that is full or closed.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # Less than any file takes on a disk.
 SMALLEST = 1 << 12
 
@@ -112,15 +115,17 @@ def writing_into(folder: str | os.PathLike, *, after: str = '') -> Iterator[None
         NotWrittenError: says why.
     """
     # A line that the disk has no room for is left out of the log; a traceback in its place says no more.
-    logging.raiseExceptions = False
+    before, logging.raiseExceptions = logging.raiseExceptions, False
     try:
         yield
     except OSError as error:
-        # One with a name may be of a file that is read.
-        if error.errno is None or error.filename is not None:
+        # One with a name may be of a file that is read, and a number may be of other things than disks.
+        if error.errno not in DISK or error.filename is not None:
             raise
         why = f'a file in it cannot be written ({os.strerror(error.errno)})'
         raise NotWrittenError(folder, f'{why}; {_remedy(error.errno)}{after}') from None
+    finally:
+        logging.raiseExceptions = before
 
 
 def check_folder(folder: str | os.PathLike, *, given: str) -> None:
@@ -169,5 +174,7 @@ def _error_number(error: BaseException | None) -> int | None:
         told = re.search(r'\(os error (\d+)\)', str(error))
         if told:
             return int(told[1])
-        error = error.__cause__ or error.__context__
+        # Their own errors hide the system's; anybody else's has causes of its own.
+        hides = type(error) is RuntimeError or isinstance(error, SafetensorError)
+        error = error.__cause__ or (error.__context__ if hides else None)
     return None

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 
 import torch
@@ -24,18 +24,19 @@ class Generator(nn.Module):
     Attributes:
         weight: ``(code_dim, s_out * s_in * kh * kw)``, no bias.
         settings: what the user asked for.
-        layers: name of each layer that it feeds, and its weight's shape; the bank keeps them up to date.
+        layers: name of each layer that it feeds, and its weight's shape; the bank keeps them up to date. None of a
+            generator that is in no network.
         is_product: whether a slice is its code times ``weight``, for this kind of generator.
     """
 
     weight: Tensor
-    layers: Mapping[str, Sequence[int]]
+    layers: Mapping[str, Sequence[int]] | None
     is_product = True
 
     def __init__(self, settings: Settings, rng: torch.Generator):
         super().__init__()
         self.settings = settings
-        self.layers = {}
+        self.layers = None
         self._draw_weight(rng)
 
     def _draw_weight(self, rng: torch.Generator) -> None:
@@ -46,6 +47,13 @@ class Generator(nn.Module):
 
     def _parameter(self, values: Tensor) -> nn.Parameter:
         return nn.Parameter(values, requires_grad=not self.settings.freeze_generator)
+
+    def named_parameters(
+        self, prefix: str = '', recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters; without ``recurse`` none of a network's generator, whose root has them."""
+        if recurse or not remove_duplicate or self.layers is None:
+            yield from super().named_parameters(prefix, recurse, remove_duplicate)
 
     def forward(self, code: Tensor) -> Tensor:
         """Map codes ``(n, code_dim)`` to slices ``(n, s_out, s_in, kh, kw)``."""
@@ -343,18 +351,18 @@ def build_generator(settings: Settings, rng: torch.Generator) -> Generator:
     return _KINDS[settings.generator](settings, rng)
 
 
-def encode_meaning(settings: Settings, layers: Mapping[str, Sequence[int]]) -> Tensor:
+def encode_meaning(settings: Settings, layers: Mapping[str, Sequence[int]] | None) -> Tensor:
     """Encode what decides the meaning of a layer's stored values.
 
     Args:
         settings: of the generator.
-        layers: name of each layer that it feeds, and its weight's shape.
+        layers: name of each layer that it feeds, and its weight's shape; None of a generator in no network.
 
     Returns:
         JSON bytes ``(n,)`` in uint8.
     """
     meaning = _meaning(settings)
-    if layers:
+    if layers is not None:
         meaning[LAYERS] = {name: list(shape) for name, shape in layers.items()}
     return torch.frombuffer(bytearray(json.dumps(meaning).encode()), dtype=torch.uint8)
 

@@ -1,10 +1,11 @@
 """What a state dict must satisfy to be loaded into a retrofitted root; checked before anything is copied."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -50,6 +51,20 @@ class Reset:
             self.patterns, self.is_on = before
 
 
+class Bank(Protocol):
+    """What loading needs of a :class:`csg_seg.bank.GeneratorBank`."""
+
+    reset: Reset
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, position: int) -> Any: ...
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the generators' entries."""
+
+    def check_meanings(self, state_dict: Mapping[str, Tensor], prefix: str = '') -> None:
+        """Refuse generators that were made with settings of another meaning."""
+
+
 def check_reset(root: nn.Module, patterns: Sequence[str]) -> None:
     """Refuse a pattern that names no layer.
 
@@ -63,15 +78,15 @@ def check_reset(root: nn.Module, patterns: Sequence[str]) -> None:
             raise CSGError(f'reset pattern {pattern!r} names no layer of the model{like}')
 
 
-def prepare(root: nn.Module, reset: Reset, state_dict: dict[str, Tensor], prefix: str) -> None:
+def prepare(root: nn.Module, bank: Bank, state_dict: dict[str, Tensor], prefix: str) -> None:
     """Refuse a state dict that does not fit the generated layers of a root, and complete one that does.
 
     Trainers load without ``strict`` and would keep random codes in silence. A dense state dict is completed by the
-    generators as they are, which are fitted to it afterwards; layers that start anew, by what they hold.
+    generators as they are, which are fitted to it afterwards; layers that are reset keep their current values.
 
     Args:
         root: retrofitted; its bank is up to date.
-        reset: which layers may start anew; those that do are noted there.
+        bank: its generators; which layers may start anew, and did, is noted there.
         state_dict: changed in place.
         prefix: of the root's names in it.
 
@@ -79,15 +94,14 @@ def prepare(root: nn.Module, reset: Reset, state_dict: dict[str, Tensor], prefix
         CSGError: codes or generators are missing or were made with other settings, a layer is generated in one of
             the two and dense in the other, its weight has another shape, or a dense state dict is another network's.
     """
-    bank: Any = root._modules[BANK]
-    convs = named_convs(root)
+    reset, convs = bank.reset, named_convs(root)
     stored_bank = {f'{prefix}{BANK}.{name}': tensor for name, tensor in bank.state_dict().items()}
     is_dense = _is_dense(state_dict, prefix, convs) and not stored_bank.keys() & state_dict.keys()
     if not is_dense:
         bank.check_meanings(state_dict, f'{prefix}{BANK}.')
-    stored = {} if is_dense else _stored_layers(len(bank), state_dict, prefix)
+    stored = {} if is_dense else _stored_layers(state_dict, prefix)
     reset.layers = (
-        tuple(_start_anew(root, reset.patterns, None if is_dense else stored, state_dict, prefix))
+        tuple(_start_anew(root, bank, reset.patterns, None if is_dense else stored, state_dict, prefix))
         if reset.is_on
         else ()
     )
@@ -99,6 +113,7 @@ def prepare(root: nn.Module, reset: Reset, state_dict: dict[str, Tensor], prefix
         state_dict.update(stored_bank)
     else:
         _check_entries(stored_bank, convs, state_dict, prefix)
+        _check_count(bank, state_dict, prefix)
         _check_layers(bank, {name: conv for name, conv in convs.items() if name not in reset.layers}, stored)
     for conv, visits in Counter(convs.values()).items():
         conv.__dict__['_visits'] = visits
@@ -110,14 +125,30 @@ def _is_dense(state_dict: Mapping[str, Tensor], prefix: str, convs: Iterable[str
     )
 
 
-def _stored_layers(count: int, state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, tuple[int, Shape]]:
+def _stored_generators(state_dict: Mapping[str, Tensor], prefix: str) -> dict[int, dict[str, Shape] | None]:
+    """Return the layers of each generator in a state dict, by its position; None where it does not tell of them."""
+    pattern = re.compile(rf'{re.escape(prefix)}{BANK}\.(\d+)\._extra_state')
+    found = ((pattern.fullmatch(name), state) for name, state in state_dict.items())
+    return {int(match[1]): read_layers(state) for match, state in found if match}
+
+
+def _stored_layers(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, tuple[int, Shape]]:
     """Return the generator's position and the weight's shape of each layer that a state dict tells of."""
-    stored: dict[str, tuple[int, Shape]] = {}
-    for position in range(count):
-        state = state_dict.get(f'{prefix}{BANK}.{position}._extra_state')
-        layers = None if state is None else read_layers(state)
-        stored |= {name: (position, shape) for name, shape in (layers or {}).items()}
-    return stored
+    return {
+        name: (position, shape)
+        for position, layers in _stored_generators(state_dict, prefix).items()
+        for name, shape in (layers or {}).items()
+    }
+
+
+def _check_count(bank: Bank, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+    """Refuse a state dict of more generators than the model's that does not tell which layers they feed."""
+    stored = _stored_generators(state_dict, prefix)
+    if any(position >= len(bank) and layers is None for position, layers in stored.items()):
+        raise CSGError(
+            f"the checkpoint holds {len(stored)} generators, this model has {len(bank)}; set the config's csg to the "
+            "checkpoint's"
+        )
 
 
 def _check_entries(
@@ -143,9 +174,7 @@ def _check_entries(
             )
 
 
-def _check_layers(
-    bank: Sequence[nn.Module], convs: Mapping[str, CSGConv], stored: Mapping[str, tuple[int, Shape]]
-) -> None:
+def _check_layers(bank: Bank, convs: Mapping[str, CSGConv], stored: Mapping[str, tuple[int, Shape]]) -> None:
     """Refuse layers whose weight has another shape in the checkpoint, though as many codes, or another generator."""
     for name, conv in convs.items():
         # A name that the state dict does not tell of has been changed since it was written, or is an alias.
@@ -155,7 +184,7 @@ def _check_layers(
                 f'{name}: the checkpoint holds a weight of {shape}, this model wants {tuple(conv.weight_shape)}; '
                 'take a checkpoint of the same network, or name the layer in reset'
             )
-        if position is not None and bank[position] is not conv.generator:
+        if position is not None and (position >= len(bank) or bank[position] is not conv.generator):
             raise CSGError(
                 f'{name}: generator {position} feeds it in the checkpoint and another one in this model; '
                 "set the config's csg to the checkpoint's, in the same order"
@@ -201,6 +230,7 @@ def _part(name: str) -> str:
 
 def _start_anew(
     root: nn.Module,
+    bank: Bank,
     patterns: Sequence[str],
     stored: Mapping[str, tuple[int, Shape]] | None,
     state_dict: dict[str, Tensor],
@@ -210,6 +240,7 @@ def _start_anew(
 
     Args:
         root: retrofitted.
+        bank: its generators.
         patterns: of the layers that may.
         stored: generator and weight's shape of each layer, as far as they are known; None of a dense state dict.
         state_dict: changed in place.
@@ -222,7 +253,7 @@ def _start_anew(
     named = [(name, each) for name, each in root.named_modules(remove_duplicate=False) if _part(name) != BANK]
     may = {id(each) for name, each in named if name and any(matches(name, pattern) for pattern in patterns)}
     own, theirs = _by_layer(root.state_dict(), ''), _by_layer(state_dict, prefix)
-    misfits = {id(each) for name, each in named if id(each) in may and not _fits(name, each, own, theirs, stored)}
+    misfits = {id(each) for name, each in named if id(each) in may and not _fits(name, each, bank, own, theirs, stored)}
     anew = [name for name, each in named if id(each) in misfits]
     gone = [name for name in theirs if name not in own and any(matches(name, pattern) for pattern in patterns)]
     for name in [*anew, *gone]:
@@ -245,6 +276,7 @@ def _by_layer(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, dict[s
 def _fits(
     name: str,
     module: nn.Module,
+    bank: Bank,
     own: Mapping[str, Mapping[str, Tensor]],
     theirs: Mapping[str, Mapping[str, Tensor]],
     stored: Mapping[str, tuple[int, Shape]] | None,
@@ -256,8 +288,10 @@ def _fits(
         if stored is None:
             wanted = {key: shape for key, shape in wanted.items() if key not in module.stored()}
             wanted['weight'] = module.weight_shape
-        elif name in stored and stored[name][1] != module.weight_shape:
-            return False
+        elif name in stored:
+            position, shape = stored[name]
+            if shape != module.weight_shape or position >= len(bank) or bank[position] is not module.generator:
+                return False
     wanted.pop('num_batches_tracked', None)  # which files of old PyTorch versions lack
     given.pop('num_batches_tracked', None)
     return wanted == given

@@ -30,6 +30,7 @@ from .report import summarise
 from .root import check_rootable
 from .settings import Settings, matches, read_patterns
 from .slices import grid
+from .watch import WATCH
 
 CSG = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
@@ -97,6 +98,7 @@ def materialise(model: nn.Module) -> nn.Module:
     for _, root, _ in roots:
         detach_bank(root)
     for conv in convs.values():
+        WATCH.done.discard(conv)
         swap_out(conv, weights.pop(conv))
     return model
 

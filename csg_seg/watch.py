@@ -12,26 +12,31 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
+from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .conv import CSGConv
 from .errors import CSGWarning, abridge
 from .generator import Generator
+from .root import CSGRoot
 
 # Steps of any optimizer after which a network that has had no gradient is watched no more.
-STEPS = 20
+STEPS = 100
 
 
 class Rate(NamedTuple):
-    """How an optimizer moves a parameter."""
+    """How an optimizer moves a parameter.
+
+    ``state`` is 'held', or 'frozen' of one that gets no gradient, or 'left out' of one that no optimizer holds.
+    """
 
     lr: float
     weight_decay: float
+    state: str = 'held'
 
 
-# Of a parameter that no optimizer holds, and of one that gets no gradient.
-NOT_HELD, FROZEN = Rate(0.0, 0.0), Rate(0.0, 0.0)
+NOT_HELD, FROZEN = Rate(0.0, 0.0, 'left out'), Rate(0.0, 0.0, 'frozen')
 # What is odd about a generator.
 NO_OPTIMIZER, NO_RATE = 'no optimizer holds it', 'its learning rate is 0'
 MOST_NAMES = 6
@@ -44,18 +49,33 @@ class Watch:
     def __init__(self) -> None:
         self.layers: WeakKeyDictionary[CSGConv, str] = WeakKeyDictionary()
         self.done: WeakSet[CSGConv] = WeakSet()
+        self.roots: WeakSet[nn.Module] = WeakSet()
         self.steps_left = 0
-        self.hook: Any = None
+        self.hooks: list[Any] = []
         self.is_over = False
 
-    def begin(self, layers: Mapping[str, CSGConv]) -> None:
-        """Watch layers, by name, until their generator has had its first step."""
-        new = {conv: name for name, conv in layers.items() if conv not in self.done}
+    def begin(self, layers: Mapping[str, CSGConv], root: nn.Module | None = None) -> None:
+        """Watch layers, by name, and those that a root gets later, until their generator has had its first step."""
+        if root is not None:
+            self.roots.add(root)
+        new = self._new(layers)
         self.layers.update(new)
         self.steps_left = STEPS
         self.is_over = self.is_over and not new
-        if new and self.hook is None:
-            self.hook = register_optimizer_step_post_hook(self.look)
+        if new and not self.hooks:
+            self.hooks = [
+                register_optimizer_step_pre_hook(self.refresh),
+                register_optimizer_step_post_hook(self.look),
+            ]
+
+    def _new(self, layers: Mapping[str, CSGConv]) -> dict[CSGConv, str]:
+        return {conv: name for name, conv in layers.items() if conv not in self.done}
+
+    def refresh(self, *_: Any) -> None:
+        """Look up, before a step changes generators, which layers they feed: a copied layer may not have been seen."""
+        for root in [*self.roots]:
+            if isinstance(root, CSGRoot) and not self.is_over:
+                self.layers.update(self._new(root.refresh()))
 
     def look(self, optimizer: Optimizer, *_: Any) -> None:
         """Look, after a step, at the generators that had a gradient in it."""
@@ -77,18 +97,20 @@ class Watch:
         if text:
             warnings.warn(text, CSGWarning, stacklevel=3)  # where the user's program calls step()
         self.steps_left -= 1
-        # The hook itself goes in the next forward pass: torch is iterating over hooks here.
+        # The hooks themselves go in the next forward pass: torch is iterating over hooks here.
         self.is_over = not self.layers or self.steps_left <= 0
         if self.is_over:
             self.layers.clear()
+            self.roots.clear()
 
     def end(self) -> None:
         """Watch nothing any more; optimizers' steps are then what they were."""
         self.layers.clear()
+        self.roots.clear()
         self.is_over = False
-        if self.hook is not None:
-            self.hook.remove()
-            self.hook = None
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
 
 
 WATCH = Watch()
@@ -138,10 +160,10 @@ def _compare(layer: Rate, generator: Rate) -> str:
     if generator.lr == 0:
         if layer.lr == 0:
             return ''
-        return NO_OPTIMIZER if generator is NOT_HELD else NO_RATE
-    if layer is FROZEN:
+        return NO_OPTIMIZER if generator == NOT_HELD else NO_RATE
+    if layer == FROZEN:
         return 'frozen'
-    if layer is NOT_HELD:
+    if layer == NOT_HELD:
         return 'in no optimizer'
     if layer.lr == 0:
         return 'at a learning rate of 0'
@@ -169,7 +191,8 @@ def describe(found: Iterable[Found]) -> str:
     if layers:
         listed = '; '.join(f'{reason}: {abridge(names, most=MOST_NAMES)}' for reason, names in layers.items())
         texts.append(
-            f'layers change as fast as their generator, which trains on: {listed}. To hold them, freeze them before '
-            'retrofit, exclude them, give them a dict of their own in csg, or set freeze_generator=True.'
+            f'these layers still change, because the generator they share is trained: {listed}. To keep them fixed, '
+            'freeze them before retrofit, exclude them, give them a dict of their own in csg, or set '
+            'freeze_generator=True.'
         )
     return ' '.join(texts)

@@ -23,7 +23,7 @@ from csg_seg import (
 )
 from csg_seg.bank import find_bank
 from csg_seg.conv import kaiming_std
-from csg_seg.generator import read_layers
+from csg_seg.generator import encode_meaning, read_layers
 
 CSG = {'slice_shape': (16, 16, 3, 3), 'code_dim': 12}
 POINT = {'slice_shape': (16, 16, 1, 1), 'code_dim': 6}
@@ -167,6 +167,18 @@ def test_layers_that_are_dense_in_the_model_are_not_left_random(trained, model, 
         load(retrofit(network(seed=1), model), weights)
 
 
+@pytest.mark.parametrize('load', LOADERS)
+def test_layers_of_a_generator_that_the_model_lacks_are_refused(load):
+    trained = retrofit(network(), [CSG | {'include': ['2']}, CSG | {'include': ['4']}])
+    with pytest.raises(CSGError, match='4: generator 1 feeds it in the checkpoint and another one in this model'):
+        load(retrofit(network(seed=1), CSG), trained.state_dict())
+    earlier_ones = trained.state_dict()
+    for name in [name for name in earlier_ones if name.endswith('_extra_state')]:
+        earlier_ones[name] = encode_meaning(trained.csg[0].settings, None)
+    with pytest.raises(CSGError, match='the checkpoint holds 2 generators, this model has 1'):
+        load(retrofit(network(seed=1), CSG), earlier_ones)
+
+
 def test_a_part_that_the_model_lacks_may_be_missing_as_in_dense_networks():
     trained = retrofit(
         nn.ModuleDict({'body': network(), 'auxiliary': network()}), CSG | {'exclude': ['body.0', 'auxiliary.0']}
@@ -180,6 +192,25 @@ def test_a_part_that_the_model_lacks_may_be_missing_as_in_dense_networks():
 def test_a_dense_model_takes_no_codes_from_mmengine():
     with pytest.raises(CSGError, match='holds codes and a generator .* but the config is dense'):
         load_by_mmengine(network(), retrofit(network(), CSG).state_dict())
+
+
+def test_codes_of_a_part_are_not_left_to_a_dense_one():
+    weights = {f'backbone.{name}': each for name, each in retrofit(network(), CSG).state_dict().items()}
+    part = {name.removeprefix('backbone.'): each for name, each in weights.items() if 'csg' not in name}
+    with pytest.raises(CSGError, match='2.code, and this layer is dense in the model'):
+        load_by_mmengine(network(), part)
+
+
+def test_a_dense_network_with_parts_of_such_names_loads():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.csg, self.mycsg = nn.ModuleList([nn.Linear(2, 2)]), nn.ModuleList([nn.Linear(2, 2)])
+            self.code = nn.Parameter(torch.zeros(2))
+
+    model, weights = Named(), {name: torch.ones_like(each) for name, each in Named().state_dict().items()}
+    load_by_mmengine(model, weights)
+    assert model.csg[0].weight.all() and model.code.all()
 
 
 # --- state dicts that were cast or averaged as a whole ---
@@ -329,6 +360,13 @@ def test_what_is_missing_or_dense_starts_anew():
     kept = dense_head[4].weight.clone()
     assert load_state_dict(dense_head, retrofit(network(), CSG).state_dict(), reset='4') == ('4',)
     assert torch.equal(dense_head[4].weight, kept)
+
+
+def test_a_layer_of_another_generator_starts_anew():
+    trained = retrofit(network(), [CSG | {'include': ['2']}, CSG | {'include': ['0', '4']}])
+    model = retrofit(network(seed=1), [CSG | {'include': ['2', '4']}, CSG | {'include': ['0']}])
+    assert load_state_dict(model, trained.state_dict(), reset='4') == ('4',)
+    assert torch.equal(model[0].weight, trained[0].weight)
 
 
 def test_a_dense_checkpoint_may_have_other_classes_too():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from csg_seg import CSGError, load_compact, materialise, retrofit, save_compact, summarise
+from csg_seg import CSGError, fit, load_compact, materialise, retrofit, save_compact, summarise
 from csg_seg.bank import find_bank
 from csg_seg.conv import generated_convs
 
@@ -399,3 +399,97 @@ def test_code_that_asks_for_the_class_finds_the_dense_ones_names():
     net = build(kind=Chain)
     assert (type(net).__name__, type(net).__module__, type(net).__doc__) == ('Chain', Chain.__module__, Chain.__doc__)
     assert isinstance(type(net).forward, types.FunctionType) and type(net).forward is Chain.forward
+
+
+# --- roots of classes that differ ---
+
+
+class Earlier(nn.Sequential):
+    """Methods as they were before PyTorch had all of today's arguments."""
+
+    def _apply(self, fn):
+        return super()._apply(fn)
+
+    def named_parameters(self, prefix='', recurse=True):
+        return super().named_parameters(prefix, recurse)
+
+    def __iter__(self):
+        return iter([*super().__iter__()][::-1])
+
+
+def test_methods_of_earlier_signatures_are_called_as_they_were():
+    net, dense = build(kind=Earlier), Earlier(*layers())
+    assert {parameter.dtype for parameter in net.double().parameters()} == {torch.float64}
+    assert names(net) == names(dense) == ['Conv2d', 'Conv2d', 'Conv2d', 'ReLU', 'Conv2d']
+
+
+def test_a_class_that_registers_its_subclasses_is_refused_in_a_line():
+    class Registered(nn.Sequential):
+        known = {'Registered': 1}
+
+        def __init_subclass__(cls):
+            raise KeyError(cls.__name__)
+
+    with pytest.raises(CSGError, match='Registered cannot be extended at run time'):
+        retrofit(Registered(*layers()), CSG)
+
+
+def test_every_modules_own_parameters_are_each_parameter_once():
+    net = build(KINDS['two generators'])
+    own = [parameter for module in net.modules() for parameter in module.parameters(recurse=False)]
+    assert len(own) == len([*net.parameters()]) and {*own} == {*net.parameters()}
+
+
+# --- parts and wholes ---
+
+
+@pytest.mark.parametrize('first', ['part', 'whole'])
+def test_a_part_and_its_whole_are_materialised_in_any_order(first):
+    net = build().eval()
+    part = net[:-1]
+    with torch.no_grad():
+        wanted = net(image())
+        part(image())
+        materialise(part if first == 'part' else net)
+        torch.testing.assert_close(net(image()), wanted)
+        torch.testing.assert_close(net[-1](part(image())), wanted)
+
+
+def test_a_fit_of_a_part_leaves_the_rest():
+    net = build()
+    before = net[3].weight.clone()
+    fit(net[:3], nn.Sequential(*layers()[:3]).state_dict())
+    assert torch.equal(net[3].weight, before)
+
+
+def test_layers_that_came_unseen_are_adopted_or_refused_by_the_first_step():
+    net = retrofit(Net(), CSG)
+    net.twin = copy.deepcopy(net.head)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    Net.forward(net, image()).square().mean().backward()  # past the root's hooks
+    optimizer.step()
+    assert net.twin[0].generator is net.csg[0]
+    other, stranger = build(), build()
+    with torch.no_grad():
+        stranger.csg[0].weight.add_(1)
+    other[2] = stranger[2]
+    with pytest.raises(CSGError, match="its generator is not this network's"):
+        other(image())
+
+
+class Initialised(nn.Sequential):
+    """As mmengine's modules, which initialise once."""
+
+    _is_init = False
+
+    def init_weights(self):
+        self._is_init = True
+
+
+def test_a_trained_network_is_initialised_once():
+    net = build(kind=Initialised)
+    begun = []
+    find_bank(net).before_init = begun.append
+    net.init_weights()
+    net.init_weights()
+    assert len(begun) == 1

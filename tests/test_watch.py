@@ -215,6 +215,13 @@ def test_copies_are_watched_too():
     assert len(train(twin, *by_part(twin))) == 1
 
 
+def test_a_network_that_is_retrofitted_again_is_watched_again():
+    net = build()
+    assert len(train(net, *by_part(net))) == 1
+    retrofit(materialise(net), CSG)
+    assert len(train(net, *by_part(net))) == 1
+
+
 # --- no cost ---
 
 
@@ -258,5 +265,5 @@ def test_networks_that_are_not_trained_are_forgotten(end):
     if end == 'gone':
         del net
         gc.collect()
-    train(other, sgd({'params': params(other)}), steps=25 if end == 'never trained' else 1)
+    train(other, sgd({'params': params(other)}), steps=101 if end == 'never trained' else 1)
     assert WATCH.is_over and not WATCH.layers

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -17,13 +18,14 @@ from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
-from ..bank import BANK, find_bank
+from ..bank import BANK, find_bank, find_roots
 from ..checkpoint import read_compact
 from ..conv import check_finite, generated_convs
 from ..errors import CSGError, abridge
 from ..generator import read_layers
 
 REORDERED = 'csg_generators_first'
+GENERATOR = re.compile(rf'(^|\.){BANK}\.\d+\._extra_state$')
 
 
 @CheckpointLoader.register_scheme(prefixes=r'.*\.safetensors$')
@@ -138,18 +140,34 @@ def load_weights(model: nn.Module, state_dict: dict) -> None:
 
 
 def check_kind(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Refuse a CSG checkpoint for a dense model, which mmengine would load in part.
+    """Refuse codes for layers that are dense in a model, which mmengine would leave random.
+
+    Args:
+        model: a network or a part of one.
+        state_dict: about to be loaded into it.
 
     Raises:
-        CSGError: the state dict holds generators and the model has no generated layer.
+        CSGError: the state dict holds generators and the model has no generated layer, or it holds codes of a layer
+            of which the model wants the weight.
     """
-    generators = [name for name in state_dict if f'{BANK}.0.' in name]
+    own = model.state_dict().keys()
+    foreign = [name for name in state_dict if name not in own]
+    generators = [name for name in foreign if GENERATOR.search(name)]
     if generators and not any(generated_convs(model)):
         raise CSGError(
             f'the checkpoint holds codes and a generator ({generators[0]}) but the config is dense, or has its csg in '
             'CSGHook, which a Runner alone runs; use a config with CSGModel, or materialise the checkpoint first '
             '(tools/materialise.py)'
         )
+    if any(find_roots(model)):  # a root looks at codes itself
+        return
+    for name in foreign:
+        weight = f'{name.removesuffix("code")}weight'
+        if name.endswith('.code') and weight in own and weight not in state_dict:
+            raise CSGError(
+                f'the checkpoint holds {name}, and this layer is dense in the model, or loaded without its generator; '
+                "set the config's csg to the checkpoint's and load it as a whole, or materialise it first"
+            )
 
 
 def _refuse_codes(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -169,26 +187,29 @@ def put_generators_first(checkpoint: dict, model: nn.Module) -> None:
     """Reorder, once, the optimizer's state of a run of csg_seg 0.1.0, in which the generators' parameters came last.
 
     Args:
-        checkpoint: of a training, changed in place.
-        model: retrofitted; else nothing is done.
+        checkpoint: of a training that is resumed, changed in place.
+        model: retrofitted.
+
+    Raises:
+        CSGError: its parameter groups do not say which parameter is which.
     """
-    bank = find_bank(model)
     settings = checkpoint.get('state_dict', {}).get(f'{BANK}.0._extra_state')
     groups = checkpoint.get('optimizer', {}).get('param_groups')
-    if bank is None or settings is None or not groups or read_layers(settings) is not None or REORDERED in checkpoint:
+    if settings is None or not groups or read_layers(settings) is not None or REORDERED in checkpoint:
         return
     checkpoint[REORDERED] = True
-    if len(groups) == 1:
-        groups[0]['params'] = _rotate(groups[0]['params'], len([*bank.parameters()]))
+    single = len(groups) == 1
     # mmengine makes no group for a frozen parameter.
-    elif all(len(group['params']) == 1 for group in groups):
-        groups[:] = _rotate(groups, sum(each.requires_grad for each in bank.parameters()))
-
-
-def _rotate(items: list, count: int) -> list:
-    """Return a list with its last few items first."""
-    split = len(items) - count
-    return [*items[split:], *items[:split]]
+    names = [name for name, each in model.named_parameters() if single or each.requires_grad]
+    earlier = sorted(names, key=lambda name: name.startswith(f'{BANK}.'))
+    items = groups[0]['params'] if single else groups
+    if len(items) != len(names) or not (single or all(len(group['params']) == 1 for group in groups)):
+        raise CSGError(
+            'a run of csg_seg 0.1.0, whose optimizer state has another order, with groups of several parameters; '
+            'begin a new run with its weights (load_from, without --resume)'
+        )
+    place = {name: position for position, name in enumerate(earlier)}
+    items[:] = [items[place[name]] for name in names]
 
 
 def _hint(model: nn.Module, state_dict: dict) -> str:

@@ -19,13 +19,13 @@ from rich.progress import Progress, track
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..bank import BANK, GeneratorBank, find_bank
+from ..bank import GeneratorBank, find_bank
 from ..errors import CSGError
 from ..files import NotWrittenError, writing
 from ..report import summarise
 from ..retrofit import CSG
 from ..settings import Settings
-from .checkpoint import put_generators_first
+from .checkpoint import GENERATOR, put_generators_first
 from .compact import write_described
 from .model import retrofit_for_runner
 
@@ -91,8 +91,8 @@ class CSGHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Refuse to resume from a dense checkpoint, which mmengine does when ``load_from`` names one."""
-        put_generators_first(checkpoint, bare_model(runner.model))
-        if runner._resume and not any(f'{BANK}.0.' in name for name in checkpoint.get('state_dict', checkpoint)):
+        prepare_resume(runner, checkpoint)
+        if runner._resume and not any(GENERATOR.search(name) for name in checkpoint.get('state_dict', checkpoint)):
             raise CSGError(
                 'the run would resume from a dense checkpoint, the load_from of the config; resume with '
                 'load_from=None, or start without --resume'
@@ -256,7 +256,7 @@ class CheckpointGuardHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Compare the checkpoint's training state with the optimizer."""
-        put_generators_first(checkpoint, bare_model(runner.model))
+        prepare_resume(runner, checkpoint)
         if not runner._resume or not isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)):
             return
         path = runner._load_from or find_latest_checkpoint(runner.work_dir)
@@ -353,6 +353,15 @@ def _announced(runner: Runner, which: str) -> set[Path]:
     return {Path(info[key]) for key in keys if info[key]}
 
 
+def prepare_resume(runner: Runner, checkpoint: dict) -> None:
+    """Let no layer start anew in a run that is resumed, and bring an earlier version's optimizer state into order."""
+    model = bare_model(runner.model)
+    bank = find_bank(model)
+    if runner._resume and bank is not None:
+        bank.reset.is_on = False
+        put_generators_first(checkpoint, model)
+
+
 def _other_optimizer(optim_wrapper: OptimWrapper | OptimWrapperDict, stored: Mapping[str, Any]) -> str:
     """Say in what the optimizer that a state was saved by differs from this one, which could not go on from it."""
     if isinstance(optim_wrapper, OptimWrapperDict):
@@ -362,7 +371,8 @@ def _other_optimizer(optim_wrapper: OptimWrapper | OptimWrapperDict, stored: Map
         return next(filter(None, (_other_optimizer(each, stored[name]) for name, each in ours.items())), '')
     if 'param_groups' not in stored:
         return f'the optimizers {", ".join(stored)}, and the config has one'
-    theirs, groups = stored['param_groups'], optim_wrapper.param_groups
+    # The wrapper's own list has one more entry, mmengine's base settings, where there are several groups.
+    theirs, groups = stored['param_groups'], optim_wrapper.optimizer.param_groups
     if len(theirs) != len(groups):
         return f'an optimizer of {len(theirs)} parameter groups, and the config makes {len(groups)}'
     for position, (their, group) in enumerate(zip(theirs, groups, strict=True)):

@@ -91,14 +91,21 @@ def guard_checkpoints(runner: Runner, *, after: str = '') -> None:
 
     def save_whole(out_dir: str, filename: str, *args: Any, **options: Any) -> None:
         path = Path(out_dir, filename)
+        before = _written(path)
         try:
             with writing(path, after=after):
                 save(out_dir, filename, *args, **options)
         except NotWrittenError:
-            path.unlink(missing_ok=True)  # mmengine leaves as much as there was room for
+            if _written(path) != before:
+                path.unlink(missing_ok=True)  # mmengine leaves as much as there was room for
             raise
 
     runner.save_checkpoint = save_whole
+
+
+def _written(path: Path) -> int | None:
+    """Return when a file was last written to, None if there is none."""
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def check_data(cfg: Config, split: str) -> None:
