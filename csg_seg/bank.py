@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .conv import CSGConv, batches, check_finite, draw_code, generate_weights, generated_convs, versions
+from .conv import CSGConv, batches, check_finite, check_fitted, draw_code, generate_weights, generated_convs, versions
 from .errors import CSGError
 from .fit import fit_generator
 from .generator import Generator, check_meaning
@@ -317,8 +317,14 @@ def drop_ahead(root: nn.Module, inputs: Any, outputs: Any) -> None:
 
 
 def refresh_before_save(root: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """See that a state dict will hold what all layers need."""
-    bank_of(root).refresh(root)
+    """See that a state dict will hold what all layers need.
+
+    Raises:
+        CSGError: a dense weight was loaded into a part of the network and not fitted.
+    """
+    bank = bank_of(root)
+    bank.refresh(root)
+    check_fitted(bank.fed.values())
 
 
 def check_before_load(root: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:

@@ -170,11 +170,7 @@ def generate_weights(convs: Sequence[CSGConv]) -> list[Tensor]:
     Raises:
         CSGError: a dense weight was loaded into a part of the network and not fitted.
     """
-    if any(conv.loaded is not None for conv in convs):
-        raise CSGError(
-            'a dense weight was loaded into a part of the network and not fitted yet; load it into the whole '
-            'network, or call model.csg.fit_loaded()'
-        )
+    check_fitted(convs)
     weights: list[Tensor] = []
     # Half-precision generation nearly doubles the rounding error: let the conv cast instead.
     with torch.autocast(convs[0].code.device.type, enabled=False):
@@ -182,6 +178,19 @@ def generate_weights(convs: Sequence[CSGConv]) -> list[Tensor]:
             slices = convs[0].generator.generate([conv.code for conv in batch])
             weights += [conv._assemble(each) for conv, each in zip(batch, slices, strict=True)]
     return weights
+
+
+def check_fitted(convs: Iterable[CSGConv]) -> None:
+    """Refuse convs that wait to be fitted.
+
+    Raises:
+        CSGError: a dense weight was loaded into a part of the network and not fitted.
+    """
+    if any(conv.loaded is not None for conv in convs):
+        raise CSGError(
+            'a dense weight was loaded into a part of the network and not fitted yet; load it into the whole '
+            'network, or call model.csg.fit_loaded()'
+        )
 
 
 def versions(tensors: Iterable[Tensor]) -> list[int]:

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -336,7 +338,8 @@ def sign_value(settings: Settings) -> float:
 
 
 MEANING = ('generator', 'slice_shape', 'code_dim', 'layout', *OPTIONAL)
-LAYERS = 'layers'
+LAYERS, CHECK = 'layers', 'crc32'
+DAMAGED = "the checkpoint's generator settings are damaged"
 
 _KINDS = {
     'linear': Generator,
@@ -359,12 +362,25 @@ def encode_meaning(settings: Settings, layers: Mapping[str, Sequence[int]] | Non
         layers: name of each layer that it feeds, and its weight's shape; None of a generator in no network.
 
     Returns:
-        JSON bytes ``(n,)`` in uint8.
+        JSON bytes ``(n,)``, with layers in float32: whoever averages a state dict as a whole adds and scales them too,
+        which bytes have no room for.
     """
     meaning = _meaning(settings)
-    if layers is not None:
-        meaning[LAYERS] = {name: list(shape) for name, shape in layers.items()}
-    return torch.frombuffer(bytearray(json.dumps(meaning).encode()), dtype=torch.uint8)
+    if layers is None:
+        return _to_bytes(meaning)
+    meaning[LAYERS] = {name: list(shape) for name, shape in layers.items()}
+    return _to_bytes(meaning | {CHECK: _checksum(meaning)}).float()
+
+
+def _to_bytes(meaning: Mapping[str, Any]) -> Tensor:
+    # Spaces between entries are as in files of 0.1.0, which have no layers.
+    separators = (',', ':') if LAYERS in meaning else None
+    return torch.frombuffer(bytearray(json.dumps(meaning, separators=separators).encode()), dtype=torch.uint8)
+
+
+def _checksum(meaning: Mapping[str, Any]) -> int:
+    """Return by what an average of different settings is told from settings."""
+    return zlib.crc32(json.dumps(meaning).encode())
 
 
 def _read(state: Tensor) -> dict:
@@ -375,9 +391,13 @@ def _read(state: Tensor) -> dict:
     """
     try:
         # Bytes that were cast or averaged with all else in a state dict are the same numbers, but for rounding.
-        return json.loads(bytes(round(each) for each in state.tolist()))
+        stored = json.loads(bytes(round(each) for each in state.tolist()))
     except (ValueError, TypeError, OverflowError) as error:
-        raise CSGError(f"the checkpoint's generator settings are damaged ({error}); use another copy of it") from None
+        raise CSGError(f'{DAMAGED} ({error}); use another copy of it') from None
+    check = stored.pop(CHECK, None) if isinstance(stored, dict) else None
+    if check is not None and check != _checksum(stored):
+        raise CSGError(f'{DAMAGED}, or it is an average of networks with different settings; use another one')
+    return stored
 
 
 def read_meaning(state: Tensor) -> dict:
@@ -392,7 +412,7 @@ def read_meaning(state: Tensor) -> dict:
         required += ['value', 'seed'] if stored['generator'] == 'binary' else []
         return {key: stored[key] for key in required} | {key: stored[key] for key in OPTIONAL if key in stored}
     except (KeyError, TypeError) as error:
-        raise CSGError(f"the checkpoint's generator settings are damaged ({error}); use another copy of it") from None
+        raise CSGError(f'{DAMAGED} ({error}); use another copy of it') from None
 
 
 def read_layers(state: Tensor) -> dict[str, tuple[int, ...]] | None:
@@ -405,7 +425,7 @@ def read_layers(state: Tensor) -> dict[str, tuple[int, ...]] | None:
     try:
         return {name: tuple(shape) for name, shape in stored[LAYERS].items()} if LAYERS in stored else None
     except (AttributeError, TypeError) as error:
-        raise CSGError(f"the checkpoint's generator settings are damaged ({error}); use another copy of it") from None
+        raise CSGError(f'{DAMAGED} ({error}); use another copy of it') from None
 
 
 def check_meaning(settings: Settings, state: Tensor) -> None:

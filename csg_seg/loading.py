@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from .conv import CSGConv, check_finite, named_convs
+from .conv import DENSE_KINDS, CSGConv, check_finite, named_convs
 from .errors import CSGError, abridge
 from .generator import read_layers
 from .root import BANK
 from .settings import matches
 
 Shape = tuple[int, ...]
+FIXED = (*DENSE_KINDS, nn.Linear, _NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 @dataclass
@@ -114,7 +116,10 @@ def prepare(root: nn.Module, bank: Bank, state_dict: dict[str, Tensor], prefix: 
     else:
         _check_entries(stored_bank, convs, state_dict, prefix)
         _check_count(bank, state_dict, prefix)
-        _check_layers(bank, {name: conv for name, conv in convs.items() if name not in reset.layers}, stored)
+        told = {name: conv for name, conv in convs.items() if name not in reset.layers}
+        _check_layers(bank, told, stored)
+        _check_renamed(told, stored)
+        _check_shapes(root, state_dict, prefix)
     for conv, visits in Counter(convs.values()).items():
         conv.__dict__['_visits'] = visits
 
@@ -189,6 +194,38 @@ def _check_layers(bank: Bank, convs: Mapping[str, CSGConv], stored: Mapping[str,
                 f'{name}: generator {position} feeds it in the checkpoint and another one in this model; '
                 "set the config's csg to the checkpoint's, in the same order"
             )
+
+
+def _check_renamed(convs: Mapping[str, CSGConv], stored: Mapping[str, tuple[int, Shape]]) -> None:
+    """Refuse layers that the state dict knows by other names, if none of these names has such a weight."""
+    known = {id(conv) for name, conv in convs.items() if name in stored}  # under one of its names
+    unknown = {id(conv): (name, tuple(conv.weight_shape)) for name, conv in convs.items() if id(conv) not in known}
+    left = Counter(shape for name, (_, shape) in stored.items() if name not in convs)
+    for name, shape in unknown.values() if stored else ():
+        left[shape] -= 1
+        if left[shape] < 0:
+            raise CSGError(
+                f'{name}: the checkpoint tells of no layer of this name, and of none more with a weight of {shape}; '
+                'take a checkpoint of the same network, or name the layer in reset'
+            )
+
+
+def _check_shapes(root: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+    """Refuse torch's own layers of another shape, of which mmengine only writes a line into its log.
+
+    Other modules may adapt what they load, such as position embeddings of another image size.
+    """
+    for name, module in root.named_modules(remove_duplicate=False):
+        if isinstance(module, CSGConv) or not isinstance(module, FIXED):
+            continue
+        for key, own in [*module._parameters.items(), *module._buffers.items()]:
+            entry = f'{name}.{key}' if name else key
+            came = state_dict.get(f'{prefix}{entry}')
+            if own is not None and own.ndim and came is not None and came.shape != own.shape:
+                raise CSGError(
+                    f'{entry}: the checkpoint holds {tuple(came.shape)}, this model wants {tuple(own.shape)}; take a '
+                    'checkpoint of the same network, or name the layer in reset'
+                )
 
 
 def _check_kinds(root: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:

@@ -58,7 +58,7 @@ class Choice:
         if unit is None:
             return params
         layers = dict(zip(self.layers, self.weight_shapes, strict=True))
-        return unit * params + len(encode_meaning(Settings(self.slice_shape, self.code_dim), layers))
+        return unit * params + encode_meaning(Settings(self.slice_shape, self.code_dim), layers).nbytes
 
 
 def search(convs: Convs, slice_shapes: Sequence[Sequence[int]] | None, unit: int | None, track: Track) -> Frontier:

@@ -75,7 +75,12 @@ class Watch:
         """Look up, before a step changes generators, which layers they feed: a copied layer may not have been seen."""
         for root in [*self.roots]:
             if isinstance(root, CSGRoot) and not self.is_over:
-                self.layers.update(self._new(root.refresh()))
+                fed = root.refresh()
+                generators = {conv.generator for conv in fed.values()}
+                for conv in [*self.layers]:
+                    if isinstance(conv, CSGConv) and conv.generator in generators and conv not in fed.values():
+                        self.layers.pop(conv)  # replaced since
+                self.layers.update(self._new(fed))
 
     def look(self, optimizer: Optimizer, *_: Any) -> None:
         """Look, after a step, at the generators that had a gradient in it."""

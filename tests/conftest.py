@@ -97,3 +97,19 @@ def _become(command: list[str], files: list[Path], environment: dict[str, str]) 
 def run_tool(name: str, *args, check: bool = True) -> subprocess.CompletedProcess:
     """Run ``tools/NAME``."""
     return run_script(ROOT / 'tools' / name, *args, check=check)
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Run a tool in this process and return the one line it ends with."""
+
+    def call(tool, *args) -> str:
+        monkeypatch.setattr(sys, 'argv', [tool, *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
+        capsys.readouterr()
+        message = str(end.value.code)
+        assert message.startswith('error: ') and '\n' not in message
+        return message
+
+    return call

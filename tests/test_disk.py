@@ -4,8 +4,6 @@ import errno
 import os
 import pickle
 import resource
-import runpy
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,22 +51,6 @@ def files(tmp_path_factory):
     torch.save({'meta': {}, 'state_dict': materialise(model).state_dict()}, folder / 'dense.pth')
     mmcv.imwrite(np.zeros((80, 80, 3), np.uint8), str(folder / 'image.png'))
     return folder
-
-
-@pytest.fixture
-def refused(monkeypatch, capsys):
-    """Run a tool in this process and return the one line it ends with."""
-
-    def call(tool, *args) -> str:
-        monkeypatch.setattr(sys, 'argv', [tool, *map(str, args)])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
-        capsys.readouterr()
-        message = str(end.value.code)
-        assert message.startswith('error: ') and '\n' not in message
-        return message
-
-    return call
 
 
 def small(drawn, **more):

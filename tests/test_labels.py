@@ -1,8 +1,6 @@
 """Masks with labels that are no classes are named, with what to do, wherever they are read."""
 
-import runpy
 import shutil
-import sys
 import time
 
 import mmcv
@@ -47,8 +45,8 @@ def root(drawn, tmp_path):
 
 
 @pytest.fixture
-def refused(root, tmp_path, monkeypatch, capsys):
-    """Run a tool on the data in this process, and return the one line it ends with."""
+def refused(refused, root, tmp_path):
+    """Run a tool on the data, and return the one line it ends with."""
     checkpoint = tmp_path / 'x.pth'
 
     def call(tool, *args, **more) -> str:
@@ -56,14 +54,8 @@ def refused(root, tmp_path, monkeypatch, capsys):
         if tool == 'test.py':
             torch.save({'state_dict': build_model(read_config(DEMO, options(root, **more))).state_dict()}, checkpoint)
             checkpoints = [checkpoint]
-        command = [tool, DEMO, *checkpoints, '--work-dir', tmp_path / 'work', *cfg_options(options(root, **more))]
-        monkeypatch.setattr(sys, 'argv', [*map(str, [*command, *args])])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
-        capsys.readouterr()
-        message = str(end.value.code)
-        assert message.startswith('error: ') and '\n' not in message
-        return message
+        work = ['--work-dir', tmp_path / 'work', *cfg_options(options(root, **more))]
+        return refused(tool, DEMO, *checkpoints, *work, *args)
 
     return call
 

@@ -138,6 +138,35 @@ def test_renamed_entries_load():
     torch.testing.assert_close(model[1](images), trained[0](images))
 
 
+def test_renamed_entries_of_other_widths_are_refused():
+    trained = retrofit(nn.ModuleDict({'a': network(width=20)}), CSG | {'include': ['a.2']})
+    model = retrofit(nn.ModuleDict({'b': network(width=24)}), CSG | {'include': ['b.2']})
+    renamed = {f'b{name[1:]}' if name.startswith('a') else name: each for name, each in trained.state_dict().items()}
+    codes = {name: each for name, each in renamed.items() if 'b.2' in name or 'csg' in name}
+    with pytest.raises(CSGError, match='b.2: the checkpoint tells of no layer of this name'):
+        model.load_state_dict(codes, strict=False)
+
+
+@pytest.mark.parametrize('load', LOADERS)
+def test_a_dense_head_of_other_classes_is_refused_too(load):
+    def build(classes):
+        return retrofit(network().append(nn.Conv2d(5, classes, 1)), CSG | {'exclude': ['5']})
+
+    with pytest.raises(CSGError, match='5.weight: the checkpoint holds .* name the layer in reset'):
+        load(build(7), build(9).state_dict())
+    assert load_state_dict(build(7), build(9).state_dict(), reset='5') == ('5',)
+
+
+def test_a_part_that_was_not_fitted_is_not_saved(tmp_path):
+    model = retrofit(nn.ModuleDict({'body': network()}), CSG | {'include': ['body.2', 'body.4']})
+    model['body'].load_state_dict(network(seed=1).state_dict())
+    for save in (model.state_dict, lambda: save_compact(model, tmp_path / 'never.safetensors')):
+        with pytest.raises(CSGError, match='not fitted yet'):
+            save()
+    find_bank(model).fit_loaded()
+    assert 'body.2.code' in model.state_dict()
+
+
 def test_a_state_dict_names_its_layers():
     model = retrofit(network(), [CSG | {'include': ['2']}, CSG])
     state = model.state_dict()
@@ -223,12 +252,37 @@ def averaged_by_numpy(one, other):
     }
 
 
+def federated(one, other):
+    """As FedAvg is usually written: weighted by samples, summed in place, divided at the end."""
+    total = {name: each.clone() for name, each in one.items()}
+    for name in total:
+        total[name] += other[name]
+        total[name] += other[name]
+        total[name] = torch.div(total[name], 3)
+    return total
+
+
+def by_samples(one, other):
+    """As frameworks of federated learning aggregate arrays."""
+    samples = (100, 250, 650)
+    arrays = [
+        [each.numpy() * count for each in state.values()]
+        for state, count in zip((one, other, one), samples, strict=True)
+    ]
+    return {
+        name: torch.tensor(sum(each) / sum(samples)) for name, each in zip(one, zip(*arrays, strict=True), strict=True)
+    }
+
+
 CASTS = {
+    'federated': federated,
+    'by samples': by_samples,
+    'integer weights': lambda one, other: {name: (each * 1 + other[name] * 5) / 6 for name, each in one.items()},
     'half': lambda one, other: {name: each.half() for name, each in one.items()},
     'bfloat16': lambda one, other: {name: each.bfloat16() for name, each in one.items()},
     'double': lambda one, other: {name: each.double() for name, each in one.items()},
     'integers too': lambda one, other: {
-        name: each.long() if each.dtype == torch.uint8 else each for name, each in one.items()
+        name: each.long() if name.endswith('_extra_state') else each for name, each in one.items()
     },
     'mean': lambda one, other: {
         name: (each.double() + other[name].double()).div(2).float() for name, each in one.items()
@@ -261,6 +315,13 @@ def test_an_average_of_different_settings_is_refused():
     mean = {name: (each.double() + states[1][name].double()) / 2 for name, each in states[0].items()}
     with pytest.raises(CSGError, match='settings are damaged'):
         retrofit(network(), CSG).load_state_dict(mean)
+
+
+def test_an_average_of_other_signs_is_refused():
+    states = [retrofit(network(), CSG | {'generator': 'binary', 'seed': seed}).state_dict() for seed in (0, 4)]
+    mean = {name: (each.double() + states[1][name].double()) / 2 for name, each in states[0].items()}
+    with pytest.raises(CSGError, match='damaged, or it is an average of networks with different settings'):
+        retrofit(network(), CSG | {'generator': 'binary'}).load_state_dict(mean)
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), 300.0, -1.0])

@@ -222,6 +222,13 @@ def test_a_network_that_is_retrofitted_again_is_watched_again():
     assert len(train(net, *by_part(net))) == 1
 
 
+def test_layers_that_were_replaced_are_not_told_of():
+    net = build()
+    net(torch.zeros(1, 3, 12, 12))
+    net.head = nn.Conv2d(24, 5, 1)
+    assert train(net, sgd({'params': params(net)})) == []
+
+
 # --- no cost ---
 
 
