@@ -362,14 +362,14 @@ def encode_meaning(settings: Settings, layers: Mapping[str, Sequence[int]] | Non
         layers: name of each layer that it feeds, and its weight's shape; None of a generator in no network.
 
     Returns:
-        JSON bytes ``(n,)``, with layers in float32: whoever averages a state dict as a whole adds and scales them too,
-        which bytes have no room for.
+        JSON bytes ``(n,)``, with layers in int32: whoever averages a state dict as a whole adds and scales them too,
+        which uint8 has no room for.
     """
     meaning = _meaning(settings)
     if layers is None:
         return _to_bytes(meaning)
     meaning[LAYERS] = {name: list(shape) for name, shape in layers.items()}
-    return _to_bytes(meaning | {CHECK: _checksum(meaning)}).float()
+    return _to_bytes(meaning | {CHECK: _checksum(meaning)}).int()
 
 
 def _to_bytes(meaning: Mapping[str, Any]) -> Tensor:

@@ -161,8 +161,8 @@ def summarise(model: nn.Module) -> Summary:
     stored = sum(parameter.numel() for parameter in parameters)
     saved = sum(layer.dense_params - layer.stored_params for layer in layers)
     generator_params = sum(_count(generator) for generator in generators)
-    stored_bytes = sum(_bytes(tensor) for tensor in model.state_dict().values())
-    generator_bytes = sum(_bytes(tensor) for generator in generators for tensor in generator.state_dict().values())
+    stored_bytes = _bytes(model)
+    generator_bytes = sum(map(_bytes, generators))
     saved_bytes = sum((conv.weight_shape.numel() - _stored(conv)) * conv.code.element_size() for conv in generated)
     return Summary(
         dense_params=stored - generator_params + saved,
@@ -215,9 +215,9 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _bytes(entry: Any) -> int:
-    """Return the size of a state dict's entry, 0 for an extra state that is no tensor."""
-    return entry.numel() * entry.element_size() if isinstance(entry, Tensor) else 0
+def _bytes(module: nn.Module) -> int:
+    """Return the size of a state dict, without extra states that are no tensors."""
+    return sum(each.nbytes for each in module.state_dict().values() if isinstance(each, Tensor))
 
 
 def _by(shape: Sequence[int]) -> str:
