@@ -55,7 +55,7 @@ class GeneratorBank(nn.ModuleList):
         self._is_watched = False
 
     def forward(self, input: Any) -> Any:
-        """Return the input: a root that runs its children in turn, as ``nn.Sequential`` does, runs the bank too."""
+        """Return the input: a root whose forward runs all that is registered in turn runs the bank too."""
         return input
 
     def __iter__(self) -> Iterator[Generator]:
@@ -109,11 +109,11 @@ class GeneratorBank(nn.ModuleList):
 
     def begin_pass(self, root: nn.Module) -> None:
         """See, before a forward pass of the root, that layers are known, and that the first training is watched."""
-        if self._changes != CSGConv.changes:
-            self.refresh(root)
         self.reset.is_on = False
-        if not self._is_watched and torch.is_grad_enabled():
+        begins = not self._is_watched and torch.is_grad_enabled()
+        if begins or self._changes != CSGConv.changes:
             self.refresh(root)
+        if begins:
             WATCH.begin(self.fed, root)
             self._is_watched = True
         elif WATCH.is_over:

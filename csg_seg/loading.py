@@ -101,7 +101,10 @@ def prepare(root: nn.Module, bank: Bank, state_dict: dict[str, Tensor], prefix: 
     is_dense = _is_dense(state_dict, prefix, convs) and not stored_bank.keys() & state_dict.keys()
     if not is_dense:
         bank.check_meanings(state_dict, f'{prefix}{BANK}.')
-    stored = {} if is_dense else _stored_layers(state_dict, prefix)
+    generators = {} if is_dense else _stored_generators(state_dict, prefix)
+    stored = {
+        name: (position, shape) for position, layers in generators.items() for name, shape in (layers or {}).items()
+    }
     reset.layers = (
         tuple(_start_anew(root, bank, reset.patterns, None if is_dense else stored, state_dict, prefix))
         if reset.is_on
@@ -115,7 +118,7 @@ def prepare(root: nn.Module, bank: Bank, state_dict: dict[str, Tensor], prefix: 
         state_dict.update(stored_bank)
     else:
         _check_entries(stored_bank, convs, state_dict, prefix)
-        _check_count(bank, state_dict, prefix)
+        _check_count(bank, generators)
         told = {name: conv for name, conv in convs.items() if name not in reset.layers}
         _check_layers(bank, told, stored)
         _check_renamed(told, stored)
@@ -137,18 +140,8 @@ def _stored_generators(state_dict: Mapping[str, Tensor], prefix: str) -> dict[in
     return {int(match[1]): read_layers(state) for match, state in found if match}
 
 
-def _stored_layers(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, tuple[int, Shape]]:
-    """Return the generator's position and the weight's shape of each layer that a state dict tells of."""
-    return {
-        name: (position, shape)
-        for position, layers in _stored_generators(state_dict, prefix).items()
-        for name, shape in (layers or {}).items()
-    }
-
-
-def _check_count(bank: Bank, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+def _check_count(bank: Bank, stored: Mapping[int, Mapping[str, Shape] | None]) -> None:
     """Refuse a state dict of more generators than the model's that does not tell which layers they feed."""
-    stored = _stored_generators(state_dict, prefix)
     if any(position >= len(bank) and layers is None for position, layers in stored.items()):
         raise CSGError(
             f"the checkpoint holds {len(stored)} generators, this model has {len(bank)}; set the config's csg to the "

@@ -71,6 +71,10 @@ class Watch:
     def _new(self, layers: Mapping[str, CSGConv]) -> dict[CSGConv, str]:
         return {conv: name for name, conv in layers.items() if conv not in self.done}
 
+    def _forget(self) -> None:
+        self.layers.clear()
+        self.roots.clear()
+
     def refresh(self, *_: Any) -> None:
         """Look up, before a step changes generators, which layers they feed: a copied layer may not have been seen."""
         for root in [*self.roots]:
@@ -103,15 +107,13 @@ class Watch:
             warnings.warn(text, CSGWarning, stacklevel=3)  # where the user's program calls step()
         self.steps_left -= 1
         # The hooks themselves go in the next forward pass: torch is iterating over hooks here.
-        self.is_over = not self.layers or self.steps_left <= 0
-        if self.is_over:
-            self.layers.clear()
-            self.roots.clear()
+        if not self.layers or self.steps_left <= 0:
+            self._forget()
+            self.is_over = True
 
     def end(self) -> None:
         """Watch nothing any more; optimizers' steps are then what they were."""
-        self.layers.clear()
-        self.roots.clear()
+        self._forget()
         self.is_over = False
         for hook in self.hooks:
             hook.remove()
