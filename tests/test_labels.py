@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, cfg_options
 from mmcv.transforms import BaseTransform
-from mmengine.registry import DATASETS, TRANSFORMS
+from mmengine.registry import DATASETS, TRANSFORMS, init_default_scope
 from PIL import Image
 
 from csg_seg.errors import CSGError
@@ -143,6 +143,7 @@ def test_a_few_masks_of_many_are_read(root, monkeypatch):
     listed.write_text('\n'.join(names * 500) + '\n')
     cfg = read_config(DEMO, options(root))
     dataset = DATASETS.build({**cfg.train_dataloader.dataset, '_scope_': 'mmseg', 'serialize_data': False})
+    init_default_scope('mmseg')
     check, read = labels._check, []
 
     def counted(cfg, split, mask, path):
