@@ -17,7 +17,7 @@ setup(
     packages=find_packages(include=['csg_seg', 'csg_seg.*']),
     # Configs and tools, which mim and 'csg_seg::' bases look for there; links to the folders of this project.
     package_data={'csg_seg': ['.mim/model-index.yml', '.mim/configs/**/*', '.mim/tools/**/*']},
-    entry_points={'console_scripts': ['csg-seg = csg_seg.__main__:main']},
+    entry_points={'console_scripts': ['csg-seg = csg_seg.cli.main:main']},
     python_requires='>=3.10,<3.13',
     install_requires=['torch>=2.6', 'torchvision', 'numpy', 'pillow', 'pycocotools', 'safetensors'],
     extras_require={

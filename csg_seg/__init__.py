@@ -1,26 +1,23 @@
-"""Compress a CNN: one small generator and short codes make the filters of all its convs.
+"""Compress CNNs: one small generator and short codes produce the filters of all convs.
 
-Convolutional Slice Generator, Omidvar et al., "Associative Convolutional Layers",
-AISTATS 2021 (PMLR 130:3115-3123). Importing this package also registers its
-mmengine parts, when mmengine is installed.
+Convolutional Slice Generator (CSG), Omidvar et al., "Associative Convolutional Layers",
+AISTATS 2021 (PMLR 130:3115-3123).
+
+This package needs only torch, numpy and safetensors. Everything for mmengine, mmsegmentation and
+mmpretrain is in :mod:`csg_seg.mm`, which configs import: ``custom_imports = dict(imports=['csg_seg.mm'])``.
 """
 
-import warnings
-from importlib.util import find_spec
+import sys
+from importlib import import_module
 
-from .builders import register_builder
-from .checkpoint import load_compact, save_compact
 from .errors import CSGError, CSGWarning
-from .plan import plan
+from .planning.planner import plan
 from .report import summarise
-from .retrofit import fit, load_generators, load_state_dict, materialise, retrofit
+from .retrofitting.surgery import materialise, retrofit
+from .retrofitting.weights import fit, load_generators, load_state_dict
+from .storage.builders import register_builder
+from .storage.compact import load_compact, save_compact
 from .version import __version__
-
-if find_spec('mmengine') is not None:
-    try:
-        from . import mm as _mm  # noqa: F401
-    except ImportError as error:
-        warnings.warn(f'mmengine is installed but does not import: {error}', stacklevel=2)
 
 __all__ = [
     'CSGError',
@@ -37,3 +34,8 @@ __all__ = [
     'save_compact',
     'summarise',
 ]
+
+# Configs written for version 0.2 or earlier import ``csg_seg`` and expect ``CSGModel`` to be registered.
+# mmengine is loaded when it reads them.
+if 'mmengine' in sys.modules:
+    import_module('csg_seg.mm')

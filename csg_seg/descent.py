@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+from csg_seg.generators.linear import Generator
+
 from .errors import CSGError
-from .generator import Generator
 
 # Adam's first step, as a share of a tensor's root mean square.
 _PACE = 0.1

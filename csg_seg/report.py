@@ -7,12 +7,13 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from .bank import find_roots
-from .conv import CSGConv, find_convs, find_others
+from csg_seg.generators.linear import Generator
+from csg_seg.generators.settings import OPTIONAL
+from csg_seg.generators.slices import grid
+from csg_seg.layers.bank import find_roots
+from csg_seg.layers.conv import CSGConv, find_convs, find_others
+
 from .errors import CSGError, abridge
-from .generator import Generator
-from .settings import OPTIONAL
-from .slices import grid
 
 
 @dataclass(frozen=True)

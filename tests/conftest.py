@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # Importing the libraries takes longer than most tools run: tools start as copies of a process that has them.
 PROCESSES = multiprocessing.get_context('forkserver')
-PROCESSES.set_forkserver_preload(['csg_seg.mm.launch', 'mmseg.apis', 'mmpretrain.apis'])
+PROCESSES.set_forkserver_preload(['csg_seg.mm.running.preflight', 'mmseg.apis', 'mmpretrain.apis'])
 
 # A narrow network on small crops, so that a test takes seconds; the rest of the config stays real.
 SMALL_MODEL = {
@@ -52,7 +52,7 @@ def real_data(request) -> Path:
 @pytest.fixture(scope='session')
 def drawn(tmp_path_factory) -> Path:
     """A small drawn VOC."""
-    from csg_seg.drawing import draw_dataset
+    from csg_seg.data.drawn import draw_dataset
 
     return draw_dataset(tmp_path_factory.mktemp('drawn'), train=16, val=6, size=64)
 
@@ -90,8 +90,17 @@ def _become(command: list[str], files: list[Path], environment: dict[str, str]) 
     os.environ.update(environment)
     os.chdir(ROOT)
     sys.argv = command
-    sys.path[0] = str(Path(command[0]).parent)
-    runpy.run_path(command[0], run_name='__main__')
+    if command[0].startswith('experiments.'):
+        sys.path[0] = str(ROOT)
+        runpy.run_module(command[0], run_name='__main__', alter_sys=True)
+    else:
+        sys.path[0] = str(Path(command[0]).parent)
+        runpy.run_path(command[0], run_name='__main__')
+
+
+def run_experiment(name: str, *args, check: bool = True) -> subprocess.CompletedProcess:
+    """Run ``python -m experiments.NAME``."""
+    return run_script(f'experiments.{name}', *args, check=check)
 
 
 def run_tool(name: str, *args, check: bool = True) -> subprocess.CompletedProcess:
@@ -106,7 +115,10 @@ def refused(monkeypatch, capsys):
     def call(tool, *args) -> str:
         monkeypatch.setattr(sys, 'argv', [tool, *map(str, args)])
         with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
+            if tool.startswith('experiments.'):
+                runpy.run_module(tool, run_name='__main__', alter_sys=True)
+            else:
+                runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
         capsys.readouterr()
         message = str(end.value.code)
         assert message.startswith('error: ') and '\n' not in message

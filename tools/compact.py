@@ -5,16 +5,18 @@ import json
 import tempfile
 from pathlib import Path
 
-from csg_seg.cli import check_out, one_line_errors
+from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.options import check_out
 
 with one_line_errors():
     from mmengine.config import DictAction
 
     from csg_seg.errors import CSGError
-    from csg_seg.mm.benchmark import evaluate
-    from csg_seg.mm.compact import compact, logit_error
-    from csg_seg.mm.launch import check_data, read_config
-    from csg_seg.precision import DTYPES
+    from csg_seg.mm.checkpoints.described import compact, logit_error
+    from csg_seg.mm.running.configs import read_config
+    from csg_seg.mm.running.preflight import check_data
+    from csg_seg.storage.precision import DTYPES
+    from experiments.runs.runner import evaluate
 
 
 def parse_args() -> argparse.Namespace:

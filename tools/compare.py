@@ -6,7 +6,8 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from csg_seg.cli import check_out, one_line_errors
+from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.options import check_out
 from csg_seg.files import write_whole, writing_into
 
 with one_line_errors():
@@ -14,8 +15,9 @@ with one_line_errors():
     from rich.console import Console
     from rich.table import Table
 
-    from csg_seg.mm.compare import compare
-    from csg_seg.mm.launch import check_data, read_config
+    from csg_seg.mm.running.comparison import compare
+    from csg_seg.mm.running.configs import read_config
+    from csg_seg.mm.running.preflight import check_data
 
 
 def parse_args() -> argparse.Namespace:

@@ -3,11 +3,12 @@
 import argparse
 import json
 
-from csg_seg.cli import check_out, one_line_errors
+from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.options import check_out
 
 with one_line_errors():
     from csg_seg.errors import CSGError
-    from csg_seg.mm.inference import add_network_options, draw, load_network, name_classes, predict, save_picture
+    from csg_seg.mm.deploy.inference import add_network_options, draw, load_network, name_classes, predict, save_picture
 
 
 def parse_args() -> argparse.Namespace:

@@ -5,14 +5,15 @@ import json
 from contextlib import nullcontext
 
 from csg_seg import materialise
-from csg_seg.cli import check_out, one_line_errors
+from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.options import check_out
 
 with one_line_errors():
     from rich.console import Console
 
-    from csg_seg.bank import find_bank
-    from csg_seg.mm.export import DTYPES, export_onnx
-    from csg_seg.mm.inference import add_network_options, inputs, load_network
+    from csg_seg.layers.bank import find_bank
+    from csg_seg.mm.deploy.inference import add_network_options, inputs, load_network
+    from csg_seg.mm.deploy.onnx_export import DTYPES, export_onnx
 
 
 def parse_args() -> argparse.Namespace:

@@ -5,15 +5,16 @@ import json
 from pathlib import Path
 
 from csg_seg import materialise
-from csg_seg.cli import check_out, one_line_errors
+from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.options import check_out
 from csg_seg.files import write_tensors
 
 with one_line_errors():
     from mmengine.config import DictAction
 
-    from csg_seg.mm.checkpoint import load_weights, read_checkpoint
-    from csg_seg.mm.launch import read_config
+    from csg_seg.mm.checkpoints.reading import load_weights, read_checkpoint
     from csg_seg.mm.model import build_model
+    from csg_seg.mm.running.configs import read_config
 
 
 def parse_args() -> argparse.Namespace:

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from csg_seg import plan, retrofit, summarise
-from csg_seg.cli import check_out, one_line_errors
+from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.options import check_out
 from csg_seg.files import write_whole
 
 with one_line_errors():
@@ -15,8 +16,8 @@ with one_line_errors():
     from rich.progress import track
     from rich.table import Table
 
-    from csg_seg.mm.launch import read_config
-    from csg_seg.mm.plan import build_dense, describe_layers, planned_config
+    from csg_seg.mm.planned_config import build_dense, describe_layers, planned_config
+    from csg_seg.mm.running.configs import read_config
 
 
 def parse_args() -> argparse.Namespace:

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from csg_seg import summarise
-from csg_seg.cli import check_out, one_line_errors
+from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.options import check_out
 
 with one_line_errors():
     from mmengine.config import DictAction
@@ -15,12 +16,12 @@ with one_line_errors():
     from rich.progress import track
 
     from csg_seg.errors import CSGError
-    from csg_seg.mm.checkpoint import load_weights, read_checkpoint
+    from csg_seg.mm.checkpoints.reading import load_weights, read_checkpoint
     from csg_seg.mm.curve import draw_curve, mark_settings
-    from csg_seg.mm.launch import read_config
     from csg_seg.mm.model import build_model
-    from csg_seg.mm.plan import build_dense
-    from csg_seg.plan import trade_off
+    from csg_seg.mm.planned_config import build_dense
+    from csg_seg.mm.running.configs import read_config
+    from csg_seg.planning.planner import trade_off
 
 
 def parse_args() -> argparse.Namespace:

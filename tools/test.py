@@ -6,7 +6,7 @@ import os
 import sys
 from contextlib import redirect_stdout
 
-from csg_seg.cli import one_line_errors
+from csg_seg.cli.errors import one_line_errors
 
 with one_line_errors():
     from mmengine.config import DictAction
@@ -14,11 +14,14 @@ with one_line_errors():
 
     from csg_seg.errors import CSGError
     from csg_seg.files import check_folder, writing_into
-    from csg_seg.mm.checkpoint import check_file, forbid_unpickling
-    from csg_seg.mm.hooks import CheckpointGuardHook, ProgressBarHook
-    from csg_seg.mm.labels import LabelGuardHook
-    from csg_seg.mm.launch import check_data, load_config, use_cpu_processes
+    from csg_seg.mm.checkpoints.unpickling import check_file, forbid_unpickling
+    from csg_seg.mm.hooks.checkpoint_guard import CheckpointGuardHook
+    from csg_seg.mm.hooks.label_guard import LabelGuardHook
+    from csg_seg.mm.hooks.progress_bar import ProgressBarHook
     from csg_seg.mm.model import build_model
+    from csg_seg.mm.running.configs import load_config
+    from csg_seg.mm.running.preflight import check_data
+    from csg_seg.mm.running.processes import use_cpu_processes
 
 
 def parse_args() -> argparse.Namespace:

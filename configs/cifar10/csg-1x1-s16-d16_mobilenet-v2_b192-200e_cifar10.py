@@ -1,6 +1,6 @@
 # MobileNetV2 on CIFAR-10: 1,595,322 parameters stored for 2,296,922 dense, 1.44x.
 _base_ = './mobilenet-v2_b192-200e_cifar10.py'
-custom_imports = dict(imports=['csg_seg'])
+custom_imports = dict(imports=['csg_seg.mm'])
 model = dict(
     type='CSGModel',
     base_type={{_base_.model.type}},

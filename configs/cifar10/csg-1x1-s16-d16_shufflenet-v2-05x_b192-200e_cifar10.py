@@ -1,6 +1,6 @@
 # ShuffleNetV2 0.5x on CIFAR-10: 171,818 parameters stored for 352,042 dense, 2.05x.
 _base_ = './shufflenet-v2-05x_b192-200e_cifar10.py'
-custom_imports = dict(imports=['csg_seg'])
+custom_imports = dict(imports=['csg_seg.mm'])
 model = dict(
     type='CSGModel',
     base_type={{_base_.model.type}},

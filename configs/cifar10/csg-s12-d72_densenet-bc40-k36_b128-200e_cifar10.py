@@ -1,5 +1,5 @@
 # DenseNet-BC, 40 layers, growth 36, on CIFAR-10: 842,842 parameters stored for 1,542,682 dense, 1.83x.
 _base_ = './densenet-bc40-k36_b128-200e_cifar10.py'
-custom_imports = dict(imports=['csg_seg'])
+custom_imports = dict(imports=['csg_seg.mm'])
 model = dict(type='CSGModel', base_type={{_base_.model.type}}, csg=dict(slice_shape=(12, 12, 3, 3), code_dim=72))
 default_hooks = dict(csg=dict(type='CSGHook', save_compact=True))

@@ -1,5 +1,5 @@
 # ResNet-20 on CIFAR-10: 176,698 parameters stored for 269,722 dense, 1.53x.
 _base_ = './resnet20_b192-200e_cifar10.py'
-custom_imports = dict(imports=['csg_seg'])
+custom_imports = dict(imports=['csg_seg.mm'])
 model = dict(type='CSGModel', base_type={{_base_.model.type}}, csg=dict(slice_shape=(16, 16, 3, 3), code_dim=72))
 default_hooks = dict(csg=dict(type='CSGHook', save_compact=True))

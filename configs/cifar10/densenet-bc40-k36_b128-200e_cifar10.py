@@ -4,5 +4,5 @@ _base_ = [
     '../_base_/datasets/cifar10.py',
     '../_base_/schedules/cifar10_200e.py',
 ]
-custom_imports = dict(imports=['csg_seg'])
+custom_imports = dict(imports=['csg_seg.mm'])
 train_dataloader = dict(batch_size=128)

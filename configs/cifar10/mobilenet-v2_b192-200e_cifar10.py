@@ -4,4 +4,4 @@ _base_ = [
     '../_base_/datasets/cifar10.py',
     '../_base_/schedules/cifar10_200e.py',
 ]
-custom_imports = dict(imports=['csg_seg'])
+custom_imports = dict(imports=['csg_seg.mm'])

@@ -4,4 +4,4 @@ _base_ = [
     '../_base_/datasets/cifar10_npz.py',
     '../_base_/schedules/cifar10_20e.py',
 ]
-custom_imports = dict(imports=['csg_seg'])
+custom_imports = dict(imports=['csg_seg.mm'])

@@ -4,5 +4,5 @@ _base_ = [
     '../_base_/datasets/cifar10_jpeg.py',
     '../_base_/schedules/cifar10_60e.py',
 ]
-custom_imports = dict(imports=['csg_seg'])
+custom_imports = dict(imports=['csg_seg.mm'])
 model = dict(backbone=dict(depth=56))

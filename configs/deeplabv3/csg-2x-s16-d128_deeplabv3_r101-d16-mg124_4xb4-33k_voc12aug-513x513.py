@@ -1,6 +1,6 @@
 # The paper's DeepLab with two generators, backbone 3x3 and ASPP's dilated 3x3: 26,406,325 parameters stored for 59,344,309 dense, 2.25x.
 _base_ = './deeplabv3_r101-d16-mg124_4xb4-33k_voc12aug-513x513.py'
-custom_imports = dict(imports=['csg_seg'])
+custom_imports = dict(imports=['csg_seg.mm'])
 model = dict(
     type='CSGModel',
     base_type={{_base_.model.type}},

@@ -1,5 +1,5 @@
 # DeepLabV3, ResNet-18, on CamVid, all 3x3 convs generated: 1.4 M parameters stored for 14.0 M dense, 10.20x.
 _base_ = './deeplabv3_r18-d8_2xb4-20k_camvid-360x480.py'
-custom_imports = dict(imports=['csg_seg'])
+custom_imports = dict(imports=['csg_seg.mm'])
 model = dict(type='CSGModel', base_type={{_base_.model.type}}, csg=dict(slice_shape=(16, 16, 3, 3), code_dim=128))
 default_hooks = dict(csg=dict(type='CSGHook', save_compact=True), exact_resume=dict(type='ExactResumeHook'))

@@ -6,7 +6,7 @@ _base_ = __import__('csg_seg') and [
     'mmseg::_base_/default_runtime.py',
     'mmseg::_base_/schedules/schedule_20k.py',
 ]
-custom_imports = dict(imports=['csg_seg'])
+custom_imports = dict(imports=['csg_seg.mm'])
 norm_cfg = dict(type='BN', requires_grad=True)
 model = dict(
     pretrained=None,

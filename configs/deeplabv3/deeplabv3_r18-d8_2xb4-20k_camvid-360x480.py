@@ -6,7 +6,7 @@ _base_ = __import__('csg_seg') and [
     'mmseg::_base_/default_runtime.py',
     'mmseg::_base_/schedules/schedule_20k.py',
 ]
-custom_imports = dict(imports=['csg_seg'])
+custom_imports = dict(imports=['csg_seg.mm'])
 model = dict(
     pretrained='open-mmlab://resnet18_v1c',
     data_preprocessor=dict(size=(360, 480)),

@@ -9,7 +9,7 @@ _base_ = __import__('csg_seg') and [
     'mmseg::_base_/default_runtime.py',
     'mmseg::_base_/schedules/schedule_80k.py',
 ]
-custom_imports = dict(imports=['csg_seg'])
+custom_imports = dict(imports=['csg_seg.mm'])
 model = dict(
     pretrained='torchvision://resnet50',
     data_preprocessor=dict(size=(480, 480)),

@@ -6,7 +6,7 @@ _base_ = __import__('csg_seg') and [
     'mmseg::_base_/default_runtime.py',
     'mmseg::_base_/schedules/schedule_20k.py',
 ]
-custom_imports = dict(imports=['csg_seg'])
+custom_imports = dict(imports=['csg_seg.mm'])
 crop_size = (352, 480)
 train_pipeline = [
     dict(type='LoadImageFromFile'),

@@ -1,42 +1,44 @@
-"""All that concerns mmengine: the model door, the hook door, data sets, launching.
+"""The parts for mmengine, mmsegmentation and mmpretrain.
 
-Importing it registers ``CSGModel``, ``TaughtModel``, ``CSGHook``, ``ExactResumeHook``, ``ProximalHook``, the loader
-of compact checkpoints and, as far as mmsegmentation and mmpretrain are there,
-data sets, CIFAR networks and metrics.
+Importing this module registers ``CSGModel``, ``TaughtModel``, the hooks, the loader of compact
+checkpoints and, if mmsegmentation and mmpretrain are installed, data sets, networks and metrics.
 """
 
 import warnings
 from contextlib import redirect_stdout
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 
 from mmengine.config.utils import MODULE2PACKAGE
 
-from . import builder, checkpoint, hooks, model, optimizers, proximal  # noqa: F401
+from . import hooks, model, patches  # noqa: F401
+from .checkpoints import reading, registries  # noqa: F401
 
-# They print a note about a package nobody asked for, and warn that mmcv has no compiled ops, which none of
-# our networks uses; stdout belongs to programs that read JSON.
+# What each library is needed for.
+NEEDS = {
+    'mmseg': ('csg_seg.mm.datasets.segmentation', 'csg_seg.mm.networks.deeplab_head'),
+    'mmpretrain': ('csg_seg.mm.datasets.classification', 'csg_seg.mm.metrics', 'csg_seg.mm.networks.cifar'),
+}
+# Name of each library's distribution on PyPI; the maintained distributions are called onedl-*.
+DISTRIBUTIONS = {'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'}
+
+# The libraries print about optional packages and compiled ops that no network here needs. stdout must
+# stay clean, because tools print JSON to it.
 with redirect_stdout(None), warnings.catch_warnings():
     warnings.filterwarnings('ignore', message='Fail to import ``MultiScaleDeformableAttention``')
-    if find_spec('mmseg') is not None:
+    for library in [name for name in NEEDS if find_spec(name) is not None]:
         try:
-            from . import deeplab, seg_datasets  # noqa: F401
-        except (ImportError, AssertionError) as error:  # mmseg asserts the versions it works with
-            warnings.warn(f'mmsegmentation is installed but does not import: {error}', stacklevel=2)
-    if find_spec('mmpretrain') is not None:
-        try:
-            from . import cls_datasets, metrics, networks  # noqa: F401
-        except (ImportError, AssertionError) as error:
-            warnings.warn(f'mmpretrain is installed but does not import: {error}', stacklevel=2)
+            for module in NEEDS[library]:
+                import_module(module)
+        except (ImportError, AssertionError) as error:  # mmseg asserts the versions that it works with
+            warnings.warn(f'{DISTRIBUTIONS[library]} is installed but does not import: {error}', stacklevel=2)
 
-# For configs that begin with 'csg_seg::'.
+# Lets mmengine find configs that start with 'csg_seg::', and with 'mmseg::' if the maintained
+# distribution is installed, which has another name than mmengine expects.
 MODULE2PACKAGE['csg_seg'] = 'csg_seg'
-
-for module, package in (('mmseg', 'mmsegmentation'), ('mmpretrain', 'mmpretrain')):
+for library in [name for name in DISTRIBUTIONS if find_spec(name) is not None]:
     try:
-        distribution(package)
+        distribution(DISTRIBUTIONS[library])
     except PackageNotFoundError:
-        # The maintained line is distributed under another name; mmengine then
-        # finds the 'mmseg::' and 'mmpretrain::' configs by the module's.
-        if find_spec(module) is not None:
-            MODULE2PACKAGE[module] = module
+        MODULE2PACKAGE[library] = library

@@ -8,9 +8,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import nn
 
-from ..errors import CSGError
-from ..plan import Point, predict
-from .results import save_figure
+from csg_seg.errors import CSGError
+from csg_seg.planning.planner import Point, predict
+
+from .figures import save_figure
 
 # Omidvar et al., AISTATS 2021: for small and for large networks.
 PAPER = {

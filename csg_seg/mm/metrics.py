@@ -13,7 +13,7 @@ from mmpretrain.evaluation import ConfusionMatrix
 from rich.console import Console
 from rich.table import Table
 
-from .results import save_figure
+from .figures import save_figure
 
 
 @METRICS.register_module()

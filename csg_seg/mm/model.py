@@ -9,17 +9,18 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.dist import broadcast
 from mmengine.logging import print_log
-from mmengine.model import BaseAveragedModel
+from mmengine.model import BaseAveragedModel, BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 from torch import nn
 
-from ..bank import GeneratorBank, find_bank
-from ..conv import find_convs
-from ..errors import CSGError, abridge
-from ..loading import check_reset
-from ..retrofit import CSG, retrofit
-from ..settings import read_patterns
-from .checkpoint import read_checkpoint
+from csg_seg.errors import CSGError, abridge
+from csg_seg.generators.settings import read_patterns
+from csg_seg.layers.bank import GeneratorBank, find_bank
+from csg_seg.layers.conv import find_convs
+from csg_seg.layers.loading import check_reset
+from csg_seg.mm.checkpoints.reading import read_checkpoint
+from csg_seg.retrofitting.surgery import CSG, retrofit
+
 from .teacher import Teacher
 
 
@@ -116,6 +117,13 @@ def retrofit_for_runner(
     return model
 
 
+def bare_model(model: nn.Module) -> nn.Module:
+    """Return the network inside wrappers for data parallelism and test-time augmentation."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
+
+
 def build_model(cfg: Config) -> nn.Module:
     """Build the model of a config through whichever door it uses, without trained weights."""
     if 'csg' in cfg.model and cfg.model.type != 'CSGModel':
@@ -150,7 +158,7 @@ def _teach(model: nn.Module, teacher: Mapping[str, Any], architecture: dict[str,
 
 def share_fit(bank: GeneratorBank) -> None:
     """Take over the first rank's fit, which another machine's libraries may have rounded otherwise."""
-    for tensor in [*bank.parameters(), *(each for conv in bank.fed.values() for each in conv.stored().values())]:
+    for tensor in [*bank.parameters(), *(each for conv in bank.layers.values() for each in conv.stored().values())]:
         broadcast(tensor.data)
 
 

@@ -14,10 +14,10 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..bank import BANK
-from ..conv import generated_convs
-from ..errors import CSGError
-from .checkpoint import load_weights, read_checkpoint
+from csg_seg.errors import CSGError
+from csg_seg.layers.bank import BANK
+from csg_seg.layers.conv import generated_convs
+from csg_seg.mm.checkpoints.reading import load_weights, read_checkpoint
 
 # Where the class scores of mmpretrain's and mmseg's networks come from.
 LOGITS_LAYERS = ('head.fc', 'decode_head.conv_seg', 'decode_head.fc_seg')

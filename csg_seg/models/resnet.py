@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..errors import CSGError
+from csg_seg.errors import CSGError
 
 
 class BasicBlock(nn.Module):

@@ -14,8 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from csg_seg.cli import one_line_errors
-from csg_seg.coco import make_masks
+from csg_seg.cli.errors import one_line_errors
+from csg_seg.data.coco import make_masks
 
 
 def parse_args() -> argparse.Namespace:

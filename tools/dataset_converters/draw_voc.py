@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.progress import track
 
-from csg_seg.cli import one_line_errors
-from csg_seg.drawing import draw_dataset
+from csg_seg.cli.errors import one_line_errors
+from csg_seg.data.drawn import draw_dataset
 
 
 def parse_args() -> argparse.Namespace:

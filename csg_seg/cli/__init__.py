@@ -1,0 +1,1 @@
+"""The command ``csg-seg`` and what command-line tools share."""

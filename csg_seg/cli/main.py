@@ -1,0 +1,65 @@
+"""The command ``csg-seg``, also ``python -m csg_seg``: ``doctor``, and the tools as subcommands."""
+
+import ast
+import json
+import runpy
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from csg_seg.errors import CSGError
+
+from .doctor import examine
+from .errors import one_line_errors
+
+TOOLS = Path(__file__).parents[1] / '.mim' / 'tools'
+
+
+def tools() -> dict[str, Path]:
+    """Return the Python tools by name, with the folder's before it where two have one."""
+    paths = sorted(TOOLS.glob('**/*.py'), key=lambda path: (len(path.parts), path))
+    named: dict[str, Path] = {}
+    for path in paths:
+        named[f'{path.parent.name}/{path.stem}' if path.stem in named else path.stem] = path
+    return named
+
+
+def doctor(*, as_json: bool) -> int:
+    """Print what is installed; return 1 if something is to be mended."""
+    findings = examine()
+    if as_json:
+        print(json.dumps([asdict(each) for each in findings]))
+    else:
+        width = max(len(each.name) for each in findings)
+        for each in findings:
+            print(f'{each.name:{width}}  {each.state}' + (f'\n{"":{width}}  -> {each.remedy}' if each.remedy else ''))
+    return int(any(each.remedy for each in findings))
+
+
+def usage() -> str:
+    """Return the list of commands."""
+    says = {'doctor': 'Look at the installation: versions, devices, what does not go together. Takes --json.'}
+    for name, path in tools().items():
+        says[name] = (ast.get_docstring(ast.parse(path.read_text())) or '').splitlines()[0]
+    width = max(map(len, says))
+    lines = [f'  {name:{width}}  {text}' for name, text in says.items()]
+    return '\n'.join(['usage: csg-seg COMMAND ...; COMMAND --help says more', '', *lines])
+
+
+def main() -> None:
+    """Run a command."""
+    command, *rest = sys.argv[1:] or ['--help']
+    if command in ('-h', '--help'):
+        print(usage())
+    elif command == 'doctor':
+        unknown = [each for each in rest if each != '--json']
+        if unknown:
+            sys.exit(f'error: doctor does not know {unknown[0]}; it takes --json alone')
+        sys.exit(doctor(as_json='--json' in rest))
+    else:
+        with one_line_errors():
+            if command not in tools():
+                raise CSGError(f'there is no command {command}; csg-seg --help lists them')
+        path = str(tools()[command])
+        sys.argv = [path, *rest]
+        runpy.run_path(path, run_name='__main__')

@@ -1,0 +1,1 @@
+"""Generators: what maps a code to a slice of a weight."""

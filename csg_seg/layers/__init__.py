@@ -1,0 +1,1 @@
+"""Generated convs inside a network: the conv, the bank of generators, loading and watching."""

@@ -1,0 +1,359 @@
+"""The generated convolution."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from threading import get_ident
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from csg_seg.errors import CSGError
+from csg_seg.generators.lengths import row_length
+from csg_seg.generators.linear import Generator
+from csg_seg.generators.products import multiply
+from csg_seg.generators.slices import grid, join
+
+# Values that one product makes for several layers: small ones gain by it, large ones lose, because of the memory.
+AT_ONCE = 2**20
+DENSE_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class Ready(NamedTuple):
+    """A weight, the thread it is for, what it was made of, and torch's counts of what was written to that."""
+
+    weight: Tensor
+    thread: int
+    inputs: Sequence[Tensor]
+    versions: list[int]
+
+
+class CSGConv(_ConvNd):
+    """A conv whose weight is generated from codes each time it is read.
+
+    Never built, only swapped in by :func:`swap_in` for any conv of torch, plain or a
+    subclass of it, so that names, hooks, stride, padding, dilation, groups, bias and
+    the class's own forward stay as they are. A module that computes with
+    ``conv.weight`` itself works too; what an initialiser writes into it is lost,
+    since start values are the bank's, and assigning to it fails.
+
+    Attributes:
+        code: ``(rows * cols, code_dim)``, one code for each slice of the grid.
+        residual_out: ``(weight's first dimension, residual)``, only if the settings ask for a residual.
+        residual_in: ``(residual, all other dimensions)``, likewise.
+        generator: shared by many convs and registered on the model's root alone.
+        blend: a dense weight that takes part in training still, and the share of the generated one.
+        loaded: a dense weight that was loaded and waits to be fitted.
+        ready: the weight that the bank made ahead for the forward pass that is on, or the dense one while it is
+            loaded.
+        dense_kind: the class that the conv had.
+        changes: how many generated convs have been copied, unpickled or materialised in this process.
+    """
+
+    changes: ClassVar[int] = 0
+    code: nn.Parameter
+    residual_out: nn.Parameter
+    residual_in: nn.Parameter
+    generator: Generator
+    blend: tuple[Tensor, float] | None = None
+    loaded: Tensor | None = None
+    ready: Ready | None = None
+    dense_kind: type[_ConvNd]
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """``(out, in / groups, *kernel)`` of the generated weight, ``(in, out / groups, *kernel)`` if transposed."""
+        first, second = self.out_channels, self.in_channels
+        if self.transposed:
+            first, second = second, first
+        return torch.Size((first, second // self.groups, *self.kernel_size))
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight that the conv computes with: generated, and blended with a dense one while that takes part."""
+        weight = self._made_ahead()
+        if weight is None:
+            weight = self.generate_weight()
+        if self.blend is not None and self.training:
+            dense, share = self.blend
+            weight = torch.lerp(dense, weight, share)
+        return weight
+
+    def _made_ahead(self) -> Tensor | None:
+        """Return the weight that the bank made ahead, unless it is of no use by now."""
+        ready = self.ready  # read once: a pass that ends in another thread takes it away
+        if ready is None:
+            return None
+        learns = ready.weight.requires_grad or not torch.is_grad_enabled()
+        current = torch.compiler.is_compiling() or (
+            ready.thread == get_ident() and ready.versions == versions(ready.inputs)
+        )
+        return ready.weight if learns and current else None
+
+    def make_ready(self, weight: Tensor) -> None:
+        """Have the conv take a weight that was made ahead, until what it is made of is written to."""
+        inputs = self.code, self.generator.weight
+        # Not by nn.Module, which takes its time.
+        self.__dict__['ready'] = Ready(weight, get_ident(), inputs, versions(inputs))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse a new weight: it would not last.
+
+        Raises:
+            CSGError: says what to do.
+        """
+        if name == 'weight':
+            raise CSGError('the weight of a generated conv is made from its code; materialise the network to set it')
+        super().__setattr__(name, value)
+
+    def stored(self) -> dict[str, nn.Parameter]:
+        """Return, by name, the parameters that stand in for the weight."""
+        names = ('code', 'residual_out', 'residual_in') if self.generator.settings.residual else ('code',)
+        return {name: getattr(self, name) for name in names}
+
+    def generate_weight(self) -> Tensor:
+        """Return the weight of the current code, generator and residual.
+
+        Raises:
+            CSGError: a dense weight was loaded into this part of the network and not fitted.
+        """
+        return generate_weights([self])[0]
+
+    def can_be_made_ahead(self) -> bool:
+        """Say whether the weight can be made with others', at the start of a forward pass.
+
+        Sharded, traced and swapped parameters are of other types or shapes, and what they hold is not known yet;
+        tensors of the inference mode do not count what is written to them.
+        """
+        code = self.code
+        known = type(code) is nn.Parameter and code.dim() == 2 and not (code.is_meta or code.is_inference())
+        return known and self.loaded is None
+
+    def _assemble(self, slices: Tensor) -> Tensor:
+        weight = join(slices, self.weight_shape, layout=self.generator.settings.layout)
+        if not self.generator.settings.residual:
+            return weight
+        return weight + multiply(self.residual_in, [self.residual_out])[0].view(self.weight_shape)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        dense = state_dict.pop(f'{prefix}weight', None)
+        if dense is not None:
+            check_dense(prefix[:-1], self, dense)
+            state_dict.update({f'{prefix}{key}': tensor.detach() for key, tensor in self.stored().items()})
+            # ConvAWS2d takes statistics of the weight as it is loaded.
+            self.__dict__['ready'] = Ready(dense.detach(), get_ident(), (), [])
+        # Set by csg_seg.loading.prepare when the load began at the root, generators included: how often it comes here.
+        visits = self.__dict__.pop('_visits', 0)
+        if visits > 1:
+            self.__dict__['_visits'] = visits - 1
+        if dense is None and f'{prefix}code' in state_dict and not visits:
+            raise CSGError(
+                f'{prefix}code: codes mean nothing without their generator, which lies at the root of the network; '
+                'load the whole checkpoint into the whole network'
+            )
+        try:
+            with torch.no_grad():
+                super()._load_from_state_dict(state_dict, prefix, *args)
+        finally:
+            self.__dict__.pop('ready', None)
+        if dense is not None:
+            self.loaded = dense.detach()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle and copy by the dense class: the generated one is made at run time."""
+        return _blank, (self.dense_kind,), {key: each for key, each in self.__dict__.items() if key != 'ready'}
+
+
+def generate_weights(convs: Sequence[CSGConv]) -> list[Tensor]:
+    """Return the weights of convs that one generator feeds, made by few products.
+
+    Raises:
+        CSGError: a dense weight was loaded into a part of the network and not fitted.
+    """
+    check_fitted(convs)
+    weights: list[Tensor] = []
+    # Half-precision generation nearly doubles the rounding error: let the conv cast instead.
+    with torch.autocast(convs[0].code.device.type, enabled=False):
+        for batch in batches(convs):
+            slices = convs[0].generator.generate([conv.code for conv in batch])
+            weights += [conv._assemble(each) for conv, each in zip(batch, slices, strict=True)]
+    return weights
+
+
+def check_fitted(convs: Iterable[CSGConv]) -> None:
+    """Refuse convs that wait to be fitted.
+
+    Raises:
+        CSGError: a dense weight was loaded into a part of the network and not fitted.
+    """
+    if any(conv.loaded is not None for conv in convs):
+        raise CSGError(
+            'a dense weight was loaded into a part of the network and not fitted yet; load it into the whole '
+            'network, or call model.csg.fit_loaded()'
+        )
+
+
+def versions(tensors: Iterable[Tensor]) -> list[int]:
+    """Return torch's counts of what was written to tensors; there are none of those of the inference mode."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def batches(convs: Sequence[CSGConv]) -> Iterator[list[CSGConv]]:
+    """Yield neighbouring convs whose weights have at most :data:`AT_ONCE` values together, or one larger conv."""
+    batch: list[CSGConv] = []
+    for conv in convs:
+        if batch and sum(each.weight_shape.numel() for each in (*batch, conv)) > AT_ONCE:
+            yield batch
+            batch = []
+        batch.append(conv)
+    yield batch
+
+
+_generated_kinds: dict[type, type[CSGConv]] = {}
+
+
+def generated_kind(kind: type) -> type[CSGConv]:
+    """Return the class of generated convs that behave as the given dense class otherwise."""
+    if kind not in _generated_kinds:
+        name, body = f'CSG{kind.__name__}', {'dense_kind': kind, '__doc__': CSGConv.__doc__}
+        _generated_kinds[kind] = type(name, (CSGConv, kind), body)
+    return _generated_kinds[kind]
+
+
+def _blank(kind: type[_ConvNd]) -> CSGConv:
+    CSGConv.changes += 1
+    made = generated_kind(kind)
+    return made.__new__(made)
+
+
+def kaiming_std(conv: _ConvNd) -> float:
+    """Return the std of He et al., ICCV 2015, for ReLU and the backward pass (fan out)."""
+    return math.sqrt(2.0 * conv.groups / (conv.out_channels * math.prod(conv.kernel_size)))
+
+
+def swap_in(conv: _ConvNd, generator: Generator, rng: torch.Generator) -> None:
+    """Turn a dense conv into a generated one in place, at its Kaiming variance.
+
+    Args:
+        conv: one of :data:`DENSE_KINDS`, or of a subclass.
+        generator: still on the CPU, where start values are the same for all devices.
+        rng: draws the codes; on the CPU too.
+    """
+    weight = conv._parameters.pop('weight')
+    assert weight is not None
+    conv.__class__ = generated_kind(type(conv))  # type: ignore[assignment]
+    generated = cast(CSGConv, conv)
+    # Past nn.Module's bookkeeping: registered here too, the generator would be
+    # counted, saved and averaged once for each conv.
+    object.__setattr__(generated, 'generator', generator)
+    code = draw_code(generated, rng)
+    generated.code = nn.Parameter(code.to(weight), requires_grad=weight.requires_grad)
+
+
+def draw_code(conv: CSGConv, rng: torch.Generator) -> Tensor:
+    """Draw the codes ``(rows * cols, code_dim)`` of a conv at its Kaiming variance, on the CPU."""
+    rows, cols = grid(conv.weight_shape, conv.generator.settings.slice_shape)
+    return conv.generator.draw_code(rows * cols, weight_std=kaiming_std(conv), rng=rng)
+
+
+def add_residual(conv: CSGConv, rng: torch.Generator) -> None:
+    """Give a generated conv the residual that its generator's settings ask for.
+
+    ``residual_out`` starts at zero, so the weight stays what it is; the rows of
+    ``residual_in`` start at the generator's :func:`csg_seg.generator.row_length`, so
+    that both learn at one pace.
+
+    Args:
+        conv: just swapped in.
+        rng: draws ``residual_in``, on the CPU.
+    """
+    settings, weight_shape = conv.generator.settings, conv.weight_shape
+    if settings.residual:
+        fan_in = weight_shape[1:].numel()
+        residual_in = torch.empty(settings.residual, fan_in, device='cpu')
+        residual_in.normal_(mean=0.0, std=row_length(settings) / math.sqrt(fan_in), generator=rng)
+        residual_out = torch.zeros(weight_shape[0], settings.residual, device='cpu')
+        conv.residual_out = nn.Parameter(residual_out.to(conv.code), requires_grad=conv.code.requires_grad)
+        conv.residual_in = nn.Parameter(residual_in.to(conv.code), requires_grad=conv.code.requires_grad)
+
+
+def swap_out(conv: CSGConv, weight: Tensor) -> None:
+    """Turn a generated conv into a plain dense one in place.
+
+    Args:
+        weight: that it generates.
+    """
+    weight = weight.detach().clone(memory_format=torch.contiguous_format)
+    dense = nn.Parameter(weight, requires_grad=conv.code.requires_grad)
+    for name in conv.stored():
+        delattr(conv, name)
+    object.__delattr__(conv, 'generator')
+    for name in ('blend', 'loaded', 'ready'):
+        conv.__dict__.pop(name, None)
+    conv.__class__ = conv.dense_kind  # type: ignore[assignment]
+    CSGConv.changes += 1
+    # The weight comes first, as in a conv that was never generated.
+    others = dict(conv._parameters)
+    conv._parameters.clear()
+    conv._parameters.update({'weight': dense, **others})
+
+
+def find_convs(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, _ConvNd]:
+    """Return each conv of torch by name, or by all its names, dense and generated, subclasses included."""
+    modules = model.named_modules(remove_duplicate=remove_duplicate)
+    return {name: module for name, module in modules if isinstance(module, DENSE_KINDS)}
+
+
+def find_others(model: nn.Module) -> dict[str, nn.Module]:
+    """Return, by name, each module that has a conv's weight and is no conv of torch, such as a deformable one."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if not isinstance(module, (*DENSE_KINDS, Generator))
+        and (weight := module._parameters.get('weight')) is not None
+        and weight.dim() >= 4
+    }
+
+
+def generated_convs(model: nn.Module) -> Iterator[tuple[str, CSGConv]]:
+    """Yield the name and the conv of each generated layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, CSGConv):
+            yield name, module
+
+
+def named_convs(model: nn.Module) -> dict[str, CSGConv]:
+    """Return each generated layer by all its names: one that stands in two places has two in a state dict."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if isinstance(module, CSGConv)}
+
+
+def check_dense(name: str, conv: CSGConv, weight: Tensor) -> None:
+    """Refuse a dense weight that no generator can be fitted to.
+
+    Raises:
+        CSGError: its shape is not the conv's, or it is not finite.
+    """
+    if weight.shape != conv.weight_shape:
+        raise CSGError(
+            f'{name}.weight is {tuple(weight.shape)} in the checkpoint and {tuple(conv.weight_shape)} in the model; '
+            'take a dense checkpoint of the same network'
+        )
+    check_finite(f'{name}.weight', weight)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinity in trained weights or statistics, but not a running variance of +inf.
+
+    Half precision overflows to it. Batch norm divides by its root: in evaluation the channel
+    is its bias, in training the batch's own variance counts.
+
+    Raises:
+        CSGError: there is one.
+    """
+    accepted = torch.isfinite(tensor)
+    if name.endswith('running_var'):
+        accepted |= torch.isposinf(tensor)
+    if not accepted.all():
+        raise CSGError(f'{name} holds NaN or infinite values; take a checkpoint from before training diverged')

@@ -1,0 +1,206 @@
+"""Say once, in the first steps of a training, where generators do not train as the optimizer's settings suggest.
+
+A generated weight moves with its layer's code and with the generator. A layer that is frozen, or has a rate of its own,
+still moves with a generator that trains for other layers; a generator that no optimizer holds stays as it is. Both
+happen in silence: parameter groups are made by layer, and a generator belongs to many.
+"""
+
+import gc
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from csg_seg.errors import CSGWarning, abridge
+from csg_seg.generators.linear import Generator
+
+from .conv import CSGConv
+from .root import CSGRoot
+
+# Steps of any optimizer after which a network that has had no gradient is watched no more.
+STEPS = 100
+
+
+class Rate(NamedTuple):
+    """How an optimizer moves a parameter.
+
+    ``state`` is 'held', or 'frozen' of one that gets no gradient, or 'left out' of one that no optimizer holds.
+    """
+
+    lr: float
+    weight_decay: float
+    state: str = 'held'
+
+
+NOT_HELD, FROZEN = Rate(0.0, 0.0, 'left out'), Rate(0.0, 0.0, 'frozen')
+# What is odd about a generator.
+NO_OPTIMIZER, NO_RATE = 'no optimizer holds it', 'its learning rate is 0'
+MOST_NAMES = 6
+Found = dict[str, list[str]]
+
+
+class Watch:
+    """The layers that are watched, while there are any; one for a process, as torch's hook of all optimizers is."""
+
+    def __init__(self) -> None:
+        self.layers: WeakKeyDictionary[CSGConv, str] = WeakKeyDictionary()
+        self.done: WeakSet[CSGConv] = WeakSet()
+        self.roots: WeakSet[nn.Module] = WeakSet()
+        self.steps_left = 0
+        self.hooks: list[Any] = []
+        self.is_over = False
+
+    def begin(self, layers: Mapping[str, CSGConv], root: nn.Module | None = None) -> None:
+        """Watch layers, by name, and those that a root gets later, until their generator has had its first step."""
+        if root is not None:
+            self.roots.add(root)
+        new = self._new(layers)
+        self.layers.update(new)
+        self.steps_left = STEPS
+        self.is_over = self.is_over and not new
+        if new and not self.hooks:
+            self.hooks = [
+                register_optimizer_step_pre_hook(self.refresh),
+                register_optimizer_step_post_hook(self.look),
+            ]
+
+    def _new(self, layers: Mapping[str, CSGConv]) -> dict[CSGConv, str]:
+        return {conv: name for name, conv in layers.items() if conv not in self.done}
+
+    def _forget(self) -> None:
+        self.layers.clear()
+        self.roots.clear()
+
+    def refresh(self, *_: Any) -> None:
+        """Look up, before a step changes generators, which layers they feed: a copied layer may not have been seen."""
+        for root in [*self.roots]:
+            if isinstance(root, CSGRoot) and not self.is_over:
+                fed = root.refresh()
+                generators = {conv.generator for conv in fed.values()}
+                for conv in [*self.layers]:
+                    if isinstance(conv, CSGConv) and conv.generator in generators and conv not in fed.values():
+                        self.layers.pop(conv)  # replaced since
+                self.layers.update(self._new(fed))
+
+    def look(self, optimizer: Optimizer, *_: Any) -> None:
+        """Look, after a step, at the generators that had a gradient in it."""
+        if self.is_over:
+            return
+        by_generator: dict[Generator, dict[str, CSGConv]] = defaultdict(dict)
+        for conv, name in [*self.layers.items()]:
+            if isinstance(conv, CSGConv):
+                by_generator[conv.generator][name] = conv
+            else:  # materialised since
+                self.layers.pop(conv)
+        seen = [(layers, examine(generator, layers, optimizer)) for generator, layers in by_generator.items()]
+        for layers, found in seen:
+            if found is not None:
+                self.done.update(layers.values())
+                for conv in layers.values():
+                    self.layers.pop(conv, None)
+        text = describe([found for _, found in seen if found])
+        if text:
+            warnings.warn(text, CSGWarning, stacklevel=3)  # where the user's program calls step()
+        self.steps_left -= 1
+        # The hooks themselves go in the next forward pass: torch is iterating over hooks here.
+        if not self.layers or self.steps_left <= 0:
+            self._forget()
+            self.is_over = True
+
+    def end(self) -> None:
+        """Watch nothing any more; optimizers' steps are then what they were."""
+        self._forget()
+        self.is_over = False
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+
+
+WATCH = Watch()
+
+
+def examine(generator: Generator, layers: Mapping[str, CSGConv], optimizer: Optimizer) -> Found | None:
+    """Find the layers that move otherwise than the optimizer's settings suggest.
+
+    Args:
+        generator: of these layers.
+        layers: by name.
+        optimizer: has just made a step.
+
+    Returns:
+        names of layers by what is odd about them; None if the step was none of this generator's, or one whose rates
+        were all zero.
+    """
+    learning = [each for each in generator.parameters() if each.requires_grad and each.grad is not None]
+    codes = {name: conv.code for name, conv in layers.items()}
+    rates = _rates([optimizer])
+    if not learning or not any(id(each) in rates for each in (*learning, *codes.values())):
+        return None
+    if not all(id(each) in rates for each in (*learning, *(code for code in codes.values() if code.requires_grad))):
+        # Other optimizers may hold the rest.
+        rates = _rates(each for each in gc.get_objects() if issubclass(type(each), Optimizer))
+    of_generator = max((rates.get(id(each), NOT_HELD) for each in learning), key=lambda rate: rate.lr)
+    found: Found = defaultdict(list)
+    for name, code in codes.items():
+        rate = rates.get(id(code), NOT_HELD) if code.requires_grad else FROZEN
+        found[_compare(rate, of_generator)].append(name)
+    is_at_rest = of_generator.lr == 0 and not {NO_OPTIMIZER, NO_RATE} & {*found}
+    return None if is_at_rest else found
+
+
+def _rates(optimizers: Iterable[Optimizer]) -> dict[int, Rate]:
+    """Return how each parameter is moved, by its identity."""
+    return {
+        id(parameter): Rate(float(group.get('lr', 1)), float(group.get('weight_decay') or 0))
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group['params']
+    }
+
+
+def _compare(layer: Rate, generator: Rate) -> str:
+    """Say what is odd about the rates of a layer's code and of its generator; '' if nothing is."""
+    if generator.lr == 0:
+        if layer.lr == 0:
+            return ''
+        return NO_OPTIMIZER if generator == NOT_HELD else NO_RATE
+    if layer == FROZEN:
+        return 'frozen'
+    if layer == NOT_HELD:
+        return 'in no optimizer'
+    if layer.lr == 0:
+        return 'at a learning rate of 0'
+    if layer.lr < generator.lr:
+        return f"at a lower learning rate than the generator's {generator.lr:g}"
+    if layer.weight_decay < generator.weight_decay:
+        return f"with less weight decay than the generator's {generator.weight_decay:g}"
+    return ''
+
+
+def describe(found: Iterable[Found]) -> str:
+    """Say in one text what :func:`examine` found of several generators; '' if that was nothing."""
+    layers: Found = defaultdict(list)
+    for each in found:
+        for reason, names in each.items():
+            layers[reason] += names
+    layers.pop('', None)
+    texts = [
+        f'the generator of {abridge(layers.pop(reason), most=MOST_NAMES)} gets gradients and does not change: '
+        f"{reason}. Add model.csg.parameters() to the optimizer's parameter groups, or set freeze_generator=True if "
+        'codes alone are to train.'
+        for reason in (NO_OPTIMIZER, NO_RATE)
+        if reason in layers
+    ]
+    if layers:
+        listed = '; '.join(f'{reason}: {abridge(names, most=MOST_NAMES)}' for reason, names in layers.items())
+        texts.append(
+            f'these layers still change, because the generator they share is trained: {listed}. To keep them fixed, '
+            'freeze them before retrofit, exclude them, give them a dict of their own in csg, or set '
+            'freeze_generator=True.'
+        )
+    return ' '.join(texts)

@@ -1,0 +1,122 @@
+"""Networks of mmengine's registries, described in compact checkpoints and built from there.
+
+What a file says is not to be trusted. mmengine's registries import whatever a type
+names and cannot be found otherwise, and configs may name files and addresses of
+weights: both are refused here.
+"""
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import MODELS, TRANSFORMS, Registry, init_default_scope
+from torch import nn
+
+from csg_seg.errors import CSGError
+from csg_seg.storage.builders import check_source, register_builder
+
+SCOPES = ('mmengine', 'mmcv', 'mmseg', 'mmpretrain')
+# Where weights come from while a network is trained; a compact checkpoint brings its own.
+WEIGHTS = ('init_cfg', 'pretrained')
+
+
+def describe(cfg: Config) -> dict[str, Any]:
+    """Say how the dense network of a config is built, for :func:`csg_seg.save_compact`.
+
+    Args:
+        cfg: dense or CSG config of mmseg or mmpretrain.
+
+    Raises:
+        CSGError: the config holds values that JSON cannot hold, or names files.
+    """
+    model = dense_model(cfg)
+    if cfg.get('data_preprocessor') and 'data_preprocessor' not in model:  # as a Runner does
+        model['data_preprocessor'] = cfg.data_preprocessor.to_dict()
+    source: dict[str, Any] = dict(
+        builder='mmengine', scope=cfg.get('default_scope', 'mmseg'), model=without_weights(model)
+    )
+    if cfg.get('test_pipeline'):
+        source['test_pipeline'] = [dict(each) for each in cfg.test_pipeline]
+    check_source(source)
+    _check_all(**source)
+    return source
+
+
+def dense_model(cfg: Config) -> dict[str, Any]:
+    """Return the ``model`` of a config without what csg_seg's model doors add."""
+    model = cfg.model.to_dict()
+    if model['type'] in ('CSGModel', 'TaughtModel'):
+        model['type'] = model.pop('base_type')
+        model = {
+            key: value for key, value in model.items() if key not in ('csg', 'teacher', 'generators_from', 'reset')
+        }
+    return model
+
+
+@register_builder('mmengine')
+def build_mmengine(*, scope: str, model: Mapping[str, Any], test_pipeline: list | None = None) -> nn.Module:
+    """Build a registered network; it gets ``cfg``, as mmseg's inference wants it.
+
+    Args:
+        scope: 'mmseg' or 'mmpretrain'.
+        model: the ``model`` of a config.
+        test_pipeline: of that config, for inference.
+
+    Raises:
+        CSGError: a type is not registered, or a file or an address is named.
+    """
+    _check_all(scope=scope, model=model, test_pipeline=test_pipeline)
+    cfg = Config(dict(model=without_weights(model), default_scope=scope, test_pipeline=test_pipeline or []))
+    init_default_scope(scope)
+    network = MODELS.build(deepcopy(cfg.model))
+    network.cfg = cfg
+    return network
+
+
+def without_weights(value: Any) -> Any:
+    """Return a config without what says where its weights come from."""
+    if isinstance(value, Mapping):
+        return {key: without_weights(each) for key, each in value.items() if key not in WEIGHTS}
+    return type(value)(without_weights(each) for each in value) if type(value) in (list, tuple) else value
+
+
+def _check_all(*, scope: str, model: Any, test_pipeline: Any = None, builder: str = 'mmengine') -> None:
+    if scope not in SCOPES:
+        raise CSGError(f'there is no scope {str(scope)[:40]!r}, only {", ".join(SCOPES)}')
+    init_default_scope(scope)
+    _check(scope, model, MODELS)
+    _check(scope, test_pipeline, TRANSFORMS)
+
+
+def _check(scope: str, value: Any, registry: Registry) -> None:
+    """Refuse types that are not registered, and text that names a file or an address."""
+    for key, each in leaves(value):
+        if key == 'type' and not _is_registered(scope, each, registry):
+            raise CSGError(f'type {str(each)[:60]!r} is not registered in {scope}; import what registers it first')
+        if isinstance(each, str) and ('/' in each or '\\' in each):
+            raise CSGError(f'{key}={each[:60]!r} may name a file or an address, which is not for compact files')
+
+
+def leaves(value: Any, key: str = '') -> Iterator[tuple[str, Any]]:
+    """Yield each plain value, and the key that it or its list has."""
+    if isinstance(value, Mapping):
+        for name, each in value.items():
+            yield from leaves(each, str(name))
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from leaves(each, key)
+    else:
+        yield key, value
+
+
+def _is_registered(scope: str, name: Any, registry: Registry) -> bool:
+    if not isinstance(name, str):
+        return False
+    first, _, rest = name.rpartition('.')
+    if first and first not in SCOPES:
+        return False
+    found = [registry, *(child for owner, child in registry.children.items() if owner in SCOPES)]
+    for each in found:
+        each.import_from_location()
+    return any(rest in each.module_dict for each in found)

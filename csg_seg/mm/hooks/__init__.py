@@ -1,0 +1,19 @@
+"""Hooks for mmengine's Runner, one behaviour a file."""
+
+from .channels_last import ChannelsLastHook
+from .checkpoint_guard import CheckpointGuardHook
+from .compact_files import CompactCheckpointHook
+from .csg import CSGHook
+from .exact_resume import ExactResumeHook
+from .label_guard import LabelGuardHook
+from .progress_bar import ProgressBarHook
+
+__all__ = [
+    'CSGHook',
+    'ChannelsLastHook',
+    'CheckpointGuardHook',
+    'CompactCheckpointHook',
+    'ExactResumeHook',
+    'LabelGuardHook',
+    'ProgressBarHook',
+]

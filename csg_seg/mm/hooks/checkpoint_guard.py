@@ -1,0 +1,66 @@
+"""Checkpoints that a run cannot be resumed from."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from csg_seg.errors import CSGError
+from csg_seg.layers.bank import find_bank
+from csg_seg.mm.checkpoints.old_runs import put_generators_first
+from csg_seg.mm.model import bare_model
+
+# Settings that one kind of torch's optimizers has and another lacks.
+KIND = {'momentum', 'betas', 'alpha', 'rho', 'lambd', 'etas', 'lr_decay'}
+
+
+class CheckpointGuardHook(Hook):
+    """Refuse to resume from another training's state."""
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Compare the checkpoint's training state with the optimizer."""
+        prepare_resume(runner, checkpoint)
+        if not runner._resume or not isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)):
+            return
+        path = runner._load_from or find_latest_checkpoint(runner.work_dir)
+        anew = f'begin a new run with its weights: --cfg-options load_from={path}, without --resume'
+        if not {'epoch', 'iter'} <= {*checkpoint.get('meta', {})} or 'message_hub' not in checkpoint:
+            raise CSGError(f'{path} holds weights and no training state to resume; {anew}')
+        if 'optimizer' in checkpoint:
+            other = _other_optimizer(runner.optim_wrapper, checkpoint['optimizer'])
+            if other:
+                raise CSGError(f'{path} was saved by {other}; resume with the settings it was trained with, or {anew}')
+
+
+def prepare_resume(runner: Runner, checkpoint: dict) -> None:
+    """Let no layer start anew in a run that is resumed, and bring an earlier version's optimizer state into order."""
+    model = bare_model(runner.model)
+    bank = find_bank(model)
+    if runner._resume and bank is not None:
+        bank.reset.is_on = False
+        put_generators_first(checkpoint, model)
+
+
+def _other_optimizer(optim_wrapper: OptimWrapper | OptimWrapperDict, stored: Mapping[str, Any]) -> str:
+    """Say in what the optimizer that a state was saved by differs from this one, which could not go on from it."""
+    if isinstance(optim_wrapper, OptimWrapperDict):
+        ours = dict(optim_wrapper.items())
+        if stored.keys() != ours.keys():
+            return f'the optimizers {", ".join(stored)}, and the config has {", ".join(ours)}'
+        return next(filter(None, (_other_optimizer(each, stored[name]) for name, each in ours.items())), '')
+    if 'param_groups' not in stored:
+        return f'the optimizers {", ".join(stored)}, and the config has one'
+    # The wrapper's own list has one more entry, mmengine's base settings, where there are several groups.
+    theirs, groups = stored['param_groups'], optim_wrapper.optimizer.param_groups
+    if len(theirs) != len(groups):
+        return f'an optimizer of {len(theirs)} parameter groups, and the config makes {len(groups)}'
+    for position, (their, group) in enumerate(zip(theirs, groups, strict=True)):
+        sizes = len(their['params']), len(group['params'])
+        if sizes[0] != sizes[1]:
+            return f'an optimizer of {sizes[0]} parameters in group {position}, and the config puts {sizes[1]} there'
+        kinds = [', '.join(sorted(KIND & each.keys())) or 'none of them' for each in (their, group)]
+        if kinds[0] != kinds[1]:
+            return f"another kind of optimizer ({kinds[0]}), not the config's ({kinds[1]})"
+    return ''

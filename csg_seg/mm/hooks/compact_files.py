@@ -1,0 +1,118 @@
+"""Compact files beside checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from safetensors import SafetensorError, safe_open
+
+from csg_seg.files import NotWrittenError, writing
+from csg_seg.mm.checkpoints.described import write_described
+from csg_seg.mm.model import bare_model
+
+# What a compact file of CompactCheckpointHook calls the checkpoint it lies beside.
+OF = 'checkpoint'
+
+
+@HOOKS.register_module()
+class CompactCheckpointHook(Hook):
+    """Write a compact checkpoint (``.safetensors``) beside each checkpoint, and delete it with it.
+
+    One that cannot be written is told of by a warning, and training goes on. Each says
+    which checkpoint it is of; by that, a resumed run knows those whose checkpoint mmengine
+    deleted just before the run was killed. Copies under other names are left alone, and
+    so is every compact file of a run that keeps all its checkpoints.
+    """
+
+    # After EMAHook has put the averaged weights into the checkpoint, and CheckpointHook has saved it.
+    priority = 'LOWEST'
+
+    def __init__(self) -> None:
+        self._checkpoint: dict | None = None
+        self._saved: dict[Path, int] = {}
+
+    def before_train(self, runner: Runner) -> None:
+        """Note the checkpoints that a resumed run has already, and delete what was left of others."""
+        for folder in {Path(runner.work_dir), *(path.parent for path in _announced(runner, ''))}:
+            self._saved |= {path: path.stat().st_mtime_ns for path in folder.glob('*.pth')}
+            if runner._resume and runner._has_loaded and runner.rank == 0:
+                _delete_orphans(runner, folder)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Remember the weights that are about to be saved."""
+        self._checkpoint = checkpoint
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Write the compact file of an iteration's checkpoint."""
+        self._write(runner, 'last_ckpt')
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Write the compact file of an epoch's checkpoint."""
+        self._write(runner, 'last_ckpt')
+
+    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        """Write the compact file of the best checkpoint."""
+        self._write(runner, 'best_ckpt')
+
+    def _write(self, runner: Runner, which: str) -> None:
+        checkpoint, self._checkpoint = self._checkpoint, None
+        if checkpoint is None:
+            return
+        dataset_meta = checkpoint['meta'].get('dataset_meta') or {}
+        for path in _announced(runner, which):
+            saved = path.stat().st_mtime_ns if path.is_file() else None
+            if saved is not None and saved != self._saved.get(path):
+                compact = path.with_suffix('.safetensors')
+                model, notes = bare_model(runner.model), {OF: path.name}
+                try:
+                    with writing(compact):
+                        write_described(model, checkpoint['state_dict'], compact, runner.cfg, dataset_meta, notes=notes)
+                except NotWrittenError as error:
+                    runner.logger.warning(f'{error}. Training goes on; tools/compact.py can make it later.')
+                    _delete(runner, compact)  # an older one, which would be taken for this checkpoint's
+                self._saved[path] = saved
+        for path in [path for path in self._saved if not path.exists()]:
+            _delete(runner, path.with_suffix('.safetensors'))
+            del self._saved[path]
+
+
+def _announced(runner: Runner, which: str) -> set[Path]:
+    """Return the paths that CheckpointHook says it saves to: ``last_ckpt``, ``best_ckpt``, or both."""
+    info = runner.message_hub.runtime_info
+    keys = [key for key in info if key.startswith(which) and key.startswith(('last_ckpt', 'best_ckpt'))]
+    return {Path(info[key]) for key in keys if info[key]}
+
+
+def _delete(runner: Runner, path: Path) -> None:
+    """Delete a file if that can be; training goes on in any case."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        runner.logger.warning(f'{path} is no longer needed and cannot be deleted ({error.strerror})')
+
+
+def _delete_orphans(runner: Runner, folder: Path) -> None:
+    """Delete what a killed run left: compact files of checkpoints that mmengine has deleted, and half of one."""
+    for path in folder.glob('.*.safetensors.*.partial'):
+        _delete(runner, path)
+    hooks = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
+    deletes_steps = any(hook.max_keep_ckpts > 0 for hook in hooks)
+    for path in folder.glob('*.safetensors'):
+        checkpoint = path.with_suffix('.pth')
+        if checkpoint.exists() or _checkpoint_of(path) != checkpoint.name:
+            continue
+        # mmengine always deletes the best one before, but others only in excess of a number.
+        if deletes_steps or path.name.startswith('best_'):
+            runner.logger.info(f'{path} goes: mmengine has deleted its checkpoint')
+            _delete(runner, path)
+
+
+def _checkpoint_of(path: Path) -> str | None:
+    """Return the name of the checkpoint that the hook wrote a compact file beside, None of other files."""
+    try:
+        with safe_open(str(path), framework='pt') as file:
+            return (file.metadata() or {}).get(OF)
+    except (OSError, SafetensorError):
+        return None

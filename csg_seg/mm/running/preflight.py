@@ -1,0 +1,140 @@
+"""What is checked before a run."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset
+from mmengine.optim import OptimWrapperDict, build_optim_wrapper
+from mmengine.registry import DATASETS, init_default_scope
+from torch import nn
+
+from csg_seg.errors import CSGError
+from csg_seg.mm.checkpoints.unpickling import check_file
+from csg_seg.mm.datasets.labels import check_labels
+
+from .configs import data_sets
+
+
+def check_data(cfg: Config, split: str) -> None:
+    """Find out before training whether every file of a split is there.
+
+    Args:
+        cfg: a whole config.
+        split: 'train', 'val' or 'test'.
+
+    Raises:
+        CSGError: a folder, a list, an image or a mask is missing, or a label is none of the network's.
+    """
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    remedy = f"see 'Prepare the data' in README.md, or set its data_root in {split}_dataloader"
+    loader = cfg.get(f'{split}_dataloader')
+    for dataset in data_sets(loader.dataset if loader else None):
+        if dataset.get('backend_args') or '://' in str(dataset.get('data_root')):
+            continue  # not on this file system
+        root = Path(dataset.get('data_root') or '.')
+        prefix = dataset.get('data_prefix') or {}
+        prefixes = [prefix] if isinstance(prefix, str) else prefix.values()
+        parts = [root, *(root / part for part in prefixes if part)]
+        if dataset.get('ann_file'):
+            parts.append(root / dataset['ann_file'])
+        for part in parts:
+            if not part.exists():
+                raise CSGError(f'{split} data: {part} does not exist; {remedy}')
+        built = _build_dataset(split, dataset, remedy)
+        _check_samples(split, root, built, remedy)
+        _check_classes(split, cfg.model, built)
+        check_labels(cfg, split, built, dataset.get('pipeline') or [])
+
+
+def check_starts(cfg: Config) -> None:
+    """Find out before training whether the checkpoints it starts from are there and whole.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CSGError: the file is cut short.
+    """
+    model = cfg.model
+    paths = [cfg.get('load_from'), (model.get('teacher') or {}).get('checkpoint'), model.get('pretrained')]
+    hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or [])]
+    paths += [part.get('generators_from') for part in (model, *hooks) if part]
+    for part in (model, model.get('backbone') or {}):
+        starts = part.get('init_cfg') or []
+        paths += [each.get('checkpoint') for each in (starts if isinstance(starts, (list, tuple)) else [starts])]
+    for path in paths:
+        if path and not isinstance(path, str):
+            raise CSGError(f'a start of the training is named by {path!r}; give the path of a checkpoint')
+        if path and '://' not in path:
+            check_file(path)
+
+
+def check_optimizer(cfg: Config, model: nn.Module) -> None:
+    """Find out before training whether mmengine builds the config's optimizer, on this machine.
+
+    Args:
+        cfg: a whole config.
+        model: its model.
+
+    Raises:
+        CSGError: it does not.
+    """
+    settings = cfg.get('optim_wrapper')
+    if settings is None:
+        return
+    try:
+        built = build_optim_wrapper(model, deepcopy(settings))
+        for _, each in built.items() if isinstance(built, OptimWrapperDict) else [('', built)]:
+            with each.optim_context(model):
+                pass
+    # What the classes that a config names make of the arguments it gives them.
+    except Exception as error:
+        optimizer = (settings.get('optimizer') or {}).get('type')
+        said = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
+        raise CSGError(f'optim_wrapper (optimizer {optimizer}): {said}; {_optimizer_remedy(settings)}') from None
+
+
+def _optimizer_remedy(settings: Mapping[str, Any]) -> str:
+    """Say what to do about an optimizer that cannot be built."""
+    kind = settings.get('type', 'OptimWrapper')
+    if str(getattr(kind, '__name__', kind)).rpartition('.')[2] != 'AmpOptimWrapper' or torch.cuda.is_available():
+        return 'correct it in the config'
+    own = [key for key in ('dtype', 'loss_scale', 'use_fsdp') if key in settings]
+    drop = f' and take {", ".join(own)} out of the config' if own else ''
+    return f'mixed precision needs a GPU; without one, give --cfg-options optim_wrapper.type=OptimWrapper{drop}'
+
+
+def _build_dataset(split: str, dataset: Mapping[str, Any], remedy: str) -> BaseDataset:
+    try:
+        return DATASETS.build({**dataset, 'pipeline': [], 'lazy_init': False, 'serialize_data': False})
+    except CSGError as error:
+        raise CSGError(f'{split} data: {error}') from None
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:  # what the libraries' data sets raise
+        raise CSGError(f'{split} data: {" ".join(str(error).split())}; {remedy}') from None
+
+
+def _check_samples(split: str, root: Path, dataset: BaseDataset, remedy: str) -> None:
+    if len(dataset) == 0:
+        raise CSGError(f'{split} data: {root} holds no sample; {remedy}')
+    # Without a list, images are those that the folder holds.
+    keys = ('img_path', 'seg_map_path') if dataset.ann_file else ('seg_map_path',)
+    paths = [Path(sample[key]) for sample in dataset.data_list for key in keys if sample.get(key)]
+    missing = [path for path in paths if not path.exists()]
+    if missing:
+        raise CSGError(
+            f'{split} data: {len(missing)} of {len(paths)} files are missing, the first {missing[0]}; {remedy}'
+        )
+
+
+def _check_classes(split: str, model: Mapping[str, Any], dataset: BaseDataset) -> None:
+    name = 'head' if 'head' in model else 'decode_head'
+    head = model.get(name)
+    head = head[-1] if isinstance(head, (list, tuple)) else head
+    wanted, found = (head or {}).get('num_classes'), dataset.metainfo.get('classes')
+    if wanted is not None and found is not None and wanted != len(found):
+        raise CSGError(
+            f'{split} data: {type(dataset).__name__} has {len(found)} classes, model.{name}.num_classes is {wanted}; '
+            'make them the same'
+        )

@@ -1,0 +1,66 @@
+"""Checkpoints in a work folder: written whole, and found again."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from mmengine.runner import Runner
+
+from csg_seg.errors import CSGError
+from csg_seg.files import NotWrittenError, writing
+
+RESUME = '; --resume goes on from the last checkpoint'
+
+
+def guard_checkpoints(runner: Runner, *, after: str = '') -> None:
+    """Let a checkpoint that cannot be written end the run in one line, and leave no half of it.
+
+    Args:
+        runner: of a training.
+        after: what else to say.
+    """
+    save = runner.save_checkpoint
+
+    def save_whole(out_dir: str, filename: str, *args: Any, **options: Any) -> None:
+        path = Path(out_dir, filename)
+        before = _written(path)
+        try:
+            with writing(path, after=after):
+                save(out_dir, filename, *args, **options)
+        except NotWrittenError:
+            if _written(path) != before:
+                path.unlink(missing_ok=True)  # mmengine leaves as much as there was room for
+            raise
+
+    runner.save_checkpoint = save_whole
+
+
+def _written(path: Path) -> int | None:
+    """Return when a file was last written to, None if there is none."""
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def latest_checkpoint(work_dir: str | os.PathLike) -> str | None:
+    """Return the checkpoint that a resumed run goes on from, None where there was no run.
+
+    Raises:
+        CSGError: the folder's ``last_checkpoint``, mmengine's note of it, names none.
+    """
+    note = Path(work_dir, 'last_checkpoint')
+    if not note.exists():
+        return None
+    steps = [path for path in Path(work_dir).glob('*.pth') if not path.name.startswith('best_')]
+    newest = max(steps, key=lambda path: path.stat().st_mtime, default=None)
+    remedy = f'add --cfg-options load_from={newest}' if newest else 'delete it to start anew'
+    if not note.is_file():
+        raise CSGError(f'{note}: a folder, not the name of the checkpoint to resume from; {remedy}')
+    try:
+        named = note.read_text().strip()
+    except UnicodeDecodeError:
+        named = ''
+    if not named:
+        raise CSGError(f'{note}: does not name the checkpoint to resume from; {remedy}')
+    if '://' not in named and not Path(named).is_file():
+        what = 'a folder' if Path(named).is_dir() else 'no such file'
+        raise CSGError(f'{note} names {named}: {what}; {remedy}')
+    return named

@@ -1,0 +1,1 @@
+"""Choose settings that meet a size budget."""

@@ -1,0 +1,1 @@
+"""Compact checkpoints: one small safe file for a network."""

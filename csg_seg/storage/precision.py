@@ -1,0 +1,90 @@
+"""Weights of lower precision in files: half floats, or 8-bit integers with a scale for each row."""
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from csg_seg.errors import CSGError
+from csg_seg.layers.bank import BANK, find_roots
+from csg_seg.layers.conv import DENSE_KINDS, generated_convs
+
+# What a file can hold, and the type of its matrices.
+DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16, 'int8': torch.int8}
+# Behind the name of an int8 matrix: the name of its scales. No module's entry has a colon.
+SCALE = ':scale'
+STEPS = 127
+
+
+def matrices(model: nn.Module) -> set[str]:
+    """Name what a file may hold in lower precision: codes, generators, and weights of convs and linear layers.
+
+    Norm layers, biases, buffers and all other entries stay as they are.
+    """
+    names = {f'{name}.{key}' for name, conv in generated_convs(model) for key in conv.stored()}
+    for prefix, _, bank in find_roots(model):
+        names |= {f'{prefix}{BANK}.{name}' for name, parameter in bank.named_parameters() if parameter.ndim > 1}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (*DENSE_KINDS, nn.Linear)) and 'weight' in module._parameters:
+            names.add(f'{name}.weight' if name else 'weight')
+    return names
+
+
+def lower(tensors: Mapping[str, Tensor], names: Collection[str], dtype: str) -> dict[str, Tensor]:
+    """Return tensors, those of the given names in lower precision.
+
+    An int8 matrix is ``round(row / scale)`` with ``scale = max(abs(row)) / 127``,
+    rows along the first dimension; its scales ``(rows,)`` follow it in float32.
+
+    Args:
+        tensors: a state dict.
+        names: see :func:`matrices`; those that are not floating stay as they are.
+        dtype: a key of :data:`DTYPES`; with 'float32' all tensors stay as they are.
+
+    Raises:
+        CSGError: there is no such dtype, or a value is beyond it.
+    """
+    if dtype not in DTYPES:
+        raise CSGError(f'there is no dtype {dtype!r} for files; take one of {", ".join(DTYPES)}')
+    if dtype == 'float32':
+        return dict(tensors)
+    lowered = {}
+    for name, tensor in tensors.items():
+        if name not in names or not tensor.is_floating_point():
+            lowered[name] = tensor
+            continue
+        if not tensor.isfinite().all():
+            raise CSGError(f'{name}: holds NaN or infinite values; save a network whose training converged')
+        if dtype == 'int8':
+            lowered[name], lowered[f'{name}{SCALE}'] = _quantise(tensor)
+            continue
+        lowered[name] = tensor.to(DTYPES[dtype])
+        if not lowered[name].isfinite().all():
+            raise CSGError(f'{name}: a value is too large for {dtype}; take bfloat16')
+    return lowered
+
+
+def restore(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors that :func:`lower` made integers of, in float32 again; all others as they are.
+
+    Raises:
+        CSGError: scales do not go with an int8 matrix.
+    """
+    restored = dict(tensors)
+    for name, scale in tensors.items():
+        if not name.endswith(SCALE):
+            continue
+        matrix = name.removesuffix(SCALE)
+        values = tensors.get(matrix)
+        if values is None or values.dtype != torch.int8 or scale.shape != values.shape[:1]:
+            raise CSGError(f'{name}: no int8 matrix of as many rows goes with it; the file is of no use')
+        restored[matrix] = values * scale.view(-1, *[1] * (values.ndim - 1))
+        del restored[name]
+    return restored
+
+
+def _quantise(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    rows = tensor.detach().float().flatten(1)
+    scale = rows.abs().amax(1) / STEPS
+    steps = torch.where(scale > 0, scale, 1.0)
+    return (rows / steps[:, None]).round().to(torch.int8).view(tensor.shape), scale

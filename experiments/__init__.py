@@ -1,0 +1,1 @@
+"""Experiments and measurements; run one with ``python -m experiments.NAME``."""

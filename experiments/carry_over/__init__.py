@@ -1,0 +1,1 @@
+"""Ways from a trained dense network to a generated one."""

@@ -1,0 +1,71 @@
+"""Dense training that pulls weights to where a generator can follow."""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import Tensor
+
+from csg_seg.errors import CSGError
+from csg_seg.layers.bank import find_bank
+from csg_seg.layers.conv import check_finite
+from csg_seg.mm.model import bare_model, share_fit
+from csg_seg.retrofitting.surgery import CSG, retrofit
+
+
+@HOOKS.register_module()
+class ProximalHook(Hook):
+    """Pull a dense network's weights to the nearest generated ones while it trains.
+
+    A proximal step after each optimizer step, decoupled from the learning rate; the
+    result is fitted with a smaller error and trained on as a generated network.
+
+    Args:
+        csg: one dict of generator settings, or a list of them.
+        strength: share of the distance to the generated weight that a step goes at
+            the end of training; it grows linearly from zero.
+        interval: steps after which generators and codes are fitted anew, as at each epoch's start.
+    """
+
+    priority = 'LOW'
+
+    def __init__(self, csg: CSG, strength: float = 0.05, interval: int = 40):
+        if not 0 < strength <= 1 or interval < 1:
+            raise CSGError(f'ProximalHook: strength is from 0 to 1, interval at least 1; got {strength}, {interval}')
+        self.csg, self.strength, self.interval = csg, strength, interval
+        self._nearest: dict[str, Tensor] = {}
+
+    def before_train(self, runner: Runner) -> None:
+        """Make the generated twin whose weights are the nearest."""
+        self._twin = retrofit(deepcopy(bare_model(runner.model)), self.csg)
+        bank = find_bank(self._twin)
+        assert bank is not None
+        bank.after_fit = share_fit
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Fit anew at the next step, so that a run that is resumed from an epoch's end goes on as an unbroken one."""
+        self._nearest = {}
+
+    def after_train(self, runner: Runner) -> None:
+        """Let go of the twin."""
+        del self._twin
+        self._nearest = {}
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Go part of the way to the nearest generated weights."""
+        model, bank = bare_model(runner.model), find_bank(self._twin)
+        assert bank is not None
+        if runner.iter % self.interval == 0 or not self._nearest:
+            for name, conv in bank.layers.items():
+                weight = model.get_submodule(name).weight.detach()
+                check_finite(f'{name}.weight', weight)
+                conv.loaded = weight
+            bank.fit_loaded()
+            self._nearest = {name: conv.generate_weight().detach() for name, conv in bank.layers.items()}
+        share = self.strength * min(1.0, (runner.iter + 1) / runner.max_iters)
+        with torch.no_grad():
+            for name, nearest in self._nearest.items():
+                model.get_submodule(name).weight.lerp_(nearest, share)

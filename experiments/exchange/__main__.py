@@ -1,0 +1,77 @@
+"""Count what workers hold and exchange in a training step, dense against CSG; time steps over a slow link."""
+
+import argparse
+import json
+import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+
+from csg_seg.cli.errors import one_line_errors
+
+with one_line_errors():
+    from mmengine.config import DictAction
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from csg_seg.cli.results import add_result_options, check_result_options, made_with, write_result
+    from csg_seg.errors import CSGError
+    from csg_seg.mm.running.configs import read_config
+
+    from .measure import HOOKS, Measurement, measure_exchange, summarise_seconds
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('configs', nargs='+', help='config files; the first is what the others are compared with')
+    parser.add_argument('--processes', type=int, default=2, help='ranks, on gloo (default: 2)')
+    parser.add_argument('--links', nargs='+', default=[], metavar='RATE', help='such as 100mbit 1gbit; needs root')
+    parser.add_argument('--hooks', nargs='+', default=['none'], help=f'some of {", ".join(HOOKS)} (default: none)')
+    parser.add_argument('--rounds', type=int, default=3, help='steps of each network, hook and link (default: 3)')
+    parser.add_argument('--batch-size', type=int, default=2, help='images of a rank (default: 2)')
+    parser.add_argument('--size', type=int, nargs=2, default=[64, 64], help='height and width (default: 64 64)')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings of all: key=value ...')
+    add_result_options(parser)
+    return parser.parse_args()
+
+
+def print_tables(result: dict) -> None:
+    """Print what a rank holds and hands over, and the steps over each link."""
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    names = ('parameters', 'gradients', 'optimizer state', 'all-reduced a step')
+    named = Column('network', overflow='fold')
+    table = Table(named, *(f'{name}, MB' for name in names), 'buckets, MB (* holds a generator)')
+    for name, each in result['networks'].items():
+        keys = ('parameter_bytes', 'gradient_bytes', 'optimizer_bytes', 'all_reduced_bytes')
+        buckets = ' '.join(f'{one["bytes"] / 1e6:.1f}{"*" * one["generator"]}' for one in each['buckets'])
+        table.add_row(name, *(f'{each[key] / 1e6:.2f}' for key in keys), buckets)
+    console.print(table)
+    if result['links']:
+        table = Table('link', named.copy(), 'hook', 'seconds a step', 'against the first', 'MB sent a step')
+        for rate, networks in result['links'].items():
+            first = next(iter(next(iter(networks.values())).values()))
+            for name, hooks in networks.items():
+                for hook, each in hooks.items():
+                    found = summarise_seconds(each['seconds'], first['seconds'])
+                    numbers = (f'{found["seconds"]:.2f}', f'{found["ratio"]:.2f}x', f'{each["sent"][-1] / 1e6:.1f}')
+                    table.add_row(rate, name, hook, *numbers)
+        console.print(table)
+
+
+def main() -> None:
+    args = parse_args()
+    with one_line_errors():
+        check_result_options(args)
+        cfgs = {Path(path).stem: read_config(path, args.cfg_options) for path in args.configs}
+        if len(cfgs) < len(args.configs):
+            raise CSGError('two of the configs have one name; give each its own')
+        settings = {key: getattr(args, key) for key in ('processes', 'hooks', 'rounds', 'batch_size')}
+        measurement = Measurement(**settings, rates=args.links, size=tuple(args.size))
+        with redirect_stdout(sys.stderr):  # mmengine prints notes, stdout is for the result
+            figures = measure_exchange(cfgs, measurement)
+        result = write_result(args, {**asdict(measurement), **figures, 'made_with': made_with(seed=0)})
+    print(json.dumps(result)) if args.json else print_tables(result)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,247 @@
+"""What workers of one training hold and exchange, and how long a step takes over a link of a given speed."""
+
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from rich.console import Console
+from rich.progress import track
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.futures import Future
+from torch.multiprocessing.spawn import ProcessException
+from torch.nn.parallel import DistributedDataParallel
+
+from csg_seg.errors import CSGError
+from csg_seg.layers.bank import find_bank
+from csg_seg.mm.model import build_model
+from csg_seg.mm.running.preflight import check_optimizer
+from csg_seg.mm.running.processes import replace_sync_bn
+from experiments.batches import held_bytes, random_batch
+
+from .links import End, limit, link, parse_rate
+
+HOOKS = ('none', 'fp16', 'powersgd')
+# Steps before anything is noted: DDP orders its buckets after the first, PowerSGD begins with its third.
+WARM_UP = 3
+POWERSGD_RANK = 4
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What :func:`measure_exchange` does with the networks.
+
+    Attributes:
+        processes: ranks of the training; 2 for ``rates``.
+        hooks: of :data:`HOOKS`: 'none' for DDP's own all-reduce, 'fp16' and 'powersgd' for PyTorch's.
+        rates: speeds of a link between two ranks, such as '100mbit'; in each round every network takes a
+            step with every hook. Without any, bytes are counted and nothing is timed.
+        rounds: of steps at each rate.
+        batch_size: images of each rank.
+        size: height and width of them, in pixels.
+
+    Raises:
+        CSGError: a value is out of range.
+    """
+
+    processes: int = 2
+    hooks: Sequence[str] = ('none',)
+    rates: Sequence[str] = ()
+    rounds: int = 3
+    batch_size: int = 2
+    size: tuple[int, int] = (64, 64)
+
+    def __post_init__(self) -> None:
+        unknown = [hook for hook in self.hooks if hook not in HOOKS]
+        if unknown:
+            raise CSGError(f'there is no hook {unknown[0]!r}; take some of {", ".join(HOOKS)}')
+        if min(self.processes, self.rounds, *self.size) < 1 or self.batch_size < 2:
+            raise CSGError(
+                f'cannot measure with processes={self.processes}, rounds={self.rounds}, batch_size={self.batch_size}, '
+                f'size={tuple(self.size)}: each is at least 1, and batch_size 2, because of batch norm'
+            )
+        for rate in self.rates:
+            parse_rate(rate)
+        if self.rates and self.processes != 2:
+            raise CSGError(f'a link has two ends; take 2 processes, not {self.processes}')
+
+
+@dataclass
+class CountingHook:
+    """A communication hook of DDP that hands buckets to one of PyTorch's, and notes what DDP gave it.
+
+    Attributes:
+        generator: identities of the generators' parameters.
+        hook: of :data:`HOOKS`, used for the next step.
+        buckets: bytes of each bucket of the last step, in their order, and whether a generator is in it.
+    """
+
+    generator: set[int]
+    hook: str = 'none'
+    buckets: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._power_sgd = PowerSGDState(None, matrix_approximation_rank=POWERSGD_RANK, start_powerSGD_iter=2)
+
+    def exchange(self, bucket: dist.GradBucket) -> Future[torch.Tensor]:
+        """Exchange a bucket of gradients."""
+        if bucket.index() == 0:
+            self.buckets.clear()
+        held = any(id(parameter) in self.generator for parameter in bucket.parameters())
+        self.buckets.append({'bytes': bucket.buffer().nbytes, 'generator': held})
+        if self.hook == 'fp16':
+            return fp16_compress_hook(None, bucket)
+        if self.hook == 'powersgd':
+            # It exchanges more than once, from callbacks, in an order that gloo does not keep across
+            # buckets and ranks: one bucket at a time.
+            future = powerSGD_hook(self._power_sgd, bucket)
+            future.wait()
+            return future
+        return allreduce_hook(None, bucket)
+
+
+class Trainee:
+    """A network under DDP, with its optimizer and a batch of random images of this rank's own."""
+
+    def __init__(self, cfg: Config, measurement: Measurement):
+        torch.manual_seed(0)
+        self.model = build_model(cfg)
+        bank = find_bank(self.model)
+        self.hook = CountingHook({id(parameter) for parameter in bank.parameters()} if bank else set())
+        self.batch = random_batch(self.model, measurement.batch_size, *measurement.size, seed=dist.get_rank())
+        self.ddp = DistributedDataParallel(self.model, broadcast_buffers=False)
+        self.ddp.register_comm_hook(self.hook, CountingHook.exchange)
+        self.optimizer = build_optim_wrapper(self.model, cfg.optim_wrapper).optimizer
+
+    def step(self, hook: str) -> float:
+        """Train one step; return the seconds until all ranks have done it."""
+        self.hook.hook = hook
+        self.optimizer.zero_grad()
+        dist.barrier()
+        start = time.perf_counter()
+        loss, _ = self.model.parse_losses(self.ddp(**self.batch, mode='loss'))
+        loss.backward()
+        self.optimizer.step()
+        seconds = torch.tensor(time.perf_counter() - start)
+        # One rank may wait yet for the last of what the other has sent.
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)
+        return seconds.item()
+
+    def figures(self) -> dict[str, Any]:
+        """Return what a rank holds, and hands to be all-reduced in a step, in bytes."""
+        return {
+            **held_bytes(self.model, self.optimizer),
+            'all_reduced_bytes': sum(each['bytes'] for each in self.hook.buckets),
+            'buckets': list(self.hook.buckets),
+        }
+
+
+def measure_exchange(cfgs: Mapping[str, Config], measurement: Measurement) -> dict[str, Any]:
+    """Train several networks by turns in processes that exchange gradients through gloo, on random images.
+
+    Args:
+        cfgs: config of each network, by name, of mmseg or mmpretrain.
+        measurement: how.
+
+    Returns:
+        JSON-ready: ``networks``, by name what one rank holds and hands over (:meth:`Trainee.figures`); ``links``,
+        by rate, network and hook the ``seconds`` of each step, until both ranks have done it, and the bytes that
+        the first rank ``sent``, by the interface's count. The rate 'none' is the same link, unlimited.
+
+    Raises:
+        CSGError: a network cannot be trained so, or this machine makes no link.
+    """
+    for cfg in cfgs.values():
+        replace_sync_bn(cfg.model)
+        model = build_model(cfg)  # a mistake in a config shows here, in one line
+        check_optimizer(cfg, model)
+        random_batch(model, 1, 1, 1)
+    with link() if measurement.rates else nullcontext() as ends, TemporaryDirectory() as folder:
+        context = torch.multiprocessing.get_context('spawn')
+        results = context.SimpleQueue()
+        arguments = (cfgs, measurement, ends, Path(folder, 'store'), results)
+        workers = torch.multiprocessing.spawn(_work, arguments, nprocs=measurement.processes, join=False)
+        try:
+            while not workers.join(timeout=1):
+                pass
+        except ProcessException as error:
+            last = str(error).strip().splitlines()[-1]
+            raise CSGError(f'a worker failed: {last}') from error
+        finally:
+            for process in workers.processes:
+                process.kill()
+        return results.get()
+
+
+def summarise_seconds(seconds: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    """Return the median of steps, and that of the ratios to steps of the same rounds."""
+    ratios = [one / other for one, other in zip(seconds, reference, strict=True)]
+    return {'seconds': statistics.median(seconds), 'ratio': statistics.median(ratios)}
+
+
+def _work(
+    rank: int,
+    cfgs: Mapping[str, Config],
+    measurement: Measurement,
+    ends: tuple[End, End] | None,
+    store: Path,
+    results: Any,
+) -> None:
+    """Do one rank's part; the first gives back what is found."""
+    torch.set_num_threads(1)
+    if ends is not None:
+        ends[rank].enter()
+        os.environ['GLOO_SOCKET_IFNAME'] = ends[rank].interface
+    # Ranks of one machine need no host name, which may lead elsewhere.
+    os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')
+    dist.init_process_group('gloo', f'file://{store}', rank=rank, world_size=measurement.processes)
+    try:
+        trainees = {name: Trainee(cfg, measurement) for name, cfg in cfgs.items()}
+        cases = [(name, hook) for name in trainees for hook in measurement.hooks]
+        for name, hook in cases:
+            for _ in range(WARM_UP):
+                trainees[name].step(hook)
+        networks = {name: trainee.figures() for name, trainee in trainees.items()}
+        links = _time(trainees, cases, measurement, ends) if ends is not None else {}
+        dist.barrier()
+        if rank == 0:
+            results.put({'networks': networks, 'links': links})
+    finally:
+        dist.destroy_process_group()
+
+
+def _time(
+    trainees: Mapping[str, Trainee],
+    cases: Sequence[tuple[str, str]],
+    measurement: Measurement,
+    ends: tuple[End, End],
+) -> dict[str, Any]:
+    first = dist.get_rank() == 0
+    links: dict[str, Any] = {}
+    # The first turn is not noted: connections have yet to learn how fast a link is.
+    turns = [(rate, turn) for rate in ('none', *measurement.rates) for turn in range(measurement.rounds + 1)]
+    console = Console(stderr=True)
+    for rate, turn in track(turns, 'Timing', console=console, disable=not first):
+        if turn == 0:
+            if first and rate != 'none':
+                limit(ends, rate)
+            links[rate] = defaultdict(lambda: defaultdict(lambda: {'seconds': [], 'sent': []}))
+            dist.barrier()
+        for name, hook in cases:
+            before = ends[0].sent() if first else 0
+            seconds = trainees[name].step(hook)
+            if first and turn > 0:
+                links[rate][name][hook]['seconds'].append(seconds)
+                links[rate][name][hook]['sent'].append(ends[0].sent() - before)
+    return {rate: {name: dict(found) for name, found in networks.items()} for rate, networks in links.items()}

@@ -1,0 +1,230 @@
+"""Federated averaging: workers on disjoint parts of the data exchange codes, or whole networks."""
+
+import os
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from mmengine.config import Config
+from mmengine.registry import DATASETS
+from mmengine.runner import Runner
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from csg_seg.cli.options import check_out
+from csg_seg.errors import CSGError, abridge
+from csg_seg.files import check_folder, write_tensors
+from csg_seg.mm.figures import save_figure
+from csg_seg.mm.hooks.checkpoint_guard import CheckpointGuardHook
+from csg_seg.mm.hooks.label_guard import LabelGuardHook
+from csg_seg.mm.model import build_model
+from csg_seg.mm.running.configs import read_config
+from csg_seg.mm.running.preflight import check_data, check_optimizer, check_starts
+
+
+def federate(
+    cfg: Config,
+    checkpoint: str | os.PathLike,
+    travels: str = '*',
+    *,
+    workers: int,
+    rounds: int,
+    steps: int,
+    out: str | os.PathLike,
+    test_every: int = 1,
+    metric: str = 'mIoU',
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> dict[str, Any]:
+    """Train by federated averaging (McMahan et al., AISTATS 2017).
+
+    In each round every worker takes over the shared tensors, trains them on its own
+    part of the training data with an optimizer of its own, and returns them; their
+    plain mean, since the parts are of one size, is shared next. What does not travel
+    stays as the checkpoint has it.
+
+    Args:
+        cfg: config of the network, dense or CSG; its schedulers are not used.
+        checkpoint: where all begin.
+        travels: pattern of the names in the state dict that are trained and exchanged.
+            Frozen parameters never are.
+        workers: parts that the training data are cut into, in their own order.
+        rounds: of averaging.
+        steps: that each worker trains in a round.
+        out: takes the checkpoint of the last mean, for the test tool and others.
+        test_every: rounds between two tests; there is one before the first and after the last.
+        metric: score to gather.
+        track: wraps the sequence of all turns of workers, to show progress.
+
+    Returns:
+        JSON-ready: ``tensors`` and ``bytes`` that one worker sends in a round, and ``scores``: ``round``, the
+        ``bytes`` that have gone to and from all workers by then, ``score``.
+
+    Raises:
+        CSGError: a number is out of range, nothing trained matches ``travels``, or there is no such metric.
+    """
+    _check_numbers(workers=workers, rounds=rounds, steps=steps, test_every=test_every)
+    cfg = deepcopy(cfg)
+    cfg.load_from = str(checkpoint)
+    runner = Runner.from_cfg(cfg)
+    runner.register_hook(CheckpointGuardHook())
+    runner.register_hook(LabelGuardHook(cfg))
+    scores = [{'round': 0, 'bytes': 0, 'score': _score(runner, metric)}]
+    shared = _shared(runner.model, travels)
+    batches = [iter(Runner.build_dataloader(loader, seed=runner.seed)) for loader in _loaders(cfg, workers)]
+    in_a_round = 2 * workers * _bytes(shared.values())
+    returned: list[dict[str, Tensor]] = []
+    for turn in track(range(rounds * workers)):
+        _set(runner.model, shared)
+        _train(runner, shared, (next(batches[turn % workers]) for _ in range(steps)))
+        returned.append(_get(runner.model, shared))
+        if len(returned) == workers:
+            shared = {name: torch.stack([each[name] for each in returned]).mean(0) for name in shared}
+            returned.clear()
+            done = turn // workers + 1
+            if done % test_every == 0 or done == rounds:
+                _set(runner.model, shared)
+                scores.append({'round': done, 'bytes': in_a_round * done, 'score': _score(runner, metric)})
+    meta = {'dataset_meta': runner.test_dataloader.dataset.metainfo}
+    write_tensors(Path(out), {'meta': meta, 'state_dict': runner.model.state_dict()})
+    return {'travels': travels, 'tensors': len(shared), 'bytes': _bytes(shared.values()), 'scores': scores}
+
+
+def read_networks(args: Namespace, numbers: Mapping[str, int]) -> dict[str, Config]:
+    """Read the configs of a comparison, and find mistakes before any network is trained.
+
+    Args:
+        args: ``network``, a list of name, config, checkpoint and pattern of what travels; ``work_dir``, ``seed``,
+            ``cfg_options`` and ``overwrite``.
+        numbers: of workers, rounds, steps, and rounds between tests.
+
+    Returns:
+        the config of each network, by name.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        CSGError: says what is wrong.
+    """
+    _check_numbers(**numbers)
+    check_folder(args.work_dir, given=f'--work-dir {args.work_dir}')
+    configs: dict[str, Config] = {}
+    for name, config, checkpoint, travels in args.network:
+        if name in configs or '/' in name:
+            raise CSGError(f'--network {name}: give each network a name of its own, without a slash')
+        out = Path(args.work_dir, f'{name}.pth')
+        check_out(out, overwrite=args.overwrite, option='--work-dir', inputs=[checkpoint])
+        options = {'randomness.seed': args.seed, 'work_dir': args.work_dir, 'experiment_name': name}
+        cfg = configs[name] = read_config(config, options | (args.cfg_options or {}) | {'load_from': checkpoint})
+        for split in ('train', 'test'):
+            check_data(cfg, split)
+        check_starts(cfg)
+        model = build_model(cfg)
+        check_optimizer(cfg, model)
+        _shared(model, travels)
+        _loaders(cfg, numbers['workers'])
+    return configs
+
+
+def _check_numbers(**numbers: int) -> None:
+    if min(numbers.values()) < 1:
+        given = ', '.join(f'{key}={value}' for key, value in numbers.items())
+        raise CSGError(f'cannot work with {given}: each is at least 1')
+
+
+def draw_federated(networks: Mapping[str, Mapping[str, Any]], path: str | os.PathLike, *, metric: str) -> None:
+    """Save a picture of score against rounds, and against bytes.
+
+    Args:
+        networks: what :func:`federate` returned, by name.
+        path: of the picture; its ending names the format.
+        metric: the score's name.
+    """
+    figure = Figure(figsize=(9, 4), layout='constrained')
+    by_round, by_bytes = figure.subplots(1, 2, sharey=True)
+    for (name, each), marker in zip(networks.items(), 'os^Dv*' * len(networks), strict=False):
+        scores = [point['score'] for point in each['scores']]
+        by_round.plot([point['round'] for point in each['scores']], scores, marker=marker, label=name)
+        # The start, before anything was sent, has no place on a logarithmic axis.
+        megabytes = [point['bytes'] / 1e6 for point in each['scores']]
+        by_bytes.plot(megabytes[1:], scores[1:], marker=marker, label=name)
+    by_round.set_xlabel('rounds')
+    by_round.xaxis.set_major_locator(MaxNLocator(integer=True))
+    by_round.set_ylabel(metric)
+    by_bytes.set_xlabel('MB sent and received by all workers')
+    by_bytes.set_xscale('log')
+    for axis in (by_round, by_bytes):
+        axis.grid(which='both', alpha=0.3)
+    by_round.legend(loc='lower right')
+    save_figure(figure, path)
+
+
+def _shared(model: nn.Module, travels: str) -> dict[str, Tensor]:
+    """Return copies of what is trained and exchanged, and freeze every other parameter."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    chosen = [name for name in _tensors(model) if fnmatchcase(name, travels) and name not in frozen]
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in chosen)
+    if not parameters.keys() & set(chosen):
+        some = abridge([name for name, parameter in model.named_parameters() if name not in frozen])
+        raise CSGError(f'{travels!r} names nothing that is trained; that would be {some}')
+    return {name: tensor.clone() for name, tensor in _tensors(model).items() if name in chosen}
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a state dict that can be averaged; they share the model's memory."""
+    state_dict = model.state_dict().items()
+    return {name: each for name, each in state_dict if isinstance(each, Tensor) and each.is_floating_point()}
+
+
+def _get(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    tensors = _tensors(model)
+    return {name: tensors[name].clone() for name in names}
+
+
+def _set(model: nn.Module, shared: Mapping[str, Tensor]) -> None:
+    tensors = _tensors(model)
+    for name, tensor in shared.items():
+        tensors[name].copy_(tensor)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _loaders(cfg: Config, workers: int) -> list[dict[str, Any]]:
+    """Return a data loader's settings for each worker, with neighbouring images in one part."""
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    if len(dataset) < workers:
+        raise CSGError(f'{len(dataset)} training images are too few for {workers} workers; take fewer workers')
+    bounds = [len(dataset) * worker // workers for worker in range(workers + 1)]
+    loaders = []
+    for first, last in zip(bounds, bounds[1:], strict=False):
+        loader = deepcopy(cfg.train_dataloader)
+        loader['dataset'] = dataset.get_subset(list(range(first, last)))
+        loader['sampler'] = dict(type='InfiniteSampler', shuffle=True)
+        loaders.append(loader)
+    return loaders
+
+
+def _train(runner: Runner, shared: Mapping[str, Tensor], batches: Iterable[Any]) -> None:
+    """Train a worker's turn, with an optimizer that has no past."""
+    model = runner.model.train()
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and f'{name}.running_mean' not in shared:
+            module.eval()
+    optim_wrapper = runner.build_optim_wrapper(deepcopy(runner.cfg.optim_wrapper))
+    for batch in batches:
+        model.train_step(batch, optim_wrapper)
+
+
+def _score(runner: Runner, metric: str) -> float:
+    scores = runner.test()
+    if metric not in scores:
+        raise CSGError(f'there is no metric {metric!r}; the test gave {", ".join(scores)}')
+    return float(scores[metric])

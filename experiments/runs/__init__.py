@@ -1,0 +1,1 @@
+"""Train several configs with several seeds."""

@@ -1,0 +1,63 @@
+"""Train configs with several seeds through train.py and test.py, and print what they store and score."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from csg_seg.cli.errors import one_line_errors
+
+with one_line_errors():
+    from mmengine.config import Config, DictAction
+    from rich.console import Console
+    from rich.table import Table
+
+    from csg_seg.cli.results import add_result_options, check_result_options, write_result
+    from csg_seg.errors import CSGError
+    from csg_seg.mm.running.configs import read_config
+
+    from .runner import benchmark
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('configs', nargs='+', help='config files; the first is what the others are compared with')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='(default: 0 1 2)')
+    parser.add_argument('--work-dir', required=True, help='folder for the runs; finished ones are not repeated')
+    parser.add_argument('--metric', default='accuracy/top1', help='score to gather (default: %(default)s)')
+    parser.add_argument('--jobs', type=int, default=1, help='runs at a time; they share the cores (default: 1)')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings of all: key=value ...')
+    add_result_options(parser)
+    return parser.parse_args()
+
+
+def print_table(result: dict) -> None:
+    """Print a row for each network."""
+    table = Table('network', 'parameters stored', 'compression', result['metric'], 'against the first')
+    first = next(iter(result['networks'].values()))
+    for name, each in result['networks'].items():
+        spread = '' if each['std'] is None else f' +- {each["std"]:.2f}'
+        difference = f'{each["mean"] - first["mean"]:+.2f}'
+        ratio = f'{each["compression_ratio"]:.2f}x'
+        table.add_row(name, f'{each["stored_params"]:,}', ratio, f'{each["mean"]:.2f}{spread}', difference)
+    Console(width=None if sys.stdout.isatty() else 130).print(table)
+
+
+def main() -> None:
+    args = parse_args()
+    with one_line_errors():
+        check_result_options(args)
+        configs: dict[str, Config] = {}
+        for path in args.configs:
+            name = Path(path).stem
+            if name in configs:
+                raise CSGError(f'two configs are named {name}; rename one')
+            configs[name] = read_config(path, args.cfg_options)
+        options = dict(tools=Path(__file__).parent, metric=args.metric, jobs=args.jobs)
+        figures = benchmark(configs, args.seeds, args.work_dir, **options)
+        result = write_result(args, figures)
+    print(json.dumps(result)) if args.json else print_table(result)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,1 @@
+"""Cost of retrofitting, fitting, saving and loading by network size."""

@@ -1,0 +1,1 @@
+"""Step and evaluation time, and memory."""

@@ -1,0 +1,342 @@
+"""How long dense, generated and materialised networks take, and what they hold, by turns on one device."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from csg_seg.errors import CSGError
+from csg_seg.layers.bank import find_bank
+from csg_seg.mm.checkpoints.registries import dense_model
+from csg_seg.mm.figures import save_figure
+from csg_seg.mm.model import build_model
+from csg_seg.mm.running.processes import replace_sync_bn
+from csg_seg.retrofitting.surgery import materialise
+from experiments.batches import held_bytes, random_batch
+
+WORK = ('step', 'evaluation', 'generation')
+PHASES = ('forward', 'backward', 'optimizer')
+HELD = ('parameter_bytes', 'gradient_bytes', 'optimizer_bytes', 'activation_bytes')
+
+
+@dataclass(frozen=True)
+class Load:
+    """What :func:`measure_speed` puts on the networks.
+
+    Attributes:
+        batch_size: images of a training step.
+        size: height and width of all images, in pixels.
+        eval_batch_size: images of an evaluation.
+        rounds: that count; in each every network takes a step, and later evaluates.
+        warm_up: rounds before them.
+        device: such as 'cpu' or 'cuda'.
+        bf16: compute under autocast to bfloat16.
+        channels_last: memory format of networks and images.
+        compile: compile the networks, generation included.
+
+    Raises:
+        CSGError: a value is out of range.
+    """
+
+    batch_size: int
+    size: tuple[int, int]
+    eval_batch_size: int = 1
+    rounds: int = 10
+    warm_up: int = 3
+    device: str = 'cpu'
+    bf16: bool = False
+    channels_last: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.eval_batch_size, self.rounds, self.warm_up, *self.size) < 1 or self.batch_size < 2:
+            raise CSGError(
+                f'cannot measure with batch_size={self.batch_size}, eval_batch_size={self.eval_batch_size}, '
+                f'size={tuple(self.size)}, rounds={self.rounds}, warm_up={self.warm_up}: each is at least 1, and '
+                'batch_size 2, because of batch norm'
+            )
+        if self.device == 'cuda' and not torch.cuda.is_available():
+            raise CSGError('there is no GPU here; take device cpu')
+
+
+def training_load(cfg: Config) -> dict[str, Any]:
+    """Return the ``batch_size`` and ``size`` that a config trains with, as far as it says."""
+    load: dict[str, Any] = {}
+    if cfg.get('train_dataloader'):
+        load['batch_size'] = cfg.train_dataloader.batch_size
+    for transform in cfg.get('train_pipeline') or ():
+        size = transform.get('crop_size', transform.get('scale')) if 'Crop' in str(transform.get('type')) else None
+        if size:
+            load['size'] = (size, size) if isinstance(size, int) else tuple(size)
+    return load
+
+
+class Clock:
+    """Moments between which work is done: of the GPU itself, of the wall elsewhere."""
+
+    def __init__(self, device: str):
+        self.on_gpu = device.startswith('cuda')
+        self.moments: list[Any] = []
+
+    def mark(self) -> None:
+        """Note that all work until here is ordered."""
+        if self.on_gpu:
+            self.moments.append(torch.cuda.Event(enable_timing=True))
+            self.moments[-1].record()
+        else:
+            self.moments.append(time.perf_counter())
+
+    def spans(self) -> list[float]:
+        """Return the seconds between moments."""
+        pairs = list(zip(self.moments, self.moments[1:], strict=False))
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            return [start.elapsed_time(end) / 1000 for start, end in pairs]
+        return [end - start for start, end in pairs]
+
+
+class Trainee:
+    """A network with its optimizer, on a device, and the images that it gets."""
+
+    def __init__(self, model: nn.Module, cfg: Config, load: Load):
+        self.load = load
+        layout = torch.channels_last if load.channels_last else torch.contiguous_format
+        self.model = model.to(load.device, memory_format=layout)
+        self.batch = random_batch(self.model, load.batch_size, *load.size)
+        self.batch['inputs'] = self.batch['inputs'].contiguous(memory_format=layout)
+        images = torch.randn(load.eval_batch_size, 3, *load.size, generator=torch.Generator().manual_seed(0))
+        self.images = images.to(load.device, memory_format=layout)
+        # The optimizer alone: precision is the load's.
+        kept = ('optimizer', 'paramwise_cfg', 'constructor')
+        optim_wrapper = {key: cfg.optim_wrapper[key] for key in kept if key in cfg.optim_wrapper}
+        self.optimizer = build_optim_wrapper(self.model, {'type': 'OptimWrapper', **optim_wrapper}).optimizer
+        if load.compile:
+            self.model.compile()
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.load.device, torch.bfloat16) if self.load.bf16 else nullcontext()
+
+    def _loss(self) -> Tensor:
+        with self._precision():
+            loss, _ = self.model.parse_losses(self.model(**self.batch, mode='loss'))
+        return loss
+
+    def step(self) -> dict[str, float]:
+        """Train one step; return the seconds of each phase."""
+        self.model.train()
+        self.optimizer.zero_grad()
+        clock = Clock(self.load.device)
+        clock.mark()
+        loss = self._loss()
+        clock.mark()
+        loss.backward()
+        clock.mark()
+        self.optimizer.step()
+        clock.mark()
+        return dict(zip(PHASES, clock.spans(), strict=True))
+
+    @torch.no_grad()
+    def evaluation(self) -> dict[str, float]:
+        """Compute class scores twice; return the seconds of the second time."""
+        self.model.eval()
+        clock = Clock(self.load.device)
+        with self._precision():
+            for _ in range(2):
+                clock.mark()
+                self.model(self.images, mode='tensor')
+        clock.mark()
+        return {'evaluation': clock.spans()[1]}
+
+    def generation(self) -> dict[str, float]:
+        """Generate all weights and send gradients back through that, as a step does; return the seconds."""
+        bank = find_bank(self.model)
+        assert bank is not None
+        gradients = [torch.ones(conv.weight_shape, device=self.load.device) for conv in bank.layers.values()]
+        self.optimizer.zero_grad()
+        clock = Clock(self.load.device)
+        clock.mark()
+        bank.make_ahead()
+        torch.autograd.backward([conv.weight for conv in bank.layers.values()], gradients)
+        clock.mark()
+        bank.drop_ahead()
+        return {'generation': sum(clock.spans())}
+
+    def count_bytes(self) -> dict[str, int]:
+        """Train two steps; return what the network holds in the second, and on a GPU the peak the allocator saw."""
+        self.step()  # after which there is optimizer state
+        self.optimizer.zero_grad()
+        on_gpu = self.load.device.startswith('cuda')
+        before = torch.cuda.memory_allocated() if on_gpu else 0
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        # Held, so that no other gets the address of one that is let go.
+        saved: dict[int, torch.UntypedStorage] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = self._loss()
+        for tensor in (*self.model.parameters(), *self.model.buffers(), *self.batch.values()):
+            if isinstance(tensor, Tensor):
+                saved.pop(tensor.untyped_storage().data_ptr(), None)
+        activation_bytes = sum(storage.nbytes() for storage in saved.values())
+        saved.clear()
+        loss.backward()
+        self.optimizer.step()
+        held = {**held_bytes(self.model, self.optimizer), 'activation_bytes': activation_bytes}
+        if on_gpu:
+            # Over what all networks hold between steps, which is parameters and optimizer state.
+            own = held['parameter_bytes'] + held['optimizer_bytes']
+            held['peak_bytes'] = torch.cuda.max_memory_allocated() - before + own
+        return held
+
+
+def measure_speed(
+    cfg: Config, load: Load, *, track: Callable[[Sequence[tuple[str, int]]], Iterable[tuple[str, int]]] = iter
+) -> dict[str, dict[str, Any]]:
+    """Train and evaluate a network dense, generated and materialised, by turns in one process, on random images.
+
+    Args:
+        cfg: CSG config of mmseg or mmpretrain; a teacher of it is left out.
+        load: what is measured.
+        track: wraps the sequence of all rounds, to show progress.
+
+    Returns:
+        JSON-ready, by network: ``seconds`` of each round, by phase and of ``evaluation`` and, generated,
+        ``generation``, forward and backward; ``bytes`` that it holds in a step.
+
+    Raises:
+        CSGError: the config is dense, or the network takes no such images.
+    """
+    cfg = deepcopy(cfg)
+    replace_sync_bn(cfg.model)
+    cfg.model.pop('teacher', None)
+    csg = build_model(cfg)
+    if find_bank(csg) is None:
+        raise CSGError('the config is dense, there is nothing to compare; give a CSG config')
+    models = {'dense': MODELS.build(dense_model(cfg)), 'csg': csg, 'materialised': materialise(deepcopy(csg))}
+    trainees: dict[str, Trainee] = {}
+    results: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        try:
+            trainees[name] = Trainee(model, cfg, load)
+            results[name] = {'bytes': trainees[name].count_bytes(), 'seconds': {}}
+        except Exception as error:  # whatever a network makes of a size
+            said = ' '.join(str(error).split())[:200] or type(error).__name__
+            raise CSGError(
+                f'no step on {load.batch_size} images of {"x".join(map(str, load.size))} pixels: {said}'
+            ) from None
+    names = list(trainees)
+    # One kind of work after the other: what generation alone frees, steps would have to ask for again.
+    turns = [(work, turn) for work in WORK for turn in range(load.warm_up + load.rounds)]
+    for work, turn in track(turns):
+        # Back and forth, so that no network is always first.
+        for name in ['csg'] if work == 'generation' else names[:: -1 if turn % 2 else 1]:
+            seconds = getattr(trainees[name], work)()
+            if turn >= load.warm_up:
+                for key, value in seconds.items():
+                    results[name]['seconds'].setdefault(key, []).append(value)
+    return results
+
+
+def step_seconds(result: Mapping[str, Any]) -> list[float]:
+    """Return the seconds of each training step of one network in :func:`measure_speed`'s result."""
+    return [sum(phases) for phases in zip(*(result['seconds'][phase] for phase in PHASES), strict=True)]
+
+
+def summarise_speed(results: Mapping[str, Mapping[str, Any]], load: Load) -> dict[str, dict[str, float]]:
+    """Return, for each network, medians and their ratios to dense ones of the same rounds.
+
+    Returns:
+        by network: ``step`` and ``evaluation`` in seconds, the same with ``_ratio`` and, of the middle half of
+        rounds, ``_spread`` relative to the median; ``images_per_second`` of training; ``memory_ratio``.
+        Generated, ``generation_share`` of the step.
+    """
+    dense = results['dense']
+    summary: dict[str, dict[str, float]] = {}
+    for name, each in results.items():
+        numbers: dict[str, float] = {}
+        series = {'step': (step_seconds(each), step_seconds(dense))}
+        series['evaluation'] = (each['seconds']['evaluation'], dense['seconds']['evaluation'])
+        for key, (seconds, reference) in series.items():
+            numbers[key] = statistics.median(seconds)
+            numbers[f'{key}_ratio'] = statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
+            numbers[f'{key}_spread'] = _spread(seconds)
+        numbers['images_per_second'] = load.batch_size / numbers['step']
+        numbers['memory_ratio'] = _memory(each) / _memory(dense)
+        if 'generation' in each['seconds']:
+            numbers['generation_share'] = statistics.median(each['seconds']['generation']) / numbers['step']
+        summary[name] = numbers
+    return summary
+
+
+def _spread(seconds: Sequence[float]) -> float:
+    if len(seconds) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(seconds, n=4, method='inclusive')
+    return (high - low) / middle
+
+
+def _memory(result: Mapping[str, Any]) -> int:
+    held = result['bytes']
+    return held['peak_bytes'] if 'peak_bytes' in held else sum(held[key] for key in HELD)
+
+
+def draw_speed(results: Mapping[str, Mapping[str, Any]], load: Load, path: str | os.PathLike, *, title: str) -> None:
+    """Save a picture of where time and memory go.
+
+    Args:
+        results: of :func:`measure_speed`.
+        load: that was measured.
+        path: of the picture; its ending names the format.
+        title: the network's name.
+    """
+    figure = Figure(figsize=(10, 4.2), layout='constrained')
+    step, evaluation, memory = figure.subplots(1, 3)
+    medians = {
+        name: {key: statistics.median(values) * 1000 for key, values in each['seconds'].items()}
+        for name, each in results.items()
+    }
+    _stack(step, {name: {key: each[key] for key in PHASES} for name, each in medians.items()}, 'ms of a training step')
+    generation = medians['csg']['generation']
+    share = generation / sum(medians['csg'][key] for key in PHASES)
+    label = f'generation, {share:.1%} of it'
+    step.bar('csg', generation, width=0.3, facecolor='white', edgecolor='black', hatch='///', label=label)
+    step.legend(fontsize=8, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=2)
+    _stack(evaluation, {name: {'evaluation': each['evaluation']} for name, each in medians.items()}, 'ms to evaluate')
+    held = {
+        name: {key.removesuffix('_bytes'): each['bytes'][key] / 1e6 for key in HELD} for name, each in results.items()
+    }
+    _stack(memory, held, 'MB held in a step')
+    size = f'{load.size[0]} x {load.size[1]}'
+    figure.suptitle(
+        f'{title}\n{load.batch_size} images of {size} a step, {load.eval_batch_size} to evaluate; {load.device}'
+    )
+    save_figure(figure, path)
+
+
+def _stack(axis: Any, bars: Mapping[str, Mapping[str, float]], label: str) -> None:
+    """Draw a bar for each network, of parts upon each other."""
+    names = list(bars)
+    bottoms = [0.0] * len(names)
+    for part in next(iter(bars.values())):
+        heights = [bars[name][part] for name in names]
+        axis.bar(names, heights, bottom=bottoms, label=part, width=0.6)
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    axis.set_ylabel(label)
+    if len(next(iter(bars.values()))) > 1:
+        axis.legend(fontsize=8, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=2)

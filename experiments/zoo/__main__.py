@@ -1,0 +1,80 @@
+"""Retrofit every network of an installed library; see that it trains, is stored, loaded and materialised."""
+
+import argparse
+import json
+import signal
+import sys
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+from csg_seg.cli.errors import one_line_errors
+from csg_seg.files import writing
+
+with one_line_errors():
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import track
+    from rich.table import Column, Table
+
+    from csg_seg.cli.options import check_out
+
+    from .libraries import SCOPES, check_all, list_networks, read_rows, summarise_rows
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--scope', required=True, choices=SCOPES, help='library')
+    parser.add_argument('--names', nargs='+', default=['*'], help="patterns of names (default: '*')")
+    parser.add_argument('--jobs', type=int, default=1, help='networks at a time (default: 1)')
+    parser.add_argument('--seconds', type=float, default=300, help='after which one is given up (default: 300)')
+    parser.add_argument('--out', required=True, help='file of a JSON line for each network')
+    parser.add_argument('--resume', action='store_true', help='leave out the networks that OUT holds already')
+    parser.add_argument('--json', action='store_true', help='print the rows as JSON instead of a table')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    with one_line_errors():
+        out = Path(args.out)
+        check_out(out, overwrite=args.resume, remedy='give --resume')
+        networks = list_networks(args.scope, args.names)
+        rows = read_rows(out, args.scope)
+        done = {row['name'] for row in rows}
+        waiting = {name: spec for name, spec in networks.items() if name not in done}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        progress = partial(track, description=args.scope, console=Console(stderr=True))
+        checks = check_all(args.scope, waiting, jobs=args.jobs, seconds=args.seconds, track=progress)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of closing
+        with writing(out), out.open('a') as file, closing(checks):
+            if rows and not out.read_text().endswith('\n'):
+                file.write('\n')
+            for row in checks:
+                rows.append(row)
+                file.write(json.dumps(row) + '\n')
+                file.flush()
+    print(json.dumps(rows)) if args.json else print_table(rows)
+    sys.exit(any(row['result'] == 'fail' for row in rows))
+
+
+def print_table(rows: list) -> None:
+    """Print the networks that did not pass, and what it comes to."""
+    table = Table(*(Column(name, overflow='fold') for name in ('network', 'result', 'reason', 'seconds')))
+    for row in rows:
+        if row['result'] != 'pass':
+            table.add_row(*(escape(str(row[key])) for key in ('name', 'result', 'reason', 'seconds')))
+    if table.rows:
+        Console(width=None if sys.stdout.isatty() else 130).print(table)
+    summary = summarise_rows(rows)
+    print(', '.join(f'{count} {result}' for result, count in summary['results'].items() if count))
+    if summary['ratio']:
+        least, median, most = summary['ratio']
+        print(f'Of those that pass, {summary["on_losses"]} trained on losses, the others on outputs.')
+        print(f'{summary["generated"]:,} convs generated; networks {least:.2f} to {most:.2f} times smaller,')
+        left = '; '.join(f'{count:,} {reason}' for reason, count in summary['left_dense'].most_common())
+        print(f'median {median:.2f}. Left dense: {left or "none"}')
+
+
+if __name__ == '__main__':
+    main()

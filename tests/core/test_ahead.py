@@ -1,0 +1,434 @@
+"""Weights made ahead: the same numbers as one by one, and never those of before."""
+
+import pickle
+import threading
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from csg_seg import materialise, retrofit
+from csg_seg.layers.conv import batches, generate_weights, generated_convs
+
+CSG = {'slice_shape': (12, 20, 3, 3), 'code_dim': 24}
+KINDS = {
+    'linear': CSG,
+    'flat': CSG | {'layout': 'flat'},
+    'binary': CSG | {'generator': 'binary'},
+    'mlp': CSG | {'generator': 'mlp', 'hidden': 5},
+    'tensor ring': CSG | {'generator': 'tensor_ring', 'rank': 3, 'mode': 7},
+    'residual': CSG | {'residual': 2},
+    'two generators': [CSG | {'include': ['one']}, CSG],
+}
+
+
+class Net(nn.Module):
+    """Three convs in a row, of which the last may be skipped."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 17, 3)
+        self.one = nn.Conv2d(17, 31, 3, bias=False)
+        self.two = nn.Conv2d(31, 31, 3, padding=1)
+        self.last = nn.Conv2d(31, 31, 3)
+
+    def forward(self, x, skip=False):
+        x = F.relu(self.two(F.relu(self.one(self.stem(x)))))
+        return x if skip else self.last(x)
+
+
+def build(csg=CSG):
+    return retrofit(Net(), csg)
+
+
+def images(seed=0):
+    return torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def kept_weights(model):
+    return [weight for kept in model.csg.kept.values() for weight in kept.weights]
+
+
+@pytest.mark.parametrize('csg', KINDS.values(), ids=KINDS)
+def test_outputs_and_gradients_are_those_of_weights_made_one_by_one(csg):
+    ahead, alone = build(csg), build(csg)
+    # The method itself, past the hooks of the root.
+    outputs, expected = ahead(images()), alone.forward(images())
+    torch.testing.assert_close(outputs, expected)
+    outputs.square().mean().backward()
+    expected.square().mean().backward()
+    for name, gradient in gradients(alone).items():
+        torch.testing.assert_close(gradients(ahead)[name], gradient)
+    with torch.no_grad():
+        torch.testing.assert_close(ahead(images()), expected)
+
+
+@pytest.mark.parametrize('csg', KINDS.values(), ids=KINDS)
+def test_a_layer_that_takes_no_part_gets_no_gradient(csg):
+    model = build(csg)
+    model(images(), skip=True).square().mean().backward()
+    assert model.last.code.grad is None and model.last.bias.grad is None
+    assert model.two.code.grad is not None
+
+
+def test_ddp_finds_layers_that_take_no_part(tmp_path, monkeypatch):
+    monkeypatch.setenv('GLOO_SOCKET_IFNAME', 'lo')
+    dist.init_process_group('gloo', f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        model = build()
+        ddp = DistributedDataParallel(model, find_unused_parameters=True)
+        for _ in range(2):
+            ddp(images(), skip=True).square().mean().backward()
+        assert model.last.code.grad is None and model.two.code.grad is not None
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False])
+@pytest.mark.parametrize('csg', KINDS.values(), ids=KINDS)
+def test_layers_are_recomputed_within_activation_checkpoints(csg, use_reentrant):
+    class Checkpointed(Net):
+        def forward(self, x):
+            return self.last(
+                checkpoint(lambda y: F.relu(self.two(self.one(y))), self.stem(x), use_reentrant=use_reentrant)
+            )
+
+    recomputed, plain = retrofit(Checkpointed(), csg), build(csg)
+    recomputed(images()).square().mean().backward()
+    plain.last(F.relu(plain.two(plain.one(plain.stem(images()))))).square().mean().backward()
+    for name, gradient in gradients(plain).items():
+        torch.testing.assert_close(gradients(recomputed)[name], gradient)
+
+
+def test_a_write_between_forward_and_backward_is_noticed():
+    model = build()
+    loss = model(images()).square().mean()
+    with torch.no_grad():
+        model.one.code.add_(1)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        loss.backward()
+
+
+def test_second_derivatives_pass():
+    ahead, alone = build(), build()
+    seconds = []
+    for model, forward in ((ahead, ahead), (alone, alone.forward)):
+        loss = forward(images()).square().mean()
+        (first,) = torch.autograd.grad(loss, model.one.code, create_graph=True)
+        seconds.append(torch.autograd.grad(first.square().sum(), [model.one.code, model.csg[0].weight]))
+    for one, other in zip(*seconds, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_functional_calls_and_transforms_are_no_obstacle():
+    model = build()
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    x = images()
+    halved = {name: each / 2 for name, each in parameters.items()}
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (x,)).square().mean()
+
+    gradient = torch.func.grad(loss)(parameters)
+    model(images()).square().mean().backward()
+    torch.testing.assert_close(gradient['one.code'], model.one.code.grad)
+    of_generator = torch.func.grad(lambda weight: loss({'csg.0.weight': weight}))(parameters['csg.0.weight'])
+    torch.testing.assert_close(of_generator, model.csg[0].weight.grad)
+    with torch.no_grad():
+        shares = torch.tensor([1.0, 0.5])
+        losses = torch.func.vmap(lambda share: loss({'csg.0.weight': parameters['csg.0.weight'] * share}))(shares)
+        torch.testing.assert_close(losses[0], loss(parameters))
+    slopes = torch.func.jacrev(lambda images: model(images).sum(dim=(1, 2, 3)))(x)
+    plain = torch.func.jacrev(lambda images: materialise(deepcopy(model))(images).sum(dim=(1, 2, 3)))(x)
+    torch.testing.assert_close(slopes, plain)
+    with torch.no_grad():
+        model(images())
+        assert loss(halved) != loss(parameters)
+
+
+def test_evaluations_use_the_same_weights_until_training_drops_them():
+    model = build().eval()
+    with torch.no_grad():
+        model(images())
+        first = kept_weights(model)
+        model(images(1))
+    assert all(weight.is_contiguous() for weight in first)  # or every conv would copy it
+    assert len(first) == 3 and all(one is other for one, other in zip(first, kept_weights(model), strict=True))
+    model.train()
+    assert kept_weights(model) == []
+
+
+def ema_swap(model):
+    average = {name: each.detach() * 0.5 for name, each in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        kept = parameter.data.clone()
+        parameter.data.copy_(average[name].data)
+        average[name].data.copy_(kept)
+
+
+def load_doubled(model):
+    state_dict = model.state_dict()
+    model.load_state_dict({name: each * 2 if name.endswith('code') else each for name, each in state_dict.items()})
+
+
+def step(model):
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(images()).square().mean().backward()
+    optimizer.step()
+    model.eval()
+
+
+CHANGES = {
+    'EMA swap': ema_swap,
+    'load_state_dict': load_doubled,
+    'dense weights': lambda model: model.load_state_dict(Net().state_dict()),
+    '.data of a code': lambda model: model.last.code.data.mul_(3),
+    '.data of the generator': lambda model: model.csg[0].weight.data[3, 4].add_(1),
+    'code replaced': lambda model: setattr(model.one, 'code', nn.Parameter(model.one.code.detach() + 1)),
+    'training step': step,
+    'train and back, a write between': lambda model: (model.train(), model.two.code.data.neg_(), model.eval()),
+}
+
+
+@pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
+def test_no_change_goes_unnoticed(change, mode):
+    model = build().eval()
+    with mode():
+        before = model(images())
+    change(model)
+    with mode():
+        after = model(images())
+    assert not torch.allclose(after, before)
+    with torch.no_grad():
+        torch.testing.assert_close(after, materialise(deepcopy(model))(images()))
+
+
+def test_residuals_that_change_are_noticed():
+    model = build(KINDS['residual']).eval()
+    with torch.no_grad():
+        before = model(images())
+        model.last.residual_out.data.add_(1)
+        after = model(images())
+        assert not torch.allclose(after, before)
+        torch.testing.assert_close(after, materialise(model)(images()))
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_evaluation_follows_the_models_type(dtype):
+    model = build().eval()
+    with torch.no_grad():
+        model(images())
+        outputs = model.to(dtype)(images().to(dtype))
+        assert outputs.dtype == dtype
+        assert torch.equal(outputs, materialise(model)(images().to(dtype)))
+
+
+def test_weights_read_after_a_pass_are_those_of_now():
+    model = build()
+    for forward in (model, torch.no_grad()(model)):
+        forward(images())
+        model.one.code.data.mul_(2)
+        assert torch.equal(model.one.weight, model.one.generate_weight())
+
+
+def test_a_pass_that_fails_leaves_nothing_behind():
+    model = build()
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 5, 9, 9))
+    assert all(conv.ready is None for _, conv in generated_convs(model))
+
+
+def test_a_pass_that_is_interrupted_leaves_no_weight_of_before():
+    model = build().eval()
+    handle = model.two.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        model(images())
+    handle.remove()
+    model.load_state_dict(model.state_dict() | {'one.code': model.one.code * 0.5})
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward(images()), model(images()))
+
+
+def test_writes_within_a_pass_are_noticed():
+    model, reference = build().eval(), build().eval()
+    with torch.no_grad():
+        reference.last.code.mul_(2)
+        expected = reference(images())
+
+        def write(*_):
+            model.last.code.copy_(reference.last.code)
+
+        model.one.register_forward_pre_hook(write)
+        assert torch.equal(model(images()), expected)
+        model.last.code.mul_(3)
+        model.register_forward_pre_hook(write)
+        assert torch.equal(model(images()), expected)
+
+
+@pytest.mark.parametrize('csg', [CSG | {'generator': 'binary'}, CSG | {'freeze_generator': True}])
+def test_what_is_frozen_needs_no_graph(csg):
+    model = build(csg)
+    for conv in (model.stem, model.one, model.two):
+        conv.requires_grad_(False)
+    needed = {}
+    for name, conv in generated_convs(model):
+        conv.register_forward_hook(lambda *run, name=name: needed.update({name: run[2].requires_grad}))
+    model(images())
+    assert needed == {'one': False, 'two': False, 'last': True}
+
+
+def test_two_losses_with_frozen_generator_learn_in_turn():
+    """A code may be stepped before another's gradient is taken, as torch allows of products made one by one."""
+    model = build(CSG | {'freeze_generator': True})
+    one, two = generate_weights([model.one, model.two])
+    one.sum().backward()
+    with torch.no_grad():
+        model.one.code.add_(1)
+    two.sum().backward()
+    assert model.two.code.grad is not None
+
+
+def test_a_network_of_inference_tensors_runs():
+    with torch.inference_mode():
+        model = build().eval()
+        outputs = model(images())
+        torch.testing.assert_close(outputs, materialise(model)(images()))
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.enable_grad])
+def test_a_traced_network_is_stored_and_gives_the_same(mode, tmp_path):
+    model = build().eval()
+    with mode():
+        traced = torch.jit.trace(model, images())
+        traced.save(str(tmp_path / 'traced.pt'))
+        torch.testing.assert_close(torch.jit.load(tmp_path / 'traced.pt')(images(1)), model(images(1)))
+
+
+def test_threads_evaluate_beside_one_that_trains():
+    model = build()
+    with torch.no_grad():
+        expected = model(images())
+    problems = []
+
+    def evaluate():
+        try:
+            with torch.no_grad():
+                for _ in range(60):
+                    torch.testing.assert_close(model(images()), expected)
+        except Exception as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=evaluate) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        model(images()).sum().backward()
+    assert problems == []
+
+
+@torch.no_grad()
+def test_what_is_written_into_a_kept_weight_is_gone_by_the_next_pass():
+    model = build().eval()
+    expected = model(images())
+
+    def scale(module, inputs):
+        module.weight.mul_(2)
+
+    handle = model.one.register_forward_pre_hook(scale)
+    written = model(images())
+    assert not torch.equal(written, expected) and torch.equal(model(images()), written)
+    handle.remove()
+    assert torch.equal(model(images()), expected)
+
+
+def test_casting_lets_kept_weights_go():
+    model = build().eval()
+    with torch.no_grad():
+        model(images())
+    model.to(torch.float64)
+    assert kept_weights(model) == []
+
+
+@pytest.mark.parametrize('bound', [1, 17 * 31 * 9 + 31 * 31 * 9, 10**9])
+def test_neighbours_are_made_together_up_to_a_bound(bound, monkeypatch):
+    monkeypatch.setattr('csg_seg.layers.conv.AT_ONCE', bound)
+    model = build()
+    convs = [conv for _, conv in generated_convs(model)]
+    groups = list(batches(convs))
+    assert [conv for group in groups for conv in group] == convs
+    sizes = [[conv.weight_shape.numel() for conv in group] for group in groups]
+    assert all(len(group) == 1 or sum(group) <= bound for group in sizes)
+    assert all(sum(group) + after[0] > bound for group, after in zip(sizes, sizes[1:], strict=False))
+    outputs = model(images())
+    torch.testing.assert_close(outputs, model.forward(images()))
+
+
+def test_a_compiled_forward_takes_the_weights_made_ahead():
+    model = build()
+    twin = deepcopy(model)
+    twin.forward = torch.compile(twin.forward, backend='eager')
+    for training in (True, False, True):
+        with torch.set_grad_enabled(training):
+            for each in (model, twin):
+                each.train(training)(images(1))  # compile, and keep weights
+            with FlopCounterMode(display=False) as of_eager:
+                expected = model(images())
+            with FlopCounterMode(display=False) as of_compiled:
+                torch.testing.assert_close(twin(images()), expected)
+        assert of_compiled.get_total_flops() == of_eager.get_total_flops()
+
+
+def test_a_part_trains_within_a_pass_without_gradients():
+    class Inner(Net):
+        def forward(self, x):
+            with torch.enable_grad():
+                return super().forward(x)
+
+    model = retrofit(Inner(), CSG)
+    with torch.no_grad():
+        outputs = model(images())
+    outputs.square().mean().backward()
+    assert model.one.code.grad is not None
+
+
+def test_copies_and_pickles_carry_no_kept_weights():
+    model = build().eval()
+    fresh = len(pickle.dumps(model))
+    with torch.no_grad():
+        expected = model(images())
+    assert len(pickle.dumps(model)) == fresh
+    for twin in (deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert kept_weights(twin) == []
+        with torch.no_grad():
+            assert torch.equal(twin(images()), expected)
+            twin.one.code.data.zero_()
+            assert not torch.equal(twin(images()), expected)
+    assert len(kept_weights(model)) == 3
+
+
+@pytest.mark.parametrize('csg', KINDS.values(), ids=KINDS)
+def test_a_materialised_network_evaluates_to_the_same_bits(csg):
+    model = build(csg).eval()
+    with torch.no_grad():
+        expected = model(images())
+        assert torch.equal(materialise(model)(images()), expected)
+
+
+def test_a_materialised_network_is_free_of_hooks():
+    model = build()
+    materialise(model)
+    assert not (model._forward_hooks or model._forward_pre_hooks or model._forward_hooks_always_called)

@@ -1,0 +1,181 @@
+"""A compact file of unknown origin: thousands of broken and lying ones, each refused in one line."""
+
+import copy
+import json
+import random
+import resource
+import struct
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import nn
+
+import csg_seg
+from csg_seg.errors import CSGError
+from csg_seg.generators.settings import Settings
+from csg_seg.storage.builders import BUILDERS
+from csg_seg.storage.compact import _digest
+
+KINDS = {
+    'linear': dict(slice_shape=(8, 12, 3, 3), code_dim=6),
+    'binary': dict(slice_shape=(8, 12, 3, 3), code_dim=6, generator='binary'),
+}
+SIZES = {'truncation': 300, 'flip': 500, 'layout': 500, 'lie': 900}
+# What a header is made to say instead: of every type, and of every size.
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3.5,
+    10**6,
+    2**63,
+    10**30,
+    '',
+    'x',
+    'builtins.eval',
+    [],
+    {},
+    [0],
+    [[]],
+    {'x': 1},
+    [10**6] * 4,
+]
+
+
+class Net(nn.Sequential):
+    def __init__(self, width=24):
+        super().__init__(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Conv2d(width, 17, 3))
+
+
+def write(kind):
+    """Return the bytes of an honest file."""
+    torch.manual_seed(0)
+    model = csg_seg.retrofit(Net(), KINDS[kind])
+    path = Path(f'honest-{kind}.safetensors')
+    csg_seg.save_compact(model, path, dtype='int8', source=dict(builder='fuzz', width=24))
+    return path.read_bytes()
+
+
+def truncated(content, rng):
+    return content[: rng.randrange(len(content))]
+
+
+def flipped(content, rng):
+    changed = bytearray(content)
+    for _ in range(rng.choice([1, 1, 1, 2, 8])):
+        changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+    return bytes(changed) if changed != bytearray(content) else content[:-1]
+
+
+def parts(content):
+    size = struct.unpack('<Q', content[:8])[0]
+    return json.loads(content[8 : 8 + size]), content[8 + size :]
+
+
+def change(value, rng):
+    """Replace something somewhere in a JSON value."""
+    if isinstance(value, (list, dict)) and value and rng.random() < 0.8:
+        changed = copy.deepcopy(value)
+        key = rng.choice(list(changed)) if isinstance(value, dict) else rng.randrange(len(value))
+        if rng.random() < 0.15:
+            del changed[key]
+        else:
+            changed[key] = change(changed[key], rng)
+        return changed
+    return rng.choice([each for each in ODD if each != value])
+
+
+def other_layout(content, rng):
+    """Lie in the header of the tensors: shapes, types and places."""
+    header, data = parts(content)
+    names = [name for name in header if name != '__metadata__']
+    name = rng.choice(names)
+    if rng.random() < 0.2:
+        header[name]['dtype'] = rng.choice(['F64', 'I64', 'BOOL', 'U8', 'F8_E4M3', 'X'])
+    else:
+        header[name] = change(header[name], rng)
+    text = json.dumps(header).encode()
+    return struct.pack('<Q', rng.choice([len(text)] * 8 + [0, len(text) + 1, 2**40, 2**63])) + text + data
+
+
+def lie(content, rng):
+    """Lie in what the file says of its network, the checksum being right."""
+    header, _ = parts(content)
+    metadata, tensors = header['__metadata__'], load(content)
+    key = rng.choice(['generators', 'layers', 'source'])
+    told = json.loads(metadata[key])
+    changed = change(told, rng)
+    metadata[key] = json.dumps(changed) if rng.random() < 0.95 else rng.choice(['', '[' * 10**5, 'NaN', '\0'])
+    if rng.random() < 0.2:
+        name = rng.choice(list(tensors))
+        tensors[name] = rng.choice(
+            [tensors[name].double(), tensors[name].flatten()[:1].clone(), torch.zeros(0), tensors[name].int()]
+        )
+    del metadata['sha256']
+    metadata['sha256'] = _digest(tensors, metadata)
+    return save(tensors, metadata=metadata)
+
+
+MAKERS = {'truncation': truncated, 'flip': flipped, 'layout': other_layout, 'lie': lie}
+# Some lies change nothing: what only retrofit reads, and defaults that are left out.
+HARMLESS = dict(include=None, exclude=(), seed=0, freeze_generator=False)
+
+
+def harmless(content, changed):
+    """Whether two files of right checksums differ in nothing that loading looks at."""
+    try:
+        one, two = (parts(each)[0]['__metadata__'] for each in (content, changed))
+        first, second = (Settings.from_dict(json.loads(each['generators'])[0]) for each in (one, two))
+    except (CSGError, KeyError, ValueError, TypeError, IndexError):
+        return False
+    same = all(one[key] == two[key] for key in ('layers', 'source'))
+    return same and replace(first, **HARMLESS) == replace(second, **HARMLESS)
+
+
+def run():
+    """Try every broken file in this process; print what was not refused as it should be."""
+    BUILDERS['fuzz'] = lambda *, width: Net(width)
+    rng = random.Random(0)
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, most))
+    wrong, refused, path = [], 0, Path('broken.safetensors')
+    for kind in KINDS:
+        honest = write(kind)
+        for maker, count in SIZES.items():
+            for case in range(count // len(KINDS)):
+                content = MAKERS[maker](honest, rng)
+                path.write_bytes(content)
+                try:
+                    csg_seg.load_compact(path)
+                except CSGError as error:
+                    refused += 1
+                    if '\n' in str(error) or not str(error).startswith(str(path)) or len(str(error)) > 500:
+                        wrong.append(f'{kind} {maker} {case}: says {str(error)[:300]!r}')
+                except BaseException as error:
+                    wrong.append(f'{kind} {maker} {case}: {type(error).__name__} {str(error)[:200]}')
+                else:
+                    if not harmless(honest, content):
+                        wrong.append(f'{kind} {maker} {case}: accepted {parts(content)[0]["__metadata__"]}')
+    print(json.dumps({'refused': refused, 'wrong': wrong}))
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='needs /proc to limit memory')
+def test_two_thousand_broken_files_are_refused_within_a_gigabyte(tmp_path):
+    command = [sys.executable, __file__]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found['wrong'] == []
+    assert found['refused'] > 2000
+
+
+if __name__ == '__main__':
+    run()

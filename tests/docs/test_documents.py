@@ -1,0 +1,244 @@
+"""What README and docs tell users to type works."""
+
+import json
+import re
+import subprocess
+import sys
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, cfg_options, run_program, run_tool
+from mmengine.config import Config
+from torch import nn
+
+import csg_seg
+from csg_seg.mm.checkpoints.reading import read_checkpoint
+from csg_seg.mm.model import build_model
+from experiments.zoo.libraries import SCOPES, read_rows, summarise_rows
+
+README = (ROOT / 'README.md').read_text()
+DOCUMENTS = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf'```{language}\n(.*?)```', README, flags=re.DOTALL)
+
+
+def test_three_lines_make_a_config(tmp_path):
+    (lines,) = [block for block in blocks('python') if 'base_type' in block]
+    assert len(lines.splitlines()) == 3
+    (tmp_path / 'mine.py').write_text(lines)
+    printed = run_program(sys.executable, ROOT / 'tools' / 'report.py', tmp_path / 'mine.py').stdout
+    assert '68,114,570 dense: 3.87x smaller' in printed
+    assert '68.11 M dense, 3.87x smaller' in README
+
+
+def test_hook_lines_make_a_config(tmp_path):
+    (line,) = [block for block in blocks('python') if 'default_hooks' in block]
+    (tmp_path / 'hook.py').write_text("_base_ = 'mmseg::pspnet/pspnet_r50-d8_4xb4-40k_voc12aug-512x512.py'\n" + line)
+    assert Config.fromfile(tmp_path / 'hook.py').default_hooks.csg.csg.code_dim == 128
+
+
+def test_plain_pytorch_example_runs(tmp_path):
+    (example,) = [block for block in blocks('python') if 'import torchvision' in block]
+    done = subprocess.run([sys.executable, '-c', example], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'x smaller' in done.stdout and (tmp_path / 'model.safetensors').exists()
+
+
+def test_a_network_of_several_kernels_is_retrofitted_as_the_page_says(capsys):
+    text = (ROOT / 'docs' / 'supported.md').read_text()
+    (example,) = re.findall(r'```python\n(.*?)```', text, flags=re.DOTALL)
+    exec(example, {})
+    printed = capsys.readouterr().out
+    assert "left dense, the network's first conv: features.0.0\n" in printed and printed.count('left dense') == 1
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: path.name)
+def test_named_files_exist(document):
+    text = document.read_text()
+    links = re.findall(r'\]\((?!http)([^)#]+)\)', text)
+    names = re.findall(r'(?:tools|configs|docs|tests|csg_seg)/[\w/.-]*\w', text)
+    folder = document.parent
+    missing = [link for link in links if not (folder / link).exists()]
+    missing += [name for name in names if not (ROOT / name).exists() and 'dataset_converters/voc_aug' not in name]
+    assert not missing
+
+
+def test_options_of_the_tools_are_mmsegs():
+    import mmseg
+
+    for tool in ('train.py', 'test.py'):
+        theirs = (ROOT.__class__(mmseg.__file__).parent / '.mim' / 'tools' / tool).read_text()
+        ours = (ROOT / 'tools' / tool).read_text()
+        options = re.findall(r"'(--[\w-]+)'", theirs)
+        assert options and all(f"'{option}'" in ours for option in options)
+
+
+@pytest.fixture
+def recipes():
+    """The configs of docs/from_trained_weights.md: for a classifier, and for a segmentation network."""
+    text = (ROOT / 'docs' / 'from_trained_weights.md').read_text()
+    return [
+        block for block in re.findall(r'```python\n(.*?)```', text, flags=re.DOTALL) if "_base_ = './small.py'" in block
+    ]
+
+
+@pytest.mark.full
+def test_the_recipes_from_trained_weights_train(recipes, drawn, tmp_path):
+    classifier, segmentor = recipes
+    deeplab = ROOT / 'configs' / 'demo' / 'deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
+    resnet20 = ROOT / 'configs' / 'cifar10' / 'resnet20_b64-20e_cifar10-npz.py'
+    rng = np.random.default_rng(0)
+    images = {f'x_{split}': rng.integers(0, 255, (8, 32, 32, 3), dtype=np.uint8) for split in ('train', 'test')}
+    np.savez(tmp_path / 'cifar10-subset.npz', **images, **{f'y_{split}': np.arange(8) for split in ('train', 'test')})
+    loaders = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+    for recipe, dense, data, one_step in (
+        (classifier, resnet20, tmp_path, {'train_cfg.max_epochs': 1}),
+        (segmentor, deeplab, drawn, {'train_cfg.max_iters': 1, 'train_cfg.val_interval': 1}),
+    ):
+        folder = tmp_path / dense.stem
+        folder.mkdir()
+        torch.save({'state_dict': build_model(Config.fromfile(dense)).state_dict()}, folder / 'dense.pth')
+        plan = ['plan.py', dense, '--checkpoint', folder / 'dense.pth', '--ratio', 2.3, '--out', folder / 'small.py']
+        run_tool(*plan)
+        (folder / 'taught.py').write_text(recipe.replace('dense.pth', str(folder / 'dense.pth')))
+        options = one_step | {f'{loader}.dataset.data_root': data for loader in loaders}
+        run_tool('train.py', folder / 'taught.py', '--work-dir', folder, *cfg_options(options))
+        assert list(folder.glob('*_1.pth'))
+
+
+def median(values):
+    return f'{np.median(values):.2f}'
+
+
+@pytest.mark.parametrize('name', ['deeplabv3-r50', 'resnet56'])
+def test_the_tables_of_what_workers_exchange_are_the_results(name):
+    results = {n: json.loads((ROOT / 'results' / f'exchange-{name}{n}.json').read_text()) for n in ('', '-4')}
+    text = (ROOT / 'docs' / 'distributed.md').read_text()
+    dense, csg = results[''].pop('networks').values()
+    for one, other in zip((dense, csg), results['-4']['networks'].values(), strict=True):
+        assert {key: one[key] for key in one if key != 'buckets'} == {
+            key: other[key] for key in one if key != 'buckets'
+        }
+    for each in (dense, csg):
+        keys = ('parameter_bytes', 'gradient_bytes', 'optimizer_bytes', 'all_reduced_bytes')
+        assert ' | '.join(f'{each[key] / 1e6:.2f}' for key in keys) in text
+        assert f'{each["all_reduced_bytes"] / 1e6:.2f} MB' in README
+    links = results['']['links']
+    for network in links['none']:
+        for hook in results['']['hooks']:
+            cells = []
+            for networks in links.values():
+                seconds, first = networks[network][hook]['seconds'], next(iter(networks.values()))['none']['seconds']
+                ratio = median(np.divide(seconds, first))
+                cells.append(f'{median(seconds)} ({ratio}x)')
+            assert ' | '.join(cells) in text, f'{network} {hook}'
+    if name == 'deeplabv3-r50':
+        for rate, networks in links.items():
+            one, two = (median(networks[network]['none']['seconds']) for network in networks)
+            assert rate == 'none' or f'{one} | {two} |' in README
+
+
+def test_the_table_of_federated_averaging_is_the_result():
+    result = json.loads((ROOT / 'results' / 'federated-camvid.json').read_text())
+    text = (ROOT / 'docs' / 'distributed.md').read_text()
+    for each in result['networks'].values():
+        scores = ' | '.join(f'{point["score"]:.2f}' for point in each['scores'])
+        assert f'| {each["bytes"] / 1e6:.2f} | {scores} | {each["scores"][-1]["bytes"] / 1e6:,.0f} |' in text
+
+
+def megabytes(count):
+    return f'{count / 1e6:.1f}' if count < 1e7 else f'{count / 1e6:.0f}'
+
+
+@pytest.mark.parametrize('name', ['resnet56', 'deeplabv3-r18'])
+def test_the_table_of_steps_is_the_result(name):
+    result = json.loads((ROOT / 'results' / f'speed-{name}.json').read_text())
+    text = (ROOT / 'docs' / 'speed.md').read_text()
+    for network, each in result['summary'].items():
+        held = result['networks'][network]['bytes']
+        parts = (held[f'{part}_bytes'] for part in ('parameter', 'gradient', 'optimizer', 'activation'))
+        cells = (
+            network,
+            f'{each["step"]:.3f}',
+            f'{each["step_ratio"]:.3f}x',
+            f'{100 * each["step_spread"]:.0f} %',
+            f'{100 * each["generation_share"]:.1f} %' if network == 'csg' else '',
+            f'{1000 * each["evaluation"]:.1f}',
+            f'{each["evaluation_ratio"]:.3f}x',
+            f'{100 * each["evaluation_spread"]:.0f} %',
+            ' + '.join(map(megabytes, parts)),
+            f'{each["memory_ratio"]:.3f}x',
+        )
+        assert f'| {" | ".join(cells)} |' in text
+    csg = result['summary']['csg']
+    assert f'{csg["step_ratio"]:.2f} times' in README
+    aimed = (
+        f'| above | {csg["step_ratio"]:.3f} | {csg["memory_ratio"]:.3f} | 1.08 | {csg["evaluation_ratio"]:.3f} | 1.02 |'
+    )
+    assert aimed in text
+
+
+def test_the_table_of_large_networks_is_the_result():
+    result = json.loads((ROOT / 'results' / 'scale.json').read_text())
+    text = (ROOT / 'docs' / 'speed.md').read_text()
+    for name, each in result['networks'].items():
+        seconds = (f'{each["seconds"][phase]:.2f}' for phase in ('retrofit', 'fit', 'save', 'load'))
+        sizes = (f'{each[key] / 1e6:.1f}' for key in ('dense_bytes', 'compact_bytes'))
+        cells = (name, f'{each["params"] / 1e6:.2f} M', *seconds, *sizes, f'{each["peak_bytes"] / 1e6:.0f}')
+        assert f'| {" | ".join(cells)} |' in text
+
+
+@pytest.mark.parametrize('scope', SCOPES)
+def test_the_tables_of_the_libraries_are_their_rows(scope):
+    rows = read_rows(ROOT / 'results' / f'zoo-{scope}.jsonl', scope)
+    text = (ROOT / 'docs' / 'supported.md').read_text()
+    summary = summarise_rows(rows)
+    least, median, most = summary['ratio']
+    counts = ' | '.join(str(count) for count in summary['results'].values())
+    assert f'| {scope} | {len(rows)} | {counts} | {least:.2f} to {most:.2f} | {median:.2f} |' in text
+    left = '; '.join(f'{count} {reason}' for reason, count in summary['left_dense'].most_common())
+    assert f'| {scope} | {summary["generated"]:,} | {summary["on_losses"]} | {left} |' in text
+    assert len({row['name'] for row in rows}) == len(rows)
+
+
+def example(document: str, marker: str) -> str:
+    text = (ROOT / 'docs' / document).read_text()
+    (found,) = [block for block in re.findall(r'```python\n(.*?)```', text, flags=re.DOTALL) if marker in block]
+    return found
+
+
+def test_the_recipe_for_other_classes_trains(drawn, tmp_path):
+    demo = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
+    heads = "dict(slice_shape=(16, 16, 1, 1), code_dim=16, include=['*.conv_seg'])"
+    any_classes = 'dict(loss_decode=dict(class_weight=None))'
+    csg = f'csg=[dict(slice_shape=(16, 16, 3, 3), code_dim=128), {heads}]'
+    csg = f'model = dict({csg}, decode_head={any_classes}, auxiliary_head={any_classes})\n'
+    (tmp_path / 'my_csg_config.py').write_text(f'_base_ = {str(demo)!r}\n{csg}')
+    recipe = example('from_trained_weights.md', "_base_ = './my_csg_config.py'")
+    (tmp_path / 'other.py').write_text(recipe.replace('trained.pth', str(tmp_path / 'trained' / 'iter_1.pth')))
+    loaders = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+    options = {'train_cfg.max_iters': 1, 'train_cfg.val_interval': 1}
+    options |= {f'{loader}.dataset.data_root': drawn for loader in loaders}
+    train = ['--work-dir', tmp_path / 'trained', *cfg_options(options)]
+    run_tool('train.py', tmp_path / 'my_csg_config.py', *train)
+    done = run_tool('train.py', tmp_path / 'other.py', *train[:1], tmp_path / 'other', *train[2:])
+    assert 'does not fit decode_head.conv_seg, auxiliary_head.conv_seg' in done.stdout + done.stderr
+    assert len(read_checkpoint(tmp_path / 'other' / 'iter_1.pth')['state_dict']['decode_head.conv_seg.bias']) == 4
+
+
+def test_the_example_for_other_classes_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def network(num_classes):
+        features = [nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)]
+        return nn.Sequential(OrderedDict(features=nn.Sequential(*features), classifier=nn.Conv2d(64, num_classes, 3)))
+
+    csg = dict(slice_shape=(16, 16, 3, 3), code_dim=8)
+    torch.save(csg_seg.retrofit(network(10), csg).state_dict(), 'trained.pth')
+    names = dict(torch=torch, csg_seg=csg_seg, network=network, csg=csg)
+    exec(example('plain_pytorch.md', "reset=['classifier']"), names)
+    assert names['fresh'] == ('classifier',)

@@ -1,0 +1,147 @@
+"""The check of a whole library: a generator for each kernel, everything tried, nothing hidden."""
+
+import json
+import multiprocessing
+import time
+
+import pytest
+import timm
+import torch
+import torchvision
+from conftest import run_experiment
+
+from csg_seg import retrofit
+from csg_seg.errors import CSGError
+from csg_seg.layers.bank import find_bank
+from experiments.zoo.libraries import check_all, list_networks, summarise_rows
+from experiments.zoo.network import check_network, settings_for
+
+
+@pytest.mark.parametrize(
+    ('scope', 'name', 'generated'),
+    [
+        ('torchvision', 'squeezenet1_0', 25),  # 8 modules of 3, and the classifier
+        ('torchvision', 'mobilenet_v3_small', 51),  # 1x1, and depthwise 3x3 and 5x5
+        ('timm', 'resnext26ts', None),
+    ],
+)
+def test_a_network_passes_with_every_conv_but_its_first_generated(scope, name, generated):
+    row = check_network(scope, name)
+    assert (row['result'], row['reason']) == ('pass', '')
+    assert generated is None or row['generated'] == generated
+    assert sum(row['left_dense'].values()) == 1
+    assert row['ratio'] > 1
+
+
+def test_there_is_a_dict_for_each_kernel_and_width_of_narrow_groups():
+    model = torchvision.models.mobilenet_v3_small()
+    widths_and_kernels = [each['slice_shape'][1:] for each in settings_for(model)]
+    assert sorted(widths_and_kernels) == [(1, 3, 3), (1, 5, 5), (8, 1, 1)]
+    retrofit(model, settings_for(model))
+    assert set(find_bank(model).left_dense.values()) == {"the network's first conv"}
+
+
+def test_a_network_that_does_not_run_dense_or_has_no_conv_says_so():
+    assert check_network('timm', 'no_such_network')['result'] == 'not run dense'
+    row = check_network('timm', 'vit_tiny_patch16_224')
+    assert (row['result'], row['reason']) == (
+        'no conv',
+        'it has no conv that could be generated and would cost less so',
+    )
+
+
+def test_a_network_whose_gradients_are_not_finite_fails(monkeypatch):
+    def build(*_, **__):
+        model = torchvision.models.squeezenet1_0()
+        model.register_forward_hook(lambda module, _, output: output * torch.nan if module.training else output)
+        return model
+
+    monkeypatch.setattr(timm, 'create_model', build)
+    row = check_network('timm', 'broken')
+    assert row['result'] == 'fail' and 'gets no finite gradient' in row['reason']
+
+
+SOME = {
+    'torchvision': (
+        'alexnet densenet121 deeplabv3_mobilenet_v3_large googlenet mnasnet0_5 raft_small shufflenet_v2_x0_5 '
+        'ssdlite320_mobilenet_v3_large'
+    ),
+    'timm': (
+        'convnext_atto dla46_c edgenext_xx_small ese_vovnet19b_slim_dw fastvit_t8 ghostnet_050 inception_next_atto '
+        'lambda_resnet26t levit_128s mixnet_s mobilenetv4_conv_small_035 nf_regnet_b0 regnetx_002 repvgg_a0 skresnet18 '
+        'starnet_s1 tf_efficientnet_b0 xcit_nano_12_p16_224'
+    ),
+    'mmseg': (
+        'cgnet_fcn_4xb4-60k_cityscapes-680x680 erfnet_fcn_4xb4-160k_cityscapes-512x1024 '
+        'fast_scnn_8xb4-160k_cityscapes-512x1024 pidnet-s_2xb6-120k_1024x1024-cityscapes'
+    ),
+    'mmpretrain': 'efficientformer-l1_8xb128_in1k shufflenet-v2-1x_16xb64_in1k van-tiny_8xb128_in1k',
+}
+
+
+@pytest.mark.parametrize(('scope', 'name'), [(scope, name) for scope, names in SOME.items() for name in names.split()])
+def test_networks_of_many_families_pass(scope, name):
+    row = check_network(scope, list_networks(scope, [name])[name])
+    assert (row['result'], row['reason']) == ('pass', '')
+    assert row['generated'] > 0
+
+
+def test_rows_are_counted_by_result_and_reason():
+    passed = {'result': 'pass', 'trains_on': 'losses', 'generated': 3, 'ratio': 2.0, 'left_dense': {'first': 1}}
+    better = passed | {'trains_on': 'outputs', 'ratio': 5.0, 'left_dense': {'first': 1, 'dear': 2}}
+    summary = summarise_rows([passed, better, {'result': 'no conv'}, passed | {'ratio': 3.0}])
+    assert {result: count for result, count in summary['results'].items() if count} == {'pass': 3, 'no conv': 1}
+    assert (summary['on_losses'], summary['generated'], summary['ratio']) == (2, 9, (2.0, 3.0, 5.0))
+    assert summary['left_dense'] == {'first': 3, 'dear': 2}
+    assert summarise_rows([])['ratio'] == ()
+
+
+def test_configs_of_one_network_are_checked_once():
+    # 21 and 59 classes, and two crops.
+    names = ['fcn_r50-d8_4xb4-20k_voc12aug-512x512', 'fcn_r50-d8_4xb4-40k_pascal-context-59-480x480']
+    assert list(list_networks('mmseg', names)) == names[:1]
+    others = ['fcn_r101-d8_4xb4-20k_voc12aug-512x512', names[0]]
+    networks = list_networks('mmseg', others)
+    assert sorted(networks) == sorted(others)
+    assert not any('pretrained' in str(model) for model in networks.values())
+
+
+def test_no_scope_is_made_up():
+    with pytest.raises(CSGError, match="there is no scope 'keras'; take one of mmseg"):
+        list_networks('keras')
+
+
+def test_what_waits_does_not_begin_once_a_check_is_given_up():
+    networks = {'first': 'squeezenet1_1'} | {f'video {count}': 'mvit_v1_b' for count in range(20)}
+    rows = check_all('torchvision', networks)
+    assert next(rows)['result'] == 'pass'
+    start = time.perf_counter()
+    rows.close()
+    assert time.perf_counter() - start < 30  # each of the others takes longer
+    assert not multiprocessing.active_children()
+
+
+def test_a_check_without_workers_or_time_is_refused():
+    for wrong in ({'jobs': 0}, {'seconds': 0.0}):
+        with pytest.raises(CSGError, match='at least one job, and more than 0 seconds'):
+            next(check_all('torchvision', {'alexnet': 'alexnet'}, **wrong))
+
+
+def test_the_tool_goes_on_where_it_stopped(tmp_path):
+    out = tmp_path / 'rows.jsonl'
+    first = {'scope': 'torchvision', 'name': 'squeezenet1_0', 'result': 'no conv', 'reason': 'so far', 'seconds': 1.0}
+    out.write_text(json.dumps(first))  # ended before the line did
+    arguments = ['--scope', 'torchvision', '--names', 'squeezenet1_*', '--out', out, '--json']
+    refused = run_experiment('zoo', *arguments, check=False)
+    assert refused.returncode == 1 and 'exists; choose another --out, or give --resume' in refused.stderr
+    rows = json.loads(run_experiment('zoo', *arguments, '--resume').stdout)
+    assert rows[0] == first and [row['name'] for row in rows] == ['squeezenet1_0', 'squeezenet1_1']
+    assert rows[1]['result'] == 'pass'
+    assert [json.loads(line) for line in out.read_text().splitlines()] == rows
+    out.write_text(out.read_text() + '{"scope": "torchvi')
+    cut = run_experiment('zoo', *arguments, '--resume', check=False)
+    assert cut.returncode == 1 and 'line 3 is no row of such a check; delete the line' in cut.stderr
+    other = run_experiment('zoo', *arguments, '--scope', 'timm', '--names', 'vgg11', '--resume', check=False)
+    assert 'line 1 is of torchvision; take another file for timm' in other.stderr
+    nothing = run_experiment('zoo', *arguments, '--names', 'alexnot', '--resume', check=False)
+    assert 'no network of torchvision is named' in nothing.stderr

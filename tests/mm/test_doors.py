@@ -1,0 +1,229 @@
+"""The model door and the hook door, inside mmengine's Runner."""
+
+import copy
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL_MODEL
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner
+from mmseg.apis import MMSegInferencer, inference_model, init_model
+from torch import nn
+
+from csg_seg import summarise
+from csg_seg.errors import CSGError
+from csg_seg.layers.bank import find_bank
+from csg_seg.layers.conv import CSGConv
+from csg_seg.mm.checkpoints.reading import read_checkpoint
+
+CONFIGS = ROOT / 'configs' / 'deeplabv3'
+DENSE = CONFIGS / 'deeplabv3_r18-d8_4xb4-20k_voc12-512x512.py'
+CSG = DENSE.with_name(f'csg-s16-d128_{DENSE.name}')
+SETTINGS = {'slice_shape': (16, 16, 3, 3), 'code_dim': 128}
+
+
+def small_config(path, drawn, work_dir, *, iters: int = 3, **options) -> Config:
+    cfg = Config.fromfile(path)
+    plain = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')]
+    small = {**SMALL_MODEL, 'randomness.seed': 0, 'work_dir': str(work_dir), 'log_level': 'WARNING'}
+    small['test_pipeline'] = plain
+    small |= {'train_cfg.max_iters': iters, 'train_cfg.val_interval': 100, 'param_scheduler.0.end': iters}
+    for split in ('train', 'val', 'test'):
+        loader = f'{split}_dataloader'
+        small |= {f'{loader}.num_workers': 0, f'{loader}.persistent_workers': False}
+        small |= {f'{loader}.dataset.data_root': str(drawn), f'{loader}.dataset.pipeline': plain}
+    cfg.merge_from_dict({**small, **options})
+    cfg.experiment_name = f'test-{time.time_ns()}'
+    return cfg
+
+
+def train(cfg: Config) -> Runner:
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    return runner
+
+
+def hook_door(cfg: Config, **kwargs) -> Config:
+    cfg.merge_from_dict({'default_hooks.csg': dict(type='CSGHook', csg=SETTINGS, **kwargs)})
+    return cfg
+
+
+@pytest.fixture
+def small(drawn, tmp_path):
+    return lambda path, **options: small_config(path, drawn, tmp_path, **options)
+
+
+def test_model_door_builds_the_inherited_type(small):
+    init_default_scope('mmseg')
+    cfg = small(CSG)
+    model = MODELS.build(cfg.model)
+    assert type(model).__name__ == 'EncoderDecoder'
+    assert model.backbone.layer1[0].conv1.code.shape == (1, 128)
+    assert 'csg' in model._modules and find_bank(model) not in model.children()
+    assert cfg.model.backbone.type == 'ResNetV1c'
+
+
+def test_cfg_options_reach_the_generator(small):
+    init_default_scope('mmseg')
+    model = MODELS.build(small(CSG, **{'model.csg.code_dim': 32, 'model.csg.exclude': ['auxiliary_head']}).model)
+    (generator,) = summarise(model).generators
+    assert generator.code_dim == 32
+    assert not isinstance(model.auxiliary_head.convs[0].conv, CSGConv)
+
+
+@pytest.mark.parametrize('csg', [None, SETTINGS])
+def test_model_door_says_what_is_missing(csg):
+    with pytest.raises(CSGError, match='base_type={{_base_.model.type}}'):
+        MODELS.build(dict(type='CSGModel', csg=csg))
+
+
+def test_model_door_refuses_itself_as_base():
+    with pytest.raises(CSGError, match='override model.csg'):
+        MODELS.build(dict(type='CSGModel', base_type='CSGModel', csg=SETTINGS))
+
+
+def test_both_doors_end_with_the_same_weights_and_schedule(small):
+    by_model = train(small(CSG))
+    by_hook = train(hook_door(small(DENSE)))
+    ours, theirs = by_model.model.state_dict(), by_hook.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert by_model.optim_wrapper.get_lr() == by_hook.optim_wrapper.get_lr()
+    assert summarise(by_hook.model).stored_params == sum(
+        parameter.numel() for group in by_hook.optim_wrapper.param_groups for parameter in group['params']
+    )
+
+
+def test_hook_door_scales_the_learning_rate_once(small):
+    auto = {'auto_scale_lr': dict(enable=True, base_batch_size=8)}
+    by_model, by_hook = train(small(CSG, **auto)), train(hook_door(small(DENSE, **auto)))
+    assert by_model.optim_wrapper.get_lr() == by_hook.optim_wrapper.get_lr()
+
+
+def test_hook_door_resumes_and_tests(small, tmp_path):
+    # The exact-resume hook is off here: dropout must not matter.
+    quiet = {'model.decode_head.dropout_ratio': 0, 'model.auxiliary_head.dropout_ratio': 0}
+    whole = train(hook_door(small(DENSE, iters=4, **quiet))).model.state_dict()
+    first = small(DENSE, iters=4, **quiet, **{'default_hooks.checkpoint.interval': 2})
+    first.work_dir = str(tmp_path / 'resumed')
+    train(hook_door(first))
+    (tmp_path / 'resumed' / 'last_checkpoint').write_text(str(tmp_path / 'resumed' / 'iter_2.pth'))
+    again = copy.deepcopy(first)
+    again.resume, again.experiment_name = True, 'resumed'
+    resumed = train(again)
+    assert resumed.iter == 4
+    assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.model.state_dict().items())
+    testing = copy.deepcopy(first)
+    testing.update(load_from=str(tmp_path / 'resumed' / 'iter_4.pth'), experiment_name='testing')
+    tester = Runner.from_cfg(testing)
+    assert 'mIoU' in tester.test()
+    assert all(torch.equal(whole[name], tensor) for name, tensor in tester.model.state_dict().items())
+
+
+def test_hook_without_settings_reports_or_refuses(small):
+    cfg = small(CSG, **{'default_hooks.csg': dict(type='CSGHook')})
+    before = find_bank(train(cfg).model)
+    assert before is not None
+    with pytest.raises(CSGError, match='csg=dict'):
+        train(small(DENSE, **{'default_hooks.csg': dict(type='CSGHook')}))
+
+
+def test_ema_averages_codes_and_generator_and_is_what_the_compact_file_holds(small, tmp_path):
+    ema = dict(type='EMAHook', momentum=0.5)
+    cfg = small(CSG, iters=3, custom_hooks=[ema], **{'default_hooks.checkpoint.interval': 3})
+    runner = train(cfg)
+    hook = next(hook for hook in runner.hooks if type(hook).__name__ == 'EMAHook')
+    averaged = {name: p.detach().clone() for name, p in hook.ema_model.module.named_parameters()}
+    last = dict(runner.model.named_parameters())
+    assert averaged.keys() == last.keys()
+    for name in ('csg.0.weight', 'backbone.layer4.1.conv2.code'):
+        assert not torch.equal(averaged[name], last[name])
+    for file in ('iter_3.pth', 'iter_3.safetensors'):
+        stored = read_checkpoint(tmp_path / file)['state_dict']
+        assert all(torch.equal(stored[name], tensor) for name, tensor in averaged.items())
+
+
+def test_compact_files_go_with_their_checkpoints(small, tmp_path):
+    train(small(CSG, iters=4, **{'default_hooks.checkpoint.interval': 1, 'default_hooks.checkpoint.max_keep_ckpts': 2}))
+    assert {path.stem for path in tmp_path.glob('*.safetensors')} == {'iter_3', 'iter_4'}
+    assert {path.stem for path in tmp_path.glob('*.pth')} == {'iter_3', 'iter_4'}
+
+
+def test_compact_files_go_with_their_checkpoints_after_a_resume_too(small, tmp_path):
+    options = {'default_hooks.checkpoint.interval': 1, 'default_hooks.checkpoint.max_keep_ckpts': 2}
+    train(small(CSG, iters=2, **options))
+    cfg = small(CSG, iters=4, **options)
+    cfg.resume = True
+    train(cfg)
+    assert {path.stem for path in tmp_path.glob('*.safetensors')} == {'iter_3', 'iter_4'}
+
+
+def test_compact_file_of_a_checkpoint_that_is_replaced(small, tmp_path):
+    options = {'default_hooks.checkpoint.interval': 1, 'default_hooks.checkpoint.filename_tmpl': 'latest.pth'}
+    train(small(CSG, iters=3, **options))
+    ours = read_checkpoint(tmp_path / 'latest.pth')['state_dict']
+    compact = read_checkpoint(tmp_path / 'latest.safetensors')['state_dict']
+    assert all(torch.equal(ours[name], compact[name]) for name in ours)
+
+
+def test_hook_of_other_settings_is_refused(small):
+    other = dict(type='CSGHook', csg={**SETTINGS, 'code_dim': 64})
+    with pytest.raises(CSGError, match='drop one of the two'):
+        train(small(CSG, **{'default_hooks.csg': other}))
+
+
+def test_best_checkpoint_has_a_compact_file(small, tmp_path):
+    options = {'train_cfg.val_interval': 2, 'default_hooks.checkpoint.save_best': 'mIoU'}
+    train(small(CSG, iters=2, **options))
+    assert list(tmp_path.glob('best_mIoU*.pth'))
+    for path in tmp_path.glob('*.pth'):
+        ours = read_checkpoint(path)['state_dict']
+        compact = read_checkpoint(path.with_suffix('.safetensors'))['state_dict']
+        assert all(torch.equal(ours[name], compact[name]) for name in ours)
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_init_model_and_inferencer_see_what_was_trained(small, tmp_path, suffix):
+    cfg = small(CSG)
+    trained = train(cfg).model.eval()
+    path = str(tmp_path / f'iter_3{suffix}')
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    model = init_model(copy.deepcopy(cfg), path, device='cpu')
+    assert model.dataset_meta['classes'][1] == 'aeroplane'
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in trained.state_dict().items())
+    expected = inference_model(model, image).pred_sem_seg.data[0].numpy()
+    inferencer = MMSegInferencer(copy.deepcopy(cfg), weights=path, device='cpu')
+    assert np.array_equal(inferencer(image, show=False)['predictions'], expected)
+
+
+def test_sync_bn_conversion_keeps_generated_convs(small):
+    init_default_scope('mmseg')
+    model = MODELS.build(small(CSG).model)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert converted is model and find_bank(model) is not None
+    assert isinstance(model.backbone.layer1[0].conv1, CSGConv)
+
+
+def test_checkpoint_of_other_settings_is_refused_before_it_is_loaded(small, tmp_path):
+    train(small(CSG))
+    for options, mistake in (
+        ({'model.csg.code_dim': 64}, 'code_dim=128'),
+        ({'model.csg.slice_shape': (8, 8, 3, 3)}, 'slice_shape'),
+        ({'model.csg.layout': 'flat'}, "layout='block'"),
+    ):
+        cfg = small(CSG, load_from=str(tmp_path / 'iter_3.pth'), **options)
+        with pytest.raises(CSGError, match=mistake):
+            Runner.from_cfg(cfg).test()
+
+
+def test_tta_tests_a_generated_model(small, tmp_path):
+    train(small(CSG))
+    cfg = small(CSG, load_from=str(tmp_path / 'iter_3.pth'))
+    cfg.tta_pipeline[1].transforms[0] = [dict(type='Resize', scale_factor=1.0, keep_ratio=True)]
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    cfg.tta_model.module = cfg.model
+    cfg.model = cfg.tta_model
+    assert 'mIoU' in Runner.from_cfg(cfg).test()

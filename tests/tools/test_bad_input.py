@@ -1,0 +1,297 @@
+"""A user's mistakes at the command line: one line, a non-zero exit status, nothing half-written."""
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, SMALL_MODEL, cfg_options, run_tool
+from mmengine.config import Config
+
+from csg_seg import materialise, save_compact
+from csg_seg.mm.model import build_model
+
+CONFIGS = ROOT / 'configs' / 'deeplabv3'
+DENSE = CONFIGS / 'deeplabv3_r18-d8_4xb4-20k_voc12-512x512.py'
+CSG = DENSE.with_name(f'csg-s16-d128_{DENSE.name}')
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Run a tool in this process and return the one line it ends with."""
+
+    def call(tool, *args) -> str:
+        work_dir = ['--work-dir', tmp_path / 'work'] if tool in ('train.py', 'test.py') else []
+        monkeypatch.setattr(sys, 'argv', [tool, *map(str, [*args, *work_dir])])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
+        if tool == 'train.py' and 'load_from' not in str(args):
+            assert not (tmp_path / 'work').exists()
+        assert not list(tmp_path.rglob('*.partial'))
+        message = str(end.value.code)
+        assert message.startswith('error: ') and '\n' not in message
+        capsys.readouterr()
+        return message
+
+    return call
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    """Checkpoints of the small network: CSG, dense, compact; and damaged copies."""
+    folder = tmp_path_factory.mktemp('files')
+    cfg = Config.fromfile(CSG)
+    cfg.merge_from_dict(SMALL_MODEL)
+    model = build_model(cfg)
+    torch.save({'meta': {}, 'state_dict': model.state_dict()}, folder / 'csg.pt')
+    save_compact(model, folder / 'compact.safetensors')
+    torch.save({'meta': {}, 'state_dict': materialise(model).state_dict()}, folder / 'dense.pt')
+    whole = (folder / 'compact.safetensors').read_bytes()
+    (folder / 'truncated.safetensors').write_bytes(whole[:-100])
+    (folder / 'corrupted.safetensors').write_bytes(whole[:-100] + bytes(100))
+    (folder / 'truncated.pt').write_bytes((folder / 'csg.pt').read_bytes()[:-100])
+    return folder
+
+
+def small(drawn, **more) -> list[str]:
+    roots = {f'{split}_dataloader.dataset.data_root': drawn for split in ('train', 'val', 'test')}
+    return cfg_options({**SMALL_MODEL, **roots, **more})
+
+
+@pytest.mark.parametrize(
+    ('options', 'says'),
+    [
+        ({'model.csg.code_dims': 64}, ["unknown key 'code_dims'", "did you mean 'code_dim'"]),
+        ({'model.csg.include': "['backbon']"}, ["'backbon' names no conv", 'names look like']),
+        ({'model.csg.slice_shape': '(16,16,5,5)'}, ['fits 5x5 kernels', '1x1, 3x3', 'change the last numbers']),
+        ({'model.csg.slice_shape': '(16,16,3)'}, ['fits 3 kernels', '1x1, 3x3', 'change the last numbers']),
+        ({'model.csg.slice_shape': '(16,16)'}, ['four positive integers', '(16, 16)']),
+        ({'model.csg.code_dim': 0}, ['code_dim must be an integer of at least 1']),
+        ({'model.csg.exclude': "['*']"}, ['csg[0] takes no layer', 'all stay dense (excluded)']),
+        ({'model.base_type': None}, ['base_type={{_base_.model.type}}']),
+    ],
+)
+def test_wrong_settings(refused, drawn, options, says):
+    for tool in ('train.py', 'report.py'):
+        message = refused(tool, CSG, *small(drawn, **options))
+        assert all(part in message for part in says), message
+
+
+def test_second_dict_takes_nothing(refused, drawn, tmp_path):
+    config = tmp_path / 'two.py'
+    dicts = [dict(slice_shape=(16, 16, 3, 3), code_dim=128), dict(slice_shape=(8, 8, 3, 3), code_dim=32)]
+    config.write_text(f'_base_ = {str(CSG)!r}\nmodel = dict(csg={dicts!r})\n')
+    message = refused('train.py', config, *small(drawn))
+    assert 'csg[1] takes no layer: earlier dicts took' in message and 'drop this dict' in message
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'says'),
+    [
+        ('dense.pt', {}, ['a dense checkpoint', 'use it with the dense config']),
+        ('csg.pt', {'model.csg.code_dim': 64}, ['made with code_dim=128', 'has code_dim=64']),
+        (
+            'csg.pt',
+            {'model.csg.slice_shape': '(12,12,3,3)'},
+            ['slice_shape=[16, 16, 3, 3]', 'has slice_shape=[12, 12, 3, 3]'],
+        ),
+        ('compact.safetensors', {'model.csg.code_dim': 64}, ['made with code_dim=128']),
+        ('truncated.safetensors', {}, ['truncated.safetensors', 'damaged', 'copy it again']),
+        ('corrupted.safetensors', {}, ['corrupted.safetensors', 'checksum', 'copy it again']),
+        ('truncated.pt', {}, ['truncated.pt', 'damaged', 'copy it again']),
+        ('absent.pt', {}, ['absent.pt', 'no such file']),
+    ],
+)
+def test_wrong_checkpoint(refused, drawn, files, tmp_path, name, options, says):
+    out = tmp_path / 'plain.pt'
+    # To test a dense checkpoint is to test its fit.
+    test = [] if name == 'dense.pt' else [('test.py', CSG, files / name, *small(drawn, **options))]
+    commands = [
+        *test,
+        ('materialise.py', CSG, files / name, '--out', out, *cfg_options({**SMALL_MODEL, **options})),
+        ('report.py', CSG, '--checkpoint', files / name, *cfg_options({**SMALL_MODEL, **options})),
+    ]
+    for tool, *args in commands:
+        message = refused(tool, *args)
+        assert all(part in message for part in says), f'{tool}: {message}'
+    assert not out.exists()
+
+
+class Malice:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), 'w')
+
+
+def test_a_checkpoint_is_not_unpickled(refused, drawn, tmp_path):
+    path, harm = tmp_path / 'malice.pt', tmp_path / 'harm'
+    torch.save({'meta': {}, 'state_dict': {}, 'more': Malice(harm)}, path)
+    commands = [
+        ('test.py', CSG, path, *small(drawn)),
+        ('train.py', CSG, *small(drawn, load_from=path)),
+        ('materialise.py', CSG, path, '--out', tmp_path / 'plain.pt', *cfg_options(SMALL_MODEL)),
+        ('report.py', CSG, '--checkpoint', path, *cfg_options(SMALL_MODEL)),
+        ('model_converters/released2csg.py', path, '--out', tmp_path / 'released.pth'),
+    ]
+    for tool, *args in commands:
+        assert 'not unpickled' in refused(tool, *args), tool
+        assert not harm.exists(), tool
+
+
+@pytest.mark.parametrize('name', ['csg.pt', 'compact.safetensors'])
+def test_generated_checkpoint_for_a_dense_config(refused, drawn, files, name):
+    message = refused('test.py', DENSE, files / name, *small(drawn))
+    assert 'holds codes' in message and 'materialise' in message
+
+
+def test_materialise_does_not_overwrite_unasked(drawn, files, tmp_path):
+    out = tmp_path / 'plain.bin'
+    out.write_text('mine')
+    arguments = [CSG, files / 'csg.pt', '--out', out, *cfg_options(SMALL_MODEL)]
+    done = run_tool('materialise.py', *arguments, check=False)
+    assert done.returncode == 1 and 'give --overwrite' in done.stderr and out.read_text() == 'mine'
+    done = run_tool('materialise.py', *arguments, '--overwrite', '--json')
+    assert json.loads(done.stdout)['bytes'] == out.stat().st_size
+
+
+def test_missing_data(refused, tmp_path):
+    message = refused('train.py', CSG, *small(tmp_path / 'nowhere'))
+    assert 'nowhere does not exist' in message and "'Prepare the data'" in message
+
+
+@pytest.mark.parametrize(
+    ('lose', 'says'),
+    [
+        ('ImageSets/Segmentation/train.txt', 'train.txt does not exist'),
+        ('JPEGImages', 'JPEGImages does not exist'),
+        ('SegmentationClass/train_00003.png', '1 of 32 files are missing'),
+    ],
+)
+def test_half_prepared_data(refused, drawn, tmp_path, lose, says):
+    half = shutil.copytree(drawn, tmp_path / 'half')
+    lost = half / lose
+    shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+    message = refused('train.py', CSG, *small(half))
+    assert says in message and 'README.md' in message
+
+
+def test_voc12aug_without_its_list(refused, drawn):
+    config = CSG.with_name(CSG.name.replace('voc12', 'voc12aug'))
+    roots = {f'train_dataloader.dataset.datasets.{position}.data_root': drawn for position in (0, 1)}
+    message = refused('train.py', config, *cfg_options({**SMALL_MODEL, **roots}))
+    assert 'does not exist' in message and ('aug.txt' in message or 'SegmentationClassAug' in message)
+
+
+def test_missing_config(refused):
+    assert 'absent.py' in refused('train.py', CONFIGS / 'absent.py')
+    assert 'README.md: no config' in refused('report.py', ROOT / 'README.md')
+
+
+def test_dense_config_does_not_start_from_codes(drawn, files, tmp_path, refused):
+    message = refused('train.py', DENSE, *small(drawn, load_from=files / 'csg.pt'))
+    assert 'but the config is dense' in message
+
+
+@pytest.mark.parametrize(('launcher', 'says'), [('slurm', 'SLURM_PROCID'), ('pytorch', 'RANK'), ('mpi', 'RANK')])
+def test_launcher_without_its_environment(refused, drawn, launcher, says):
+    message = refused('train.py', CSG, '--launcher', launcher, *small(drawn))
+    assert says in message and 'is not set; start it by' in message
+
+
+class Hostile:
+    def __reduce__(self):
+        return getattr, ('', 'join')
+
+
+@pytest.mark.parametrize('content', ['a text', [1, 2], Hostile()])
+def test_foreign_pickles_are_refused(refused, tmp_path, content):
+    if isinstance(content, str):
+        (tmp_path / 'foreign.pt').write_text(content)
+    else:
+        torch.save(content, tmp_path / 'foreign.pt')
+    message = refused('report.py', CSG, '--checkpoint', tmp_path / 'foreign.pt')
+    assert 'foreign.pt' in message and 'give a' in message or 'copy it again' in message
+
+
+def test_amp_without_gpu(refused, drawn):
+    if torch.cuda.is_available():
+        pytest.skip('there is a GPU')
+    assert '--amp needs a GPU' in refused('train.py', CSG, '--amp', *small(drawn))
+
+
+@pytest.mark.parametrize('dtype', [None, 'float16', 'bfloat16'])
+def test_mixed_precision_in_a_config_without_gpu(refused, drawn, tmp_path, dtype):
+    if torch.cuda.is_available():
+        pytest.skip('there is a GPU')
+    keys = {'optim_wrapper.type': 'AmpOptimWrapper'} | ({'optim_wrapper.dtype': dtype} if dtype else {})
+    runs = [tmp_path / 'runs', *small(drawn, **keys)]
+    commands = {
+        'train.py': [CSG, *runs[1:]],
+        'compare.py': [DENSE, CSG, '--work-dir', *runs],
+        'benchmark.py': [DENSE, CSG, '--work-dir', *runs],
+        'analysis_tools/exchange.py': [DENSE, CSG, *runs[1:]],
+    }
+    for tool, arguments in commands.items():
+        message = refused(tool, *arguments)
+        assert 'without one, give --cfg-options optim_wrapper.type=OptimWrapper' in message, f'{tool}: {message}'
+        assert ('take dtype out of the config' in message) == (dtype is not None)
+
+
+@pytest.mark.parametrize(
+    ('options', 'says'),
+    [
+        ({'optim_wrapper.dtype': 'bfloat16'}, "unexpected keyword argument 'dtype'"),
+        ({'optim_wrapper.optimizer.type': 'AdamX'}, '(optimizer AdamX)'),
+        ({'optim_wrapper.optimizer.lr': -1}, 'Invalid learning rate: -1'),
+        ({'optim_wrapper.optimizer.rate': 1}, "unexpected keyword argument 'rate'"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_built(refused, drawn, options, says):
+    message = refused('train.py', CSG, *small(drawn, **options))
+    assert 'optim_wrapper (' in message and says in message and message.endswith('; correct it in the config')
+
+
+@pytest.mark.parametrize('tool', ['train.py', 'test.py', 'report.py', 'materialise.py', 'compare.py'])
+def test_mm_packages_absent(tool):
+    script = f"""
+import importlib.util, runpy, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('mmcv', 'mmengine', 'mmseg', 'mmpretrain'):
+            raise ModuleNotFoundError(f'No module named {{name!r}}', name=name)
+
+sys.meta_path.insert(0, Absent())
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *args: None if name.startswith('mm') else find_spec(name, *args)
+sys.argv = ['tool', 'config.py']
+runpy.run_path({str(ROOT / 'tools' / tool)!r}, run_name='__main__')
+"""
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: mmengine is not installed; pip install '.[mm]' in csg_seg's folder brings it"
+
+
+@pytest.mark.parametrize(
+    ('options', 'says'),
+    [
+        (['--jobs', '0'], 'jobs start at 1'),
+        (['--seeds', '-1'], 'seeds at 0'),
+        (['--out', 'README.md'], 'README.md exists'),
+        ([CSG], 'two configs are named'),
+    ],
+)
+def test_a_benchmark_that_cannot_be_run(refused, tmp_path, monkeypatch, options, says):
+    monkeypatch.chdir(ROOT)
+    assert says in refused('experiments.runs', CSG, *options, '--work-dir', tmp_path / 'runs')
+    assert not (tmp_path / 'runs').exists()
+
+
+def test_a_work_dir_that_is_a_file(refused, drawn, files, tmp_path):
+    (tmp_path / 'work').touch()
+    assert 'is a file; give a folder' in refused('test.py', CSG, files / 'csg.pt', *small(drawn))

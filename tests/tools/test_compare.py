@@ -1,0 +1,66 @@
+"""What ``make demo`` runs, with trainings of two steps."""
+
+import json
+import re
+import shlex
+
+import mmcv
+import pytest
+from conftest import ROOT, cfg_options, run_tool
+from mmseg.datasets import PascalVOCDataset
+
+from csg_seg.mm.deploy.inference import load_network
+from csg_seg.storage.compact import read_compact
+
+DEMO = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
+DENSE = DEMO.with_name(DEMO.name.removeprefix('csg-s16-d128_'))
+MAKEFILE = (ROOT / 'Makefile').read_text()
+
+
+@pytest.fixture(scope='module')
+def compared(drawn, tmp_path_factory):
+    """The folder of a comparison, and what it printed."""
+    folder = tmp_path_factory.mktemp('compared')
+    options = {f'{split}_dataloader.dataset.data_root': drawn for split in ('train', 'val', 'test')}
+    options |= {'train_cfg.max_iters': 2, 'default_hooks.checkpoint.interval': 2, 'train_dataloader.batch_size': 2}
+    command = [DENSE, DEMO, '--work-dir', folder, '--out', folder / 'result.json', *cfg_options(options), '--json']
+    return folder, json.loads(run_tool('compare.py', *command).stdout)
+
+
+def test_the_result_is_what_is_printed_and_every_file_is_there(compared):
+    folder, printed = compared
+    assert json.loads((folder / 'result.json').read_text()) == printed
+    assert printed['files'].keys() == {'picture', 'compact checkpoint', 'materialised checkpoint'}
+    for file in printed['files'].values():
+        assert (folder / file['path']).stat().st_size == file['bytes'] > 0
+
+
+def test_the_compact_file_is_enough_to_look_at_an_image(compared, drawn):
+    folder, _ = compared
+    compact = read_compact(folder / 'csg.safetensors')
+    assert compact.source['builder'] == 'mmengine'
+    (rule,) = re.findall(r'^demo:.*\n((?:\t.*\n)*)', MAKEFILE, flags=re.MULTILINE)
+    *_, last = rule.replace('\\\n', ' ').strip().splitlines()
+    program, tool, image, checkpoint, *options = shlex.split(last)
+    assert program == '$(VENV)/bin/csg-seg' and tool == 'demo' and checkpoint == 'work_dirs/demo/csg.safetensors'
+    image = drawn / 'JPEGImages' / 'val_00003.jpg'
+    options = [each.replace('work_dirs/demo', str(folder)) for each in options]
+    seen = folder / 'seen.png'
+    assert str(seen) in options
+    classes = {*PascalVOCDataset.METAINFO['classes']}
+    dense = [DENSE, folder / 'materialised.pth']
+    for given in ([folder / 'csg.safetensors'], [DEMO, folder / 'csg.safetensors'], dense):
+        for _ in range(2 if given is dense else 1):  # it may be repeated
+            printed = run_tool('demo.py', image, *given, *options).stdout.splitlines()
+            assert {line.split('%')[1].strip() for line in printed[:-1]} <= classes
+            assert printed[-1] == f'drawn: {seen}' and mmcv.imread(str(seen)).shape == (6 * 64, 6 * 64, 3)
+
+
+def test_all_files_of_a_comparison_name_the_classes(compared):
+    folder, _ = compared
+    given = [(None, 'csg.safetensors'), (DEMO, 'csg/iter_2.pth'), (DENSE, 'dense/iter_2.pth')]
+    given += [(DEMO, 'csg.safetensors'), (DENSE, 'materialised.pth')]
+    for config, name in given:
+        found = load_network(config, folder / name).dataset_meta
+        assert [*found['classes']] == [*PascalVOCDataset.METAINFO['classes']]
+        assert [*map(list, found['palette'])] == PascalVOCDataset.METAINFO['palette']
