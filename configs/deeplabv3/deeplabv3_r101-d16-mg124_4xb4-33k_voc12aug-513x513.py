@@ -2,7 +2,7 @@
 # mmsegmentation's multi_grid holds dilations: unit rates (1, 2, 4) times the last stage's 2.
 # Its recipe: SGD, lr 0.007 (heads x10), poly 0.9, weight decay 5e-4, 50 epochs at batch 16, crop 513.
 # The import makes 'mmseg::' resolve on both lines of mm packages, whatever program reads this.
-_base_ = __import__('csg_seg') and [
+_base_ = __import__('csg_seg.mm') and [
     'mmseg::_base_/models/deeplabv3_r50-d8.py',
     'mmseg::_base_/datasets/pascal_voc12_aug.py',
     'mmseg::_base_/default_runtime.py',

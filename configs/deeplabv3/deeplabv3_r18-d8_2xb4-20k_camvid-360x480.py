@@ -1,6 +1,6 @@
 # DeepLabV3, ResNet-18, on CamVid: 14.0 M parameters, the dense twin.
 # The import makes 'mmseg::' resolve on both lines of mm packages, whatever program reads this.
-_base_ = __import__('csg_seg') and [
+_base_ = __import__('csg_seg.mm') and [
     'mmseg::_base_/models/deeplabv3_r50-d8.py',
     '../_base_/datasets/camvid.py',
     'mmseg::_base_/default_runtime.py',

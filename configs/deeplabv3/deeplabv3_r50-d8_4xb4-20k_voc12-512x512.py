@@ -1,6 +1,6 @@
 # DeepLabV3, ResNet-50, on Pascal VOC 2012: 68.1 M parameters, the dense twin.
 # The import makes 'mmseg::' resolve on both lines of mm packages, whatever program reads this.
-_base_ = __import__('csg_seg') and [
+_base_ = __import__('csg_seg.mm') and [
     'mmseg::_base_/models/deeplabv3_r50-d8.py',
     'mmseg::_base_/datasets/pascal_voc12.py',
     'mmseg::_base_/default_runtime.py',

@@ -3,7 +3,7 @@
 # 30 epochs at batch 32; its plain ResNet-50 and 256 channels. mmsegmentation's ASPP ends in one 3x3 conv, torchvision's
 # in a 1x1 and a 3x3; its dropout is 0.1 before the classifier, torchvision's 0.5 before that 3x3.
 # The import makes 'mmseg::' resolve on both lines of mm packages, whatever program reads this.
-_base_ = __import__('csg_seg') and [
+_base_ = __import__('csg_seg.mm') and [
     'mmseg::_base_/models/deeplabv3_r50-d8.py',
     '../_base_/datasets/coco_voc.py',
     'mmseg::_base_/default_runtime.py',

@@ -1,6 +1,6 @@
 # MobileNetV2 on ImageNet, the 1x1 expansions: 2.8 M parameters stored for 3.5 M dense, 1.25x.
 # The import makes 'mmpretrain::' resolve on both lines of mm packages, whatever program reads this.
-_base_ = __import__('csg_seg') and 'mmpretrain::mobilenet_v2/mobilenet-v2_8xb32_in1k.py'
+_base_ = __import__('csg_seg.mm') and 'mmpretrain::mobilenet_v2/mobilenet-v2_8xb32_in1k.py'
 custom_imports = dict(imports=['csg_seg.mm'])
 model = dict(
     type='CSGModel',

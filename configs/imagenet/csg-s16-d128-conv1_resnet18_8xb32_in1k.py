@@ -1,6 +1,6 @@
 # ResNet-18 on ImageNet, the first conv of each block as in the authors' code: 7.5 M parameters stored for 11.7 M dense, 1.55x.
 # The import makes 'mmpretrain::' resolve on both lines of mm packages, whatever program reads this.
-_base_ = __import__('csg_seg') and 'mmpretrain::resnet/resnet18_8xb32_in1k.py'
+_base_ = __import__('csg_seg.mm') and 'mmpretrain::resnet/resnet18_8xb32_in1k.py'
 custom_imports = dict(imports=['csg_seg.mm'])
 model = dict(
     type='CSGModel',

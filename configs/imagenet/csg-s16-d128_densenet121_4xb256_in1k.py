@@ -1,6 +1,6 @@
 # DenseNet-121 on ImageNet: 6.3 M parameters stored for 8.0 M dense, 1.28x.
 # The import makes 'mmpretrain::' resolve on both lines of mm packages, whatever program reads this.
-_base_ = __import__('csg_seg') and 'mmpretrain::densenet/densenet121_4xb256_in1k.py'
+_base_ = __import__('csg_seg.mm') and 'mmpretrain::densenet/densenet121_4xb256_in1k.py'
 custom_imports = dict(imports=['csg_seg.mm'])
 model = dict(type='CSGModel', base_type={{_base_.model.type}}, csg=dict(slice_shape=(16, 16, 3, 3), code_dim=128))
 default_hooks = dict(csg=dict(type='CSGHook', save_compact=True))

@@ -1,6 +1,6 @@
 # ResNet-18 on ImageNet: 1.6 M parameters stored for 11.7 M dense, 7.26x.
 # The import makes 'mmpretrain::' resolve on both lines of mm packages, whatever program reads this.
-_base_ = __import__('csg_seg') and 'mmpretrain::resnet/resnet18_8xb32_in1k.py'
+_base_ = __import__('csg_seg.mm') and 'mmpretrain::resnet/resnet18_8xb32_in1k.py'
 custom_imports = dict(imports=['csg_seg.mm'])
 model = dict(type='CSGModel', base_type={{_base_.model.type}}, csg=dict(slice_shape=(16, 16, 3, 3), code_dim=128))
 default_hooks = dict(csg=dict(type='CSGHook', save_compact=True))

@@ -1,7 +1,7 @@
 # ResNet-18 on an ImageNet sample, data/imagenet-sample/train/WNID/*.JPEG: 11,689,512 parameters, the dense twin.
 # It shows that everything runs; it is tested on what it was trained on.
 # The import makes 'mmpretrain::' resolve on both lines of mm packages, whatever program reads this.
-_base_ = __import__('csg_seg') and 'mmpretrain::resnet/resnet18_8xb32_in1k.py'
+_base_ = __import__('csg_seg.mm') and 'mmpretrain::resnet/resnet18_8xb32_in1k.py'
 custom_imports = dict(imports=['csg_seg.mm'])
 data_root = 'data/imagenet-sample'
 common = dict(_delete_=True, type='ImageFolderDataset', data_root=data_root, data_prefix='train')

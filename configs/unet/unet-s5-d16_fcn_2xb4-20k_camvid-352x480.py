@@ -1,6 +1,6 @@
 # UNet on CamVid: 29.1 M parameters, the dense twin. Sides must be multiples of 16.
 # The import makes 'mmseg::' resolve on both lines of mm packages, whatever program reads this.
-_base_ = __import__('csg_seg') and [
+_base_ = __import__('csg_seg.mm') and [
     'mmseg::_base_/models/fcn_unet_s5-d16.py',
     '../_base_/datasets/camvid.py',
     'mmseg::_base_/default_runtime.py',

@@ -1,6 +1,6 @@
 # UPerNet, ResNet-50, all 3x3 convs generated: 20.3 M parameters stored for 66.4 M dense, 3.26x.
 # The import makes 'mmseg::' resolve on both lines of mm packages, whatever program reads this.
-_base_ = __import__('csg_seg') and 'mmseg::upernet/upernet_r50_4xb4-40k_voc12aug-512x512.py'
+_base_ = __import__('csg_seg.mm') and 'mmseg::upernet/upernet_r50_4xb4-40k_voc12aug-512x512.py'
 custom_imports = dict(imports=['csg_seg.mm'])
 model = dict(type='CSGModel', base_type={{_base_.model.type}}, csg=dict(slice_shape=(16, 16, 3, 3), code_dim=128))
 default_hooks = dict(csg=dict(type='CSGHook', save_compact=True), exact_resume=dict(type='ExactResumeHook'))

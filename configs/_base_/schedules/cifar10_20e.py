@@ -1,6 +1,6 @@
 # A short one: warm-up, then half a cosine to zero.
 # The import makes 'mmpretrain::' resolve on both lines of mm packages, whatever program reads this.
-_base_ = __import__('csg_seg') and ['mmpretrain::_base_/default_runtime.py']
+_base_ = __import__('csg_seg.mm') and ['mmpretrain::_base_/default_runtime.py']
 max_epochs = 20
 warmup = 2
 optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4))
