@@ -1,6 +1,10 @@
+"""The order in which the rooms of the package may import each other, and what the package imports."""
+
 import ast
 import subprocess
 import sys
+from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -9,42 +13,46 @@ import csg_seg
 
 PACKAGE = Path(csg_seg.__file__).parent
 
-# Who may import whom: a module imports only what stands on a line above its own.
+
+def room_of(path, folder=PACKAGE):
+    """The file or folder of ``folder`` that a file belongs to."""
+    return path.relative_to(folder).parts[0].removesuffix('.py')
+
+
+# Rooms are folders, or files beside them. A room imports its own files and the rooms on the lines above its own.
 ORDER = [
     {'errors', 'version'},
     {'files'},
-    {'slices', 'products', 'drawing', 'frontier', 'builders', 'cli'},
-    {'settings', 'doctor'},
-    {'generator'},
-    {'descent'},
-    {'fit'},
-    {'conv', 'search'},
-    {'root'},
-    {'watch', 'loading'},
-    {'bank'},
+    {'generators', 'models', 'data'},
+    {'fitting'},
+    {'layers'},
     {'report'},
-    {'retrofit', 'precision'},
-    {'checkpoint'},
-    {'plan'},
-    {'coco'},
+    {'retrofitting'},
+    {'storage'},
+    {'planning'},
     {'mm'},
+    {'cli'},
     {'__init__', '__main__'},
 ]
-ERRORS_ONLY = {'models', 'released'}
-LIBRARIES = {'torch', 'safetensors'}
-DATA_LIBRARIES = {'coco': {'numpy', 'PIL', 'pycocotools'}, 'drawing': {'numpy', 'PIL'}}
+# The same inside csg_seg/mm. csg_seg/mm/__init__.py registers everything, so it is above all of them.
+MM_ORDER = [
+    {'figures', 'networks'},
+    {'datasets', 'metrics', 'checkpoints'},
+    {'patches'},
+    {'teacher'},
+    {'model'},
+    {'hooks'},
+    {'running'},
+    {'deploy'},
+    {'__init__'},
+]
+LIBRARIES = {'torch', 'numpy', 'safetensors'}
+DATA_LIBRARIES = {'numpy', 'PIL', 'pycocotools'}
+LARGEST_SHARE = 1 / 4
 
-CORE = sorted([*PACKAGE.glob('*.py'), *PACKAGE.glob('models/*.py')])
-ALL = sorted(PACKAGE.rglob('*.py'))
-
-
-def rank(module):
-    return next(place for place, modules in enumerate(ORDER) if module in modules)
-
-
-def module_of(path):
-    """The module or folder of the package that a file belongs to."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix('.py')
+ALL = sorted(path for path in PACKAGE.rglob('*.py') if '.mim' not in path.parts)
+MM = [path for path in ALL if path.is_relative_to(PACKAGE / 'mm')]
+CORE = [path for path in ALL if room_of(path) not in ('mm', 'cli')]
 
 
 def parse(path):
@@ -52,7 +60,7 @@ def parse(path):
 
 
 def imported(path):
-    """Yield the full dotted names that a file imports."""
+    """Yield the full dotted names that a file imports, to the last module or name."""
     parents = ['csg_seg', *path.relative_to(PACKAGE).parent.parts]
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
@@ -60,17 +68,29 @@ def imported(path):
         elif isinstance(node, ast.ImportFrom):
             base = parents[: len(parents) - node.level + 1] if node.level else []
             base = '.'.join([*base, *([node.module] if node.module else [])])
-            # 'from . import mm' names a module, 'from .errors import CSGError' is in one.
-            yield from (f'{base}.{alias.name}' if base == 'csg_seg' else base for alias in node.names)
+            yield from (f'{base}.{alias.name}' for alias in node.names)
 
 
-def own_imports(path):
-    return {name.split('.')[1] for name in imported(path) if name.startswith('csg_seg.')}
+def rooms_imported(path, folder='csg_seg'):
+    """Return the rooms of a folder that a file imports from."""
+    return {name.removeprefix(f'{folder}.').split('.')[0] for name in imported(path) if name.startswith(f'{folder}.')}
 
 
 def foreign_imports(path):
     roots = {name.split('.')[0] for name in imported(path)} - {'csg_seg'}
     return roots - set(sys.stdlib_module_names)
+
+
+def rank(room, order):
+    return next(place for place, rooms in enumerate(order) if room in rooms)
+
+
+def relative(path):
+    return str(path.relative_to(PACKAGE))
+
+
+def module_name(path):
+    return '.'.join(['csg_seg', *path.relative_to(PACKAGE).with_suffix('').parts]).removesuffix('.__init__')
 
 
 def run_without_mm(script):
@@ -89,36 +109,67 @@ sys.meta_path[:] = [WithoutMM if each is importlib.machinery.PathFinder else eac
     return subprocess.run([sys.executable, '-c', hidden + script], capture_output=True, text=True)
 
 
-def test_the_order_knows_every_module():
-    files = {module_of(path) for path in CORE} | {
-        path.name for path in PACKAGE.iterdir() if (path / '__init__.py').is_file()
-    }
-    assert files == set().union(*ORDER) | ERRORS_ONLY
+@pytest.mark.parametrize(('folder', 'order'), [(PACKAGE, ORDER), (PACKAGE / 'mm', MM_ORDER)], ids=['csg_seg', 'mm'])
+def test_the_order_knows_every_room(folder, order):
+    found = [path for path in folder.iterdir() if path.suffix == '.py' or (path / '__init__.py').is_file()]
+    assert sorted(room_of(path, folder) for path in found) == sorted(room for rooms in order for room in rooms)
 
 
 def test_the_parser_sees_imports_of_every_form():
-    modules = {'builders', 'checkpoint', 'errors', 'plan', 'report', 'retrofit', 'version'}
-    assert own_imports(PACKAGE / '__init__.py') == {*modules, 'mm'}
-    assert 'errors' in own_imports(PACKAGE / 'retrofit.py')
-    assert 'csg_seg' not in foreign_imports(PACKAGE / 'drawing.py')
-    assert 'errors' in own_imports(PACKAGE / 'drawing.py')
+    found = rooms_imported(PACKAGE / '__init__.py')
+    assert found >= {'errors', 'planning', 'report', 'retrofitting', 'storage', 'version'}
+    assert 'generators' in rooms_imported(PACKAGE / 'fitting.py')
+    assert {'hooks', 'model'} <= rooms_imported(PACKAGE / 'mm' / '__init__.py', 'csg_seg.mm')
+    assert {'numpy', 'PIL'} <= foreign_imports(PACKAGE / 'data' / 'drawn.py')
 
 
-@pytest.mark.parametrize('path', CORE, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_nothing_imports_to_its_right(path):
-    own = module_of(path)
-    if own in ERRORS_ONLY:
-        assert own_imports(path) <= {'errors', own}
-    else:
-        assert all(rank(module) < rank(own) for module in own_imports(path)), own_imports(path)
+@pytest.mark.parametrize('path', ALL, ids=relative)
+def test_no_room_imports_a_room_above_it(path):
+    own = room_of(path)
+    assert [room for room in rooms_imported(path) - {own} if rank(room, ORDER) >= rank(own, ORDER)] == []
 
 
-@pytest.mark.parametrize('path', CORE, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_the_core_needs_only_torch_and_safetensors(path):
-    assert foreign_imports(path) <= DATA_LIBRARIES.get(module_of(path), LIBRARIES)
+@pytest.mark.parametrize('path', MM, ids=relative)
+def test_no_room_of_mm_imports_a_room_above_it(path):
+    own = room_of(path, PACKAGE / 'mm')
+    rooms = rooms_imported(path, 'csg_seg.mm') - {own}
+    assert [room for room in rooms if rank(room, MM_ORDER) >= rank(own, MM_ORDER)] == []
 
 
-@pytest.mark.parametrize('path', ALL, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_file_imports_itself_through_others():
+    files = {module_name(path): path for path in ALL if path.name != '__init__.py'}
+    graph = {}
+    for name, path in files.items():
+        full = list(imported(path))
+        graph[name] = {each for each in files if each in full or any(other.startswith(f'{each}.') for other in full)}
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_models_and_data_see_errors_and_files_only():
+    paths = [path for path in ALL if room_of(path) in ('models', 'data')]
+    assert paths
+    for path in paths:
+        assert rooms_imported(path) <= {'errors', 'files', room_of(path)}
+
+
+def test_no_folder_holds_more_than_a_quarter_of_the_lines():
+    lines = Counter()
+    for path in ALL:
+        lines[path.parent] += len(path.read_text().splitlines())
+    folder, most = lines.most_common(1)[0]
+    assert most <= LARGEST_SHARE * sum(lines.values()), folder
+
+
+@pytest.mark.parametrize('path', CORE, ids=relative)
+def test_the_core_needs_only_torch_numpy_and_safetensors(path):
+    assert foreign_imports(path) <= (DATA_LIBRARIES if room_of(path) == 'data' else LIBRARIES)
+
+
+def test_the_package_imports_no_experiment():
+    assert {path for path in ALL if 'experiments' in foreign_imports(path)} == set()
+
+
+@pytest.mark.parametrize('path', ALL, ids=relative)
 def test_no_function_imports(path):
     functions = [each for each in ast.walk(parse(path)) if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef))]
     inner = [(f.name, n.lineno) for f in functions for n in ast.walk(f) if isinstance(n, (ast.Import, ast.ImportFrom))]
