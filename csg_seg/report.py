@@ -1,6 +1,6 @@
-"""Counts of a model: what is stored, what is trained, what a dense twin would take."""
+"""Counts of a model: what it stores, what it trains, and what the dense network would take."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -18,9 +18,9 @@ from .errors import CSGError, abridge
 
 @dataclass(frozen=True)
 class Layer:
-    """One conv: its weight's shape, and what it stores.
+    """One conv: the shape of its weight, and what it stores.
 
-    ``generator`` and ``grid`` are None for a dense conv, ``left_dense`` says why it is one.
+    ``generator`` (a position) and ``grid`` are None for a dense conv; ``left_dense`` says why it stayed dense.
     """
 
     name: str
@@ -34,9 +34,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class GeneratorCount:
-    """One generator, and how many layers and slices it feeds.
+    """One generator, and how many layers and slices it generates.
 
-    ``options`` are those settings that only some generators have.
+    ``options`` are the settings that only some kinds of generator have.
     """
 
     generator: str
@@ -86,21 +86,20 @@ class Summary:
         )
 
     def describe_growth(self) -> str:
-        """Say that the model stores more than its dense twin, and what would help; '' if it does not."""
+        """Warn that the model stores more than the dense network, and say what would help; '' if it stores less."""
         if self.stored_params <= self.dense_params:
             return ''
-        saved = [0] * len(self.generators)
+        saved: Counter[int | None] = Counter()
         for layer in self.layers:
-            if layer.generator is not None:
-                saved[layer.generator] += layer.dense_params - layer.stored_params
+            saved[layer.generator] += layer.dense_params - layer.stored_params
         costly = [
-            f'csg[{position}] stores {each.stored_params:,} for its generator and saves {less:,} in its layers'
-            for position, (each, less) in enumerate(zip(self.generators, saved, strict=True))
-            if each.stored_params > less
+            f'csg[{i}] stores {each.stored_params:,} for its generator and saves {saved[i]:,} in its layers'
+            for i, each in enumerate(self.generators)
+            if each.stored_params > saved[i]
         ]
         return (
-            f'the network stores {self.stored_params:,} parameters, its dense twin {self.dense_params:,}: '
-            f'{"; ".join(costly)}. Smaller slices, a lower code_dim, more layers to a generator, or '
+            f'the network stores {self.stored_params:,} parameters, more than the {self.dense_params:,} of the dense '
+            f'network: {"; ".join(costly)}. Smaller slices, a lower code_dim, more layers per generator, or '
             "generator='binary' would help"
         )
 
@@ -129,8 +128,8 @@ class Summary:
         options = ''.join(f', {key} {value}' for key, value in each.options.items())
         return (
             f'generator {position}: {each.generator}{options}, {each.layout}, slices of {_by(each.slice_shape)} '
-            f'from codes of {each.code_dim}; {each.stored_params:,} parameters feed {each.slices:,} slices '
-            f'of {each.layers} layers'
+            f'from codes of {each.code_dim}; {each.stored_params:,} parameters generate {each.slices:,} '
+            f'slices of {each.layers} layers'
         )
 
     def _left_dense_lines(self) -> list[str]:
@@ -142,10 +141,7 @@ class Summary:
 
 
 def summarise(model: nn.Module) -> Summary:
-    """Count a model, retrofitted or dense; it is left as it is.
-
-    Returns:
-        a :class:`Summary` with totals, generators and convs.
+    """Count the parameters and bytes of a model, retrofitted or dense, without changing it.
 
     Raises:
         CSGError: the model is a part of a retrofitted one.
@@ -154,8 +150,8 @@ def summarise(model: nn.Module) -> Summary:
     generators = [generator for _, _, bank in roots for generator in bank]
     generated = [module for module in model.modules() if isinstance(module, CSGConv)]
     if not all(any(conv.generator is generator for generator in generators) for conv in generated):
-        raise CSGError('generators of these layers belong to a larger model; give that model as a whole')
-    left_dense = {prefix + name: reason for prefix, _, bank in roots for name, reason in bank.left_dense.items()}
+        raise CSGError('the generators of these layers belong to a larger model; give that model as a whole')
+    left_dense = {prefix + name: str(reason) for prefix, _, bank in roots for name, reason in bank.left_dense.items()}
     convs: dict[str, nn.Module] = {**find_convs(model), **find_others(model)}
     layers = tuple(_layer(name, module, generators, left_dense) for name, module in convs.items())
     parameters = list(model.parameters())
@@ -217,7 +213,7 @@ def _count(module: nn.Module) -> int:
 
 
 def _bytes(module: nn.Module) -> int:
-    """Return the size of a state dict, without extra states that are no tensors."""
+    """Return the bytes of a state dict, without extra states that are not tensors."""
     return sum(each.nbytes for each in module.state_dict().values() if isinstance(each, Tensor))
 
 

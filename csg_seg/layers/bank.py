@@ -30,7 +30,7 @@ class GeneratorBank(nn.ModuleList):
     """The generators of a model, a child of its root that is not counted: see :mod:`csg_seg.root`.
 
     Attributes:
-        left_dense: name of each conv that stayed dense, and why.
+        left_dense: why a conv stayed dense, a :class:`csg_seg.retrofitting.selection.Reason` by name.
         layers: name and conv of each generated layer, as :meth:`refresh` found them; the bank does not register them.
         before_init: called with the bank when a trainer initialises the network.
         after_fit: called with the bank once weights are fitted.
@@ -42,7 +42,7 @@ class GeneratorBank(nn.ModuleList):
             training checkpoint follows.
     """
 
-    def __init__(self, generators: Iterable[Generator], left_dense: Mapping[str, str]):
+    def __init__(self, generators: Iterable[Generator], left_dense: Mapping[str, object]):
         super().__init__(generators)
         self.left_dense = dict(left_dense)
         self.layers: dict[str, CSGConv] = {}

@@ -1,4 +1,4 @@
-"""Dense to generated, and back."""
+"""Swap dense convs for generated ones, and back."""
 
 import warnings
 from collections import defaultdict
@@ -20,24 +20,23 @@ from csg_seg.layers.root import check_rootable
 from csg_seg.layers.watch import WATCH
 from csg_seg.report import summarise
 
-from .selection import _obstacles, choose_layers
+from .selection import Reason, choose_layers, find_obstacles
 
 CSG = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 def retrofit(model: nn.Module, csg: CSG) -> nn.Module:
-    """Make the weights of a model's convs from shared generators, in place.
+    """Generate the weights of a model's convs from shared generators, in place.
 
-    Do it before the model is wrapped for data parallelism (use
-    ``DistributedDataParallel``, not ``DataParallel``) and before the optimizer is
-    built. Trained weights of the chosen layers are not kept: they start anew, at
-    Kaiming variance, drawn from the dicts' own seeds.
+    Call it before the optimizer is built and before the model is wrapped in ``DistributedDataParallel``
+    (``DataParallel`` is not supported). The chosen layers lose their trained weights: they are initialised at Kaiming
+    variance, from the seeds of the dicts. Call :func:`csg_seg.fit` to start from trained weights.
 
     Args:
-        model: any network of convs: of one to three dimensions, grouped, transposed,
-            and subclasses that compute with their own ``weight``.
-        csg: a dict of settings (see :class:`csg_seg.settings.Settings`), or a
-            list of dicts for several generators; a layer goes to the first that takes it.
+        model: any network with convs of one to three dimensions, grouped and transposed ones included, and
+            subclasses of them that compute with their own ``weight``.
+        csg: a dict of settings (see :class:`csg_seg.generators.settings.Settings`), or a list of dicts for several
+            generators; each layer goes to the first dict that takes it.
 
     Returns:
         The same model.
@@ -52,16 +51,16 @@ def retrofit(model: nn.Module, csg: CSG) -> nn.Module:
     check_root(model)
     taken, left_dense = choose_layers(model, settings)
     swap_layers(model, settings, taken, left_dense)
-    larger = summarise(model).describe_growth()
-    if larger:
-        warnings.warn(larger, CSGWarning, stacklevel=2)
+    growth = summarise(model).describe_growth()
+    if growth:
+        warnings.warn(growth, CSGWarning, stacklevel=2)
     return model
 
 
 def materialise(model: nn.Module) -> nn.Module:
-    """Turn all generated layers back into the convs they were, in place.
+    """Turn all generated layers back into plain convs, in place.
 
-    Outputs and the dense network's state-dict keys stay the same.
+    The outputs stay the same, and the state dict has the keys of the dense network again.
 
     Returns:
         The same model.
@@ -77,14 +76,14 @@ def materialise(model: nn.Module) -> nn.Module:
     for name, conv in convs.items():
         if id(conv.generator) not in registered:
             raise CSGError(f'{name}: its generator belongs to a larger model; materialise that model as a whole')
-    groups: dict[int, list[CSGConv]] = defaultdict(list)
+    layers = defaultdict(list)
     for conv in convs.values():
-        groups[id(conv.generator)].append(conv)
+        layers[id(conv.generator)].append(conv)
     weights: dict[CSGConv, Tensor] = {}
-    for fed in groups.values():
-        # At once, as an evaluation makes them: another size of product rounds otherwise.
+    for of_one_generator in layers.values():
+        # In one batch, as in evaluation: a product of another size rounds differently.
         with torch.no_grad():
-            weights.update(zip(fed, generate_weights(fed), strict=True))
+            weights.update(zip(of_one_generator, generate_weights(of_one_generator), strict=True))
     for _, root, _ in roots:
         detach_bank(root)
     for conv in convs.values():
@@ -94,51 +93,53 @@ def materialise(model: nn.Module) -> nn.Module:
 
 
 def swap_layers(
-    model: nn.Module, settings: Sequence[Settings], taken: Mapping[str, int], left_dense: Mapping[str, str]
+    model: nn.Module, settings: Sequence[Settings], taken: Mapping[str, int], left_dense: Mapping[str, Reason]
 ) -> None:
-    """Swap the named convs for generated ones and attach their bank.
+    """Swap the named convs for generated ones, and attach the bank of their generators.
 
     Args:
-        taken: name of each layer to generate, and the position of its generator.
-        left_dense: name of each other conv, and why it stays dense.
+        model: dense; if an error is raised, it is unchanged.
+        settings: one for each generator.
+        taken: the position of the generator, by name of each layer to generate.
+        left_dense: the reason, by name of each other conv.
 
     Raises:
-        CSGError: a layer cannot be generated; the model is as it was.
+        CSGError: a layer cannot be generated.
     """
     convs = {name: cast(_ConvNd, model.get_submodule(name)) for name in taken}
-    obstacles = _obstacles(model, convs)
+    obstacles = find_obstacles(model, convs)
     if obstacles:
         raise CSGError('; '.join(f'{name}: {why}' for name, why in obstacles.items()))
     first = next(iter(convs.values())).weight
-    # One stream for a generator and its codes: two of the same seed would repeat each other.
+    # A generator and its codes share one stream of random numbers: two streams with the same seed would be equal.
     rngs = [torch.Generator().manual_seed(each.seed) for each in settings]
     generators = [build_generator(each, rng) for each, rng in zip(settings, rngs, strict=True)]
     for name, position in taken.items():
         swap_in(convs[name], generators[position], rngs[position])
-    # After all codes, which are then the same with and without it.
+    # Last, so that the codes are the same with and without residuals.
     for name, position in taken.items():
         add_residual(cast(CSGConv, convs[name]), rngs[position])
     attach_bank(model, GeneratorBank(generators, left_dense).to(first))
 
 
 def check_root(model: nn.Module) -> None:
-    """Refuse a model that cannot be retrofitted, or is already.
+    """Check that a model can be retrofitted.
 
     Raises:
-        CSGError: says which.
+        CSGError: it is not a plain module, has lazy parameters, or is wrapped, compiled or already retrofitted.
     """
     if not isinstance(model, nn.Module) or isinstance(model, (torch.jit.ScriptModule, GraphModule)):
         kind = 'class' if isinstance(model, type) else type(model).__name__
-        raise CSGError(f'a {kind} came, which cannot be retrofitted; give the nn.Module that it is made of')
+        raise CSGError(f'a {kind} cannot be retrofitted; give the nn.Module that it was made from')
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise CSGError(f'{name} has no shape before the first batch; run one batch through the model first')
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise CSGError(f'the model is already wrapped in {type(model).__name__}; take the network inside, model.module')
+        raise CSGError(f'the model is already wrapped in {type(model).__name__}; give the network inside, model.module')
     if hasattr(model, '_orig_mod'):
-        raise CSGError('the model is already compiled; take the network inside, model._orig_mod, and compile it again')
+        raise CSGError('the model is already compiled; give the network inside, model._orig_mod, and compile it again')
     if find_bank(model) is not None or any(generated_convs(model)):
-        raise CSGError('the model is retrofitted already; materialise it before another retrofit')
+        raise CSGError('the model is already retrofitted; materialise it before another retrofit')
     if hasattr(model, BANK):
-        raise CSGError(f'the model has an attribute named {BANK!r}, where its generators go; rename that attribute')
+        raise CSGError(f'the model has an attribute named {BANK!r}, which the generators need; rename that attribute')
     check_rootable(model)

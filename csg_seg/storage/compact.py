@@ -31,6 +31,7 @@ from csg_seg.generators.slices import grid
 from csg_seg.layers.bank import BANK, bank_of, find_bank, find_roots
 from csg_seg.layers.conv import find_convs, generated_convs
 from csg_seg.layers.loading import check_reset
+from csg_seg.retrofitting.selection import Cause, Reason
 from csg_seg.retrofitting.surgery import check_root, swap_layers
 from csg_seg.retrofitting.weights import dense_shapes
 from csg_seg.version import __version__
@@ -391,7 +392,7 @@ def _without(named: Mapping[str, T], patterns: Sequence[str]) -> dict[str, T]:
 
 
 def _retrofit_like(model: nn.Module, compact: Compact, layers: Mapping[str, tuple[int, Shape]]) -> None:
-    left_dense = {name: 'dense in the compact checkpoint' for name in find_convs(model) if name not in layers}
+    left_dense = {name: Reason(Cause.DENSE_IN_FILE) for name in find_convs(model) if name not in layers}
     taken = {name: position for name, (position, _) in layers.items()}
     swap_layers(model, compact.settings, taken, left_dense)
 

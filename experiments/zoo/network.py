@@ -24,7 +24,7 @@ from csg_seg.layers.conv import find_convs, generated_convs
 from csg_seg.mm.model import retrofit_for_runner
 from csg_seg.mm.running.processes import replace_sync_bn
 from csg_seg.report import summarise
-from csg_seg.retrofitting.selection import OTHER_KERNEL, generable, not_generable, reason_to_skip
+from csg_seg.retrofitting.selection import Cause, generable, not_generable, reason_to_skip
 from csg_seg.retrofitting.surgery import materialise
 from csg_seg.storage.compact import load_compact, save_compact
 from experiments.batches import random_batch
@@ -69,8 +69,9 @@ def check_network(scope: str, spec: Any) -> dict[str, Any]:
     except CSGError as error:
         return {'result': 'refused', 'reason': str(error)}
     summary = summarise(model)
-    # Of a kernel that settings_for found no use for.
-    left = ['costs more generated' if each == OTHER_KERNEL else each for each in model.csg.left_dense.values()]
+    # settings_for leaves out a kernel size whose convs all cost more generated.
+    causes = [each.cause for each in model.csg.left_dense.values()]
+    causes = [Cause.COSTS_MORE if cause is Cause.OTHER_KERNEL else cause for cause in causes]
     try:
         problem = _gradient_problem(model, run_loss, used) or _storage_problem(model, run, keys)
     except Exception as error:
@@ -83,20 +84,20 @@ def check_network(scope: str, spec: Any) -> dict[str, Any]:
         'trains_on': 'outputs' if run_loss is run else 'losses',
         'generated': sum(layer.generator is not None for layer in summary.layers),
         'ratio': round(summary.compression_ratio, 2),
-        'left_dense': _count(left),
+        'left_dense': _count(causes),
     }
 
 
 def _no_conv(model: nn.Module) -> dict[str, Any]:
     reasons = not_generable(model)
-    left = [reasons.get(name, 'costs more generated') for name in {**find_convs(model), **reasons}]
+    names = {**find_convs(model), **reasons}
+    causes = [reasons[name].cause if name in reasons else Cause.COSTS_MORE for name in names]
     reason = 'it has no conv that could be generated and would cost less so'
-    return {'result': 'no conv', 'reason': reason, 'left_dense': _count(left)}
+    return {'result': 'no conv', 'reason': reason, 'left_dense': _count(causes)}
 
 
-def _count(reasons: Iterable[str]) -> dict[str, int]:
-    """Count reasons, without the numbers in them."""
-    return dict(Counter(reason.split(':')[0].split(',')[0] for reason in reasons))
+def _count(causes: Iterable[Cause]) -> dict[str, int]:
+    return dict(Counter(cause.value for cause in causes))
 
 
 def settings_for(model: nn.Module) -> list[dict[str, Any]]:

@@ -373,7 +373,7 @@ def test_a_folder_is_no_file(tmp_path):
         ),
         (
             lambda: nn.DataParallel(Net()),
-            'wrapped in DataParallel; take the network inside, model.module',
+            'wrapped in DataParallel; give the network inside, model.module',
         ),
         (lambda: nn.Linear(3, 3), r'body.0 is a conv of weight \(17, 31, 3, 3\) in the file and not in the model'),
         (lambda: widened(), 'lacks extra.bias .2 such entries.; load it into the network it was made from'),

@@ -324,10 +324,10 @@ def test_other_weights_are_refused_before_anything_is_copied():
         },
         r'narrow.weight holds NaN or infinite values; take a checkpoint from before': nan,
         r'widen.weight is \(31, 17, 1, 1\), not \(31, 17, 3, 3\)': {**good, 'widen.weight': torch.ones(31, 17, 1, 1)},
-        r'extra.weight \(2, 2, 3, 3\) is in excess': {**good, 'extra.weight': torch.ones(2, 2, 3, 3)},
+        r'extra.weight \(2, 2, 3, 3\) is unexpected': {**good, 'extra.weight': torch.ones(2, 2, 3, 3)},
         r'narrow.weight is missing': {name: each for name, each in good.items() if name != 'narrow.weight'},
         r'norm.weight is missing': {name: each for name, each in good.items() if name != 'norm.weight'},
-        r"not those of the model's dense twin": build(seed=2).state_dict(),
+        'the weights are not those of the dense network': build(seed=2).state_dict(),
     }
     for says, weights in cases.items():
         with pytest.raises(CSGError, match=says):

@@ -235,7 +235,7 @@ def spoilt(value):
         (lambda: build('resnet20'), {'ratio': 1e6}, r'ratio=1e\+06 is out of reach: the smallest .*, \d+\.\dx'),
         (lambda: spoilt(math.nan), {'ratio': 2}, 'layer2.0.conv1: its weight holds NaN or infinity'),
         (lambda: spoilt(-math.inf), {'ratio': 2}, 'layer2.0.conv1: its weight holds NaN or infinity'),
-        (lambda: csg_seg.retrofit(build('resnet20'), PAPER[0]), {'ratio': 2}, 'retrofitted already'),
+        (lambda: csg_seg.retrofit(build('resnet20'), PAPER[0]), {'ratio': 2}, 'already retrofitted'),
         (lambda: nn.Sequential(nn.Linear(5, 5)), {'ratio': 2}, 'nothing to plan'),
     ],
 )

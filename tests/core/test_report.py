@@ -209,7 +209,7 @@ def test_the_table_names_each_layer_and_why_some_stay_dense():
     assert 'left dense, no generator of its kernel size: point' in lines
     assert any(line.startswith('generator 0: linear') for line in lines)
     assert any(
-        line.startswith('generator 1: binary') and '0 parameters feed 4 slices of 1 layers' in line for line in lines
+        line.startswith('generator 1: binary') and '0 parameters generate 4 slices of 1 layers' in line for line in lines
     )
     assert f'{1 / summary.compression_ratio:.2f}x LARGER' in lines[-1]
     assert f'{summary.stored_params:,}' in lines[-1]
@@ -247,7 +247,7 @@ def test_a_network_that_grows_is_told_with_both_figures(kind):
         model = retrofit(unet(64), {**BIG, **kind})
     summary = summarise(model)
     (text,) = [str(each.message) for each in told]
-    assert f'stores {summary.stored_params:,} parameters, its dense twin {summary.dense_params:,}' in text
+    assert f'stores {summary.stored_params:,} parameters, more than the {summary.dense_params:,} of the dense' in text
     assert f'csg[0] stores {summary.generators[0].stored_params:,} for its generator' in text
     assert 'Smaller slices, a lower code_dim' in text
     assert text in str(summary) and 'x LARGER' in summary.headline()
@@ -271,7 +271,7 @@ def test_a_network_that_shrinks_is_told_nothing(csg):
 
 
 def test_a_plan_of_settings_that_grow_the_network_is_marked():
-    with pytest.warns(CSGWarning, match='its dense twin'):
+    with pytest.warns(CSGWarning, match='more than the .* of the dense network'):
         found = predict(unet(64), BIG)
     assert found.compression_ratio < 1
 

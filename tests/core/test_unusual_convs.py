@@ -1,4 +1,4 @@
-"""Convs of unusual kinds: generated with a forward of their own, or left dense with a reason."""
+"""Unusual convs: generated with their own forward, or left dense with a reason."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
 from mmcv.cnn.bricks.conv_ws import ConvAWS2d, ConvWS2d
-from test_retrofit import CSG, Net, assert_refused, generated, images
+from odd_network import CSG, Net, assert_refused, generated, images
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -16,6 +16,7 @@ from csg_seg import materialise, retrofit, summarise
 from csg_seg.errors import CSGError
 from csg_seg.layers.bank import find_bank
 from csg_seg.layers.conv import CSGConv
+from csg_seg.retrofitting.selection import Cause, Reason
 
 
 class Scaled(nn.Conv2d):
@@ -49,7 +50,7 @@ def test_a_conv_keeps_its_own_forward(kind):
     buffers = dict(model.head.named_buffers())
     twin.load_state_dict({'weight': model.head.generate_weight(), 'bias': model.head.bias, **buffers})
     x = images(channels=31)
-    assert isinstance(model.head, (CSGConv, kind))
+    assert isinstance(model.head, CSGConv) and isinstance(model.head, kind)
     torch.testing.assert_close(model.head(x), twin(x))
     before = model(images())
     assert type(materialise(model).head) is kind
@@ -66,7 +67,7 @@ def test_a_conv_that_takes_statistics_of_what_it_loads_gets_them():
     torch.testing.assert_close(model.head.weight_beta.flatten(), dense['head.weight'].mean(dim=(1, 2, 3)))
 
 
-def test_what_is_no_conv_of_torch_and_what_starts_at_zero_stay_as_they_are():
+def test_convs_not_of_torch_and_weights_that_start_at_zero_stay_dense():
     class Deformable(Net):
         def __init__(self):
             super().__init__()
@@ -80,21 +81,21 @@ def test_what_is_no_conv_of_torch_and_what_starts_at_zero_stay_as_they_are():
 
     model = retrofit(Deformable(), CSG)
     left = {layer.name: layer.left_dense for layer in summarise(model).layers if layer.left_dense}
-    assert left['head'] == 'DeformConv2d is no conv of torch'
+    assert left['head'] == 'not a conv of torch: DeformConv2d'
     assert left['offset'] == 'its weight starts at zero'
     assert model(images()).isfinite().all()
     assert 'offset' in generated(retrofit(Deformable(), CSG | {'include': ['body', 'offset']}))
-    assert_refused(Deformable(), CSG | {'include': ['body', 'head']}, 'head cannot be generated: DeformConv2d is no')
+    assert_refused(Deformable(), CSG | {'include': ['body', 'head']}, 'head cannot be generated: not a conv of torch')
 
 
-def test_what_is_no_whole_network_is_refused():
+def test_models_that_cannot_be_retrofitted_are_refused():
     lazy = Net()
     lazy.head = nn.LazyConv2d(17, 3)
     refused = (
         (lazy, 'head.weight has no shape before the first batch; run one batch'),
-        (None, 'a NoneType came, which cannot be retrofitted'),
-        (Net, 'a class came, which cannot be retrofitted; give the nn.Module'),
-        (torch.fx.symbolic_trace(Net()), 'which cannot be retrofitted; give the nn.Module'),
+        (None, 'a NoneType cannot be retrofitted'),
+        (Net, 'a class cannot be retrofitted; give the nn.Module'),
+        (torch.fx.symbolic_trace(Net()), 'cannot be retrofitted; give the nn.Module'),
         (nn.Conv2d(31, 31, 3), "the network's first conv"),
     )
     for model, said in refused:
@@ -109,17 +110,18 @@ def test_a_part_of_a_network_has_no_counts_of_its_own():
 
 
 def assert_left_dense(model, reason):
-    """Left alone unless it is asked for by its name."""
-    assert_refused(model, CSG | {'include': ['body', 'head']}, rf'csg\[0\]: head cannot be generated: .*{reason}')
+    """Assert that the head stays dense, and that including it by its full name is refused."""
+    message = re.escape(f'csg[0]: head cannot be generated: {reason}; remove it from include')
+    assert_refused(model, CSG | {'include': ['body', 'head']}, message)
     retrofit(model, CSG)
     assert 'head' not in generated(model)
-    assert re.search(reason, find_bank(model).left_dense['head'])
+    assert find_bank(model).left_dense['head'] == reason
 
 
 def test_a_conv_with_a_replaced_forward_is_left_dense():
     model = Net()
     model.head.forward = lambda x: x
-    assert_left_dense(model, 'the forward of this Conv2d has been replaced')
+    assert_left_dense(model, Reason(Cause.REPLACED_FORWARD))
 
 
 @pytest.mark.filterwarnings('ignore:.*weight_norm.* is deprecated')
@@ -138,7 +140,7 @@ def test_a_computed_weight_is_left_dense(computed):
     model = Net()
     computed(model.head)
     model.eval()  # spectral norms move their vectors whenever the weight is read in training
-    assert_left_dense(model, 'the weight of this .* is computed')
+    assert_left_dense(model, Reason(Cause.COMPUTED_WEIGHT))
 
 
 class Negated(nn.Module):
@@ -166,13 +168,14 @@ def test_tied_weights_are_left_dense_and_name_each_other():
     retrofit(model, CSG)
     assert model.body[5].weight is model.body[4].weight
     left = find_bank(model).left_dense
-    assert (left['body.4'], left['body.5']) == ('its weight is also body.5.weight', 'its weight is also body.4.weight')
+    assert left['body.4'] == Reason(Cause.SHARED_WEIGHT, 'body.5.weight')
+    assert left['body.5'] == Reason(Cause.SHARED_WEIGHT, 'body.4.weight')
 
 
 def test_a_weight_held_twice_is_left_dense():
     model = Net()
     model.anchor = model.head.weight
-    assert_left_dense(model, 'its weight is also anchor')
+    assert_left_dense(model, Reason(Cause.SHARED_WEIGHT, 'anchor'))
 
 
 def test_one_module_in_two_places_stays_one():

@@ -13,6 +13,7 @@ from conftest import run_experiment
 from csg_seg import retrofit
 from csg_seg.errors import CSGError
 from csg_seg.layers.bank import find_bank
+from csg_seg.retrofitting.selection import Cause
 from experiments.zoo.libraries import check_all, list_networks, summarise_rows
 from experiments.zoo.network import check_network, settings_for
 
@@ -38,7 +39,7 @@ def test_there_is_a_dict_for_each_kernel_and_width_of_narrow_groups():
     widths_and_kernels = [each['slice_shape'][1:] for each in settings_for(model)]
     assert sorted(widths_and_kernels) == [(1, 3, 3), (1, 5, 5), (8, 1, 1)]
     retrofit(model, settings_for(model))
-    assert set(find_bank(model).left_dense.values()) == {"the network's first conv"}
+    assert {each.cause for each in find_bank(model).left_dense.values()} == {Cause.FIRST}
 
 
 def test_a_network_that_does_not_run_dense_or_has_no_conv_says_so():

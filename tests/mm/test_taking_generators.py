@@ -8,8 +8,8 @@ import torch
 from conftest import run_tool
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from odd_network import Net
 from test_doors import CSG, SETTINGS, hook_door, small_config, train
-from test_retrofit import Net
 from torch import nn
 from torchvision.models import resnet18
 
@@ -105,7 +105,7 @@ def refusals():
         'other shape': (SMALL, {**weights, 'csg.0.weight': torch.ones(3, 3)}, r'csg.0.weight is \(3, 3\) there and'),
         'half of it': (SMALL, {'csg.0.weight': weights['csg.0.weight']}, 'the weights lack csg.0._extra_state'),
         'no state dict': (SMALL, {'state_dict': weights}, "give its entry 'state_dict'"),
-        'a path': (SMALL, 'trained.pth', 'load_generators wants the weights by name'),
+        'a path': (SMALL, 'trained.pth', 'load_generators needs a dict of tensors'),
         'not finite': (SMALL, spoiled, 'csg.0.weight holds NaN or infinite values'),
     }
 
@@ -121,7 +121,7 @@ def test_other_generators_are_refused_and_change_nothing(name):
 
 
 def test_a_dense_model_is_refused():
-    with pytest.raises(CSGError, match=r'no generator in the model; call csg_seg\.retrofit'):
+    with pytest.raises(CSGError, match=r'load_generators: the model is not retrofitted; call csg_seg\.retrofit'):
         load_generators(resnet18(), learned(SMALL))
 
 
