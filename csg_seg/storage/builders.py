@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from csg_seg.errors import CSGError
 
 Builder = Callable[..., nn.Module]
+Source = Mapping[str, Any]
 BUILDERS: dict[str, Builder] = {}
 FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye}
 
@@ -43,7 +44,7 @@ def register_builder(name: str) -> Callable[[Builder], Builder]:
     return register
 
 
-def check_source(source: Mapping[str, Any]) -> None:
+def check_source(source: Source) -> None:
     """Refuse a source that no file can hold, or whose builder is not known.
 
     Raises:
@@ -59,7 +60,7 @@ def check_source(source: Mapping[str, Any]) -> None:
     encode_source(source)
 
 
-def encode_source(source: Mapping[str, Any]) -> str:
+def encode_source(source: Source) -> str:
     """Write a source as JSON, tuples as ``{"tuple": [...]}``, for networks and pipelines that tell them from lists.
 
     Raises:
@@ -85,7 +86,7 @@ def _tag_tuples(value: Any) -> Any:
     return value
 
 
-def build(source: Mapping[str, Any], *, most_values: int | None = None) -> nn.Module:
+def build(source: Source, *, most_values: int | None = None) -> nn.Module:
     """Build the dense network of a source, without trained weights.
 
     Args:

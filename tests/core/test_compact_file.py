@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from csg_seg import load_compact, materialise, retrofit, save_compact, summarise
 from csg_seg.errors import CSGError
 from csg_seg.layers.conv import generated_convs
-from csg_seg.storage.compact import read_compact, write_compact
+from csg_seg.storage.compact import write_compact
+from csg_seg.storage.format import read_compact
 
 CSG = {'slice_shape': (12, 20, 3, 3), 'code_dim': 24}
 SIGN_MATRIX_BYTES = 24 * 12 * 20 * 3 * 3 * 4
@@ -314,7 +315,7 @@ def test_a_flipped_bit_anywhere_in_the_header_is_refused(tmp_path):
 @pytest.mark.parametrize('content', [b'', b'hello', b'\0' * 100, b'PK\x03\x04' + b'x' * 500, b'{"a": 1}' * 100])
 def test_a_file_of_another_kind_is_refused(tmp_path, content):
     (tmp_path / 'other').write_bytes(content)
-    assert_refused(tmp_path / 'other', Net(), 'no compact checkpoint')
+    assert_refused(tmp_path / 'other', Net(), 'not a compact checkpoint')
 
 
 def test_a_pickled_checkpoint_is_refused_unopened(tmp_path):
@@ -323,21 +324,23 @@ def test_a_pickled_checkpoint_is_refused_unopened(tmp_path):
             return (pytest.fail, ('the file was unpickled',))
 
     torch.save({'bomb': Bomb()}, tmp_path / 'model.pth')
-    assert_refused(tmp_path / 'model.pth', Net(), 'no compact checkpoint')
+    assert_refused(tmp_path / 'model.pth', Net(), 'not a compact checkpoint')
 
 
 @pytest.mark.parametrize('metadata', [None, {'format': 'pt'}])
 def test_a_foreign_safetensors_file_is_refused(tmp_path, metadata):
     state = {name: tensor.clone() for name, tensor in Net().state_dict().items()}
     save_file(state, tmp_path / 'dense', metadata=metadata)
-    assert_refused(tmp_path / 'dense', Net(), 'save_compact did not write; load it as the dense file it is')
+    assert_refused(
+        tmp_path / 'dense', Net(), 'not written by csg_seg.save_compact; load it as an ordinary'
+    )
 
 
 @pytest.mark.parametrize('version', ['1', '4'])
 def test_a_file_of_another_version_is_refused(version, tmp_path, saved):
     header, _ = contents(saved)
     save_file(load_file(saved), tmp_path / 'later', metadata=header['__metadata__'] | {'version': version})
-    assert_refused(tmp_path / 'later', Net(), f'version {version} of the format; this csg_seg reads 2 and 3, take')
+    assert_refused(tmp_path / 'later', Net(), f'version {version} of the format, but this csg_seg reads 2 and 3; use')
 
 
 def test_a_file_of_version_2_is_read():
@@ -377,7 +380,10 @@ def test_a_folder_is_no_file(tmp_path):
         ),
         (lambda: nn.Linear(3, 3), r'body.0 is a conv of weight \(17, 31, 3, 3\) in the file and not in the model'),
         (lambda: widened(), 'lacks extra.bias .2 such entries.; load it into the network it was made from'),
-        (lambda: shortened(), 'has in excess head.bias .2 such entries.; load it into the network it was made from'),
+        (
+            lambda: shortened(),
+            'has the unexpected entry head.bias .2 such entries.; load it into the network',
+        ),
     ],
 )
 def test_another_network_is_refused(saved, model, message):
@@ -423,7 +429,7 @@ def test_a_grouped_conv_is_not_the_files(tmp_path):
         ({'layout': 'flat'}, r"made with layout \['block'\], the model has \['flat'\]; load it into the dense network"),
         ({'generator': 'binary'}, r"made with generator \['linear'\], .*; load it into the dense network"),
         ({'residual': 1}, r'made with residual \[0\], the model has \[1\]; load it into the dense network'),
-        ({'include': ['body.0']}, r'body.3 is generated otherwise in the file; load it into the dense network'),
+        ({'include': ['body.0']}, r'body.3 is generated differently in the file; load it into the dense network'),
     ],
 )
 def test_other_settings_are_refused(saved, change, message):

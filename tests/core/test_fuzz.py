@@ -19,7 +19,7 @@ import csg_seg
 from csg_seg.errors import CSGError
 from csg_seg.generators.settings import Settings
 from csg_seg.storage.builders import BUILDERS
-from csg_seg.storage.compact import _digest
+from csg_seg.storage.format import digest
 
 KINDS = {
     'linear': dict(slice_shape=(8, 12, 3, 3), code_dim=6),
@@ -119,7 +119,7 @@ def lie(content, rng):
             [tensors[name].double(), tensors[name].flatten()[:1].clone(), torch.zeros(0), tensors[name].int()]
         )
     del metadata['sha256']
-    metadata['sha256'] = _digest(tensors, metadata)
+    metadata['sha256'] = digest(tensors, metadata)
     return save(tensors, metadata=metadata)
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from csg_seg import load_compact, retrofit, save_compact
 from csg_seg.errors import CSGError
-from csg_seg.storage.compact import read_compact
+from csg_seg.storage.format import read_compact
 from csg_seg.storage.precision import SCALE, lower, matrices, restore
 
 CSG = dict(slice_shape=(12, 20, 3, 3), code_dim=9)

@@ -13,7 +13,7 @@ from torch import nn
 from csg_seg.errors import CSGError, abridge
 from csg_seg.layers.bank import find_bank
 from csg_seg.layers.conv import check_finite
-from csg_seg.storage.compact import read_compact
+from csg_seg.storage.format import read_compact
 
 from .unpickling import check_file, read_tensors
 

@@ -12,7 +12,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 
 from csg_seg.errors import CSGError
-from csg_seg.storage.compact import read_compact
+from csg_seg.storage.format import read_compact
 
 
 def read_tensors(path: str | os.PathLike, map_location: Any = 'cpu') -> Any:

@@ -1,0 +1,165 @@
+"""The compact checkpoint file: what it holds, how it is written, and how it is read and verified.
+
+It is one safetensors file. Tensors have their state-dict names, and matrices may have lower precision. The metadata
+holds ``generators`` (JSON, a list of settings), ``layers`` (JSON, generator position and weight shape by layer name),
+``source`` (how to build the network) and a SHA-256 of everything. A binary generator is stored as its seed, in the
+metadata. A file may come from anywhere: its claims are checked before memory is allocated for them.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from csg_seg.errors import CSGError
+from csg_seg.files import write_whole
+from csg_seg.generators.settings import Settings
+from csg_seg.generators.signature import encode_signature
+from csg_seg.layers.bank import BANK
+
+from .builders import check_source, decode_source
+from .precision import restore
+
+# Version 1 had binary generators with other values. Version 2 had neither source nor dtype; it can still be read.
+FORMAT, VERSION, READABLE = 'csg_seg compact checkpoint', '3', ('2', '3')
+# The weights and generators that a file claims may hold at most this many times the values stored in it.
+LARGEST_RATIO = 1000
+Shape = tuple[int, ...]
+Layers = dict[str, tuple[int, Shape]]
+_EXTRA = '_extra_state'
+
+
+@dataclass(frozen=True)
+class Compact:
+    """The content of a compact checkpoint.
+
+    Attributes:
+        tensors: the state dict of the retrofitted root, generator settings included.
+        settings: one for each generator.
+        layers: the position of its generator and the shape of its weight, by name of each generated layer.
+        source: for :func:`csg_seg.storage.builders.build`, if the file says how to build the network.
+        metadata: everything else that the writer noted, text by name.
+    """
+
+    tensors: dict[str, Tensor]
+    settings: list[Settings]
+    layers: Layers
+    source: dict[str, Any] | None
+    metadata: dict[str, str]
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Write tensors and metadata with format, version and checksum; the file appears whole or not at all."""
+    # Cloned, because safetensors refuses views and tied tensors.
+    cloned = {name: each.detach().cpu().clone(memory_format=torch.contiguous_format) for name, each in tensors.items()}
+    header = {**header, 'format': FORMAT, 'version': VERSION}
+    header['sha256'] = digest(cloned, header)
+    write_whole(path, lambda partial: partial.write_bytes(save(cloned, metadata=header)))
+
+
+def read_compact(path: str | os.PathLike) -> Compact:
+    """Read and verify a compact checkpoint; nothing in it is ever unpickled.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CSGError: the file is damaged, or is not a compact checkpoint.
+    """
+    if Path(path).is_dir():
+        raise CSGError(f'{path}: a folder, not a compact checkpoint; give a file in it')
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'{path}: no such file')
+    try:
+        with safe_open(str(path), framework='pt') as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise CSGError(f'{path}: damaged, or not a compact checkpoint ({error}); copy it again') from None
+    if header.get('format') != FORMAT:
+        raise CSGError(f'{path}: not written by csg_seg.save_compact; load it as an ordinary safetensors file')
+    if header.get('version') not in READABLE:
+        raise CSGError(
+            f'{path}: has version {header.get("version")} of the format, but this csg_seg reads '
+            f'{" and ".join(READABLE)}; use the csg_seg that wrote it'
+        )
+    if header.pop('sha256', None) != digest(tensors, header):
+        raise CSGError(f'{path}: damaged, its checksum does not match; copy it again')
+    try:
+        return _parse(tensors, header)
+    except CSGError as error:
+        raise CSGError(f'{path}: {error}') from None
+    # A header that another program wrote may hold anything.
+    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        raise CSGError(f'{path}: its header cannot be read ({type(error).__name__}); copy it again') from None
+
+
+def digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """Return the SHA-256 of tensors and metadata."""
+    sha = hashlib.sha256(json.dumps(dict(sorted(header.items()))).encode())
+    for name in sorted(tensors):
+        sha.update(f'{name} {tensors[name].dtype} {tuple(tensors[name].shape)}'.encode())
+        sha.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def is_setting(name: str) -> bool:
+    """Whether a state-dict entry holds a generator's settings, which a file has in its metadata."""
+    return name.startswith(f'{BANK}.') and name.endswith(_EXTRA)
+
+
+def is_counter(name: str) -> bool:
+    """Whether a state-dict entry is a count that thop leaves in the modules it has profiled."""
+    return name.rpartition('.')[2] in ('total_ops', 'total_params')
+
+
+def _parse(tensors: dict[str, Tensor], header: dict[str, str]) -> Compact:
+    """Read the metadata, and check it against the tensors."""
+    settings = [
+        Settings.from_dict(each, position=position)
+        for position, each in enumerate(json.loads(header.pop('generators')))
+    ]
+    layers = {
+        name: (_in_range(position, len(settings)), _weight_shape(shape))
+        for name, (position, shape) in json.loads(header.pop('layers')).items()
+    }
+    for name, (position, shape) in layers.items():
+        if shape[2:] != settings[position].kernel:
+            raise CSGError(
+                f'{name}: a weight of {shape} cannot be made from slices of {settings[position].slice_shape}; '
+                'copy the file again'
+            )
+    source = decode_source(header.pop('source', 'null'))
+    if source is not None:
+        check_source(source)
+    stored = sum(tensor.numel() for tensor in tensors.values())
+    claimed = sum(each.code_dim * math.prod(each.slice_shape) for each in settings)
+    claimed += sum(math.prod(shape) for _, shape in layers.values())
+    if claimed > LARGEST_RATIO * stored:
+        raise CSGError(
+            f'header and tensors disagree: {stored:,} stored values cannot make {claimed:,} of weights and generators'
+        )
+    tensors = {name: tensor for name, tensor in restore(tensors).items() if not is_counter(name)}
+    for position, each in enumerate(settings):
+        shapes = {name: shape for name, (generator, shape) in layers.items() if generator == position}
+        tensors[f'{BANK}.{position}.{_EXTRA}'] = encode_signature(each, shapes)
+    return Compact(tensors, settings, layers, source, header)
+
+
+def _in_range(position: Any, count: int) -> int:
+    if type(position) is not int or not 0 <= position < count:
+        raise ValueError(position)
+    return position
+
+
+def _weight_shape(shape: Any) -> Shape:
+    if len(shape) not in (3, 4, 5) or not all(type(size) is int and size > 0 for size in shape):
+        raise ValueError(shape)
+    return tuple(shape)
