@@ -1,14 +1,14 @@
-"""The exception that names a user's mistake, and the warning that tells of a likely one."""
+"""The exception for mistakes that a user can correct, and the warning for likely ones."""
 
 from collections.abc import Sequence
 
 
 class CSGError(ValueError):
-    """A mistake the user can mend; command-line tools print it as one line."""
+    """A mistake that the user can correct; command-line tools print it as one line."""
 
 
 class CSGWarning(UserWarning):
-    """What a user most likely did not mean, and is told once."""
+    """Something that the user most likely did not intend."""
 
 
 def abridge(items: Sequence[str], *, most: int = 4) -> str:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and a line that says why one was not."""
+"""Write files whole or not at all, and say in one line why a file could not be written."""
 
 import errno
 import logging
@@ -25,18 +25,18 @@ REMEDIES = {
     errno.EISDIR: 'give a file',
     errno.ENAMETOOLONG: 'give a shorter name',
 }
-# What a disk refuses that is full or closed.
+# Errors of a disk that is full or read-only.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-# Less than any file takes on a disk.
-SMALLEST = 1 << 12
+# Bytes of the file written to test a folder, one block of most disks.
+TRIAL_BYTES = 4096
 
 
 class NotWrittenError(CSGError, OSError):
-    """A file that the disk, or a right, did not let be written.
+    """A file could not be written, because of the disk or of permissions.
 
     Args:
         what: the file.
-        why: what the system said, and what to do.
+        why: the system's error, and what to do.
     """
 
     def __init__(self, what: str | os.PathLike, why: str):
@@ -44,14 +44,14 @@ class NotWrittenError(CSGError, OSError):
         self.what, self.why = str(what), why
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.what, self.why)  # so that it comes whole out of another process
+        return type(self), (self.what, self.why)  # for errors raised in worker processes
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have ``write`` fill a file that takes its name only once it is complete.
+    """Call ``write`` with a temporary path, and rename the file to ``path`` once it is complete.
 
     Raises:
-        NotWrittenError: says why.
+        NotWrittenError: the file cannot be written.
     """
     partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
     with writing(path):
@@ -64,14 +64,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_tensors(path: Path, content: Any) -> None:
-    """Write what ``torch.save`` takes, whole or not at all.
+    """Write a file by ``torch.save``, whole or not at all.
 
     Raises:
-        NotWrittenError: says why.
+        NotWrittenError: the file cannot be written.
     """
 
     def write(partial: Path) -> None:
-        # Of a path, torch opens the file itself and forgets why it could not be written.
+        # Given a path, torch opens the file itself and loses the system's error.
         with partial.open('wb') as file:
             torch.save(content, file)
 
@@ -80,46 +80,46 @@ def write_tensors(path: Path, content: Any) -> None:
 
 @contextmanager
 def writing(path: str | os.PathLike, *, after: str = '') -> Iterator[None]:
-    """Name the file that is written here, if it cannot be.
+    """Turn the system's errors in a ``with`` block that writes a file into one that names the file.
 
     Args:
-        path: of the file.
-        after: what else to say.
+        path: the file.
+        after: text to append to the message.
 
     Raises:
-        NotWrittenError: says why.
+        NotWrittenError: the file cannot be written.
     """
     try:
         yield
-    except NotWrittenError as error:  # of the same file, while it had another name
+    except NotWrittenError as error:  # of the same file under its temporary name
         raise NotWrittenError(path, error.why) from None
     except CSGError:
         raise
-    # torch and safetensors have errors of their own, made from those of the system.
+    # torch and safetensors wrap the system's errors in their own.
     except Exception as error:
-        code = _error_number(error)
-        if code is None:
+        number = _error_number(error)
+        if number is None:
             raise
-        raise NotWrittenError(path, f'cannot be written ({os.strerror(code)}); {_remedy(code)}{after}') from None
+        raise NotWrittenError(path, f'cannot be written ({os.strerror(number)}); {_remedy(number)}{after}') from None
 
 
 @contextmanager
 def writing_into(folder: str | os.PathLike, *, after: str = '') -> Iterator[None]:
-    """Name the folder whose logs and results are written here, if one of them cannot be.
+    """Turn errors of a full or read-only disk in a ``with`` block into one that names the folder it writes into.
 
     Args:
-        folder: where a run writes.
-        after: what else to say.
+        folder: for logs and results.
+        after: text to append to the message.
 
     Raises:
-        NotWrittenError: says why.
+        NotWrittenError: a file in the folder cannot be written.
     """
-    # A line that the disk has no room for is left out of the log; a traceback in its place says no more.
+    # Otherwise logging prints a traceback for each line that does not fit on the disk.
     before, logging.raiseExceptions = logging.raiseExceptions, False
     try:
         yield
     except OSError as error:
-        # One with a name may be of a file that is read, and a number may be of other things than disks.
+        # An error with a file name may come from reading, and one with another number has other causes.
         if error.errno not in DISK or error.filename is not None:
             raise
         why = f'a file in it cannot be written ({os.strerror(error.errno)})'
@@ -129,14 +129,14 @@ def writing_into(folder: str | os.PathLike, *, after: str = '') -> Iterator[None
 
 
 def check_folder(folder: str | os.PathLike, *, given: str) -> None:
-    """Refuse, before anything is computed, a folder that nothing can be written in.
+    """Check that files can be written into a folder, before anything is computed.
 
     Args:
-        folder: where files will go; made later if it is absent.
-        given: what the user gave, such as '--work-dir runs'.
+        folder: created later if it does not exist.
+        given: the user's argument to name in the error, such as '--work-dir runs'.
 
     Raises:
-        CSGError: says why.
+        CSGError: the folder is a file, or files cannot be written into it.
     """
     path = Path(folder).absolute()
     nearest = next(each for each in (path, *path.parents) if each.exists())
@@ -144,37 +144,37 @@ def check_folder(folder: str | os.PathLike, *, given: str) -> None:
         if not nearest.is_dir():
             raise CSGError(f'{given}: {nearest} is a file; give a folder')
         with tempfile.TemporaryFile(dir=nearest) as file:
-            file.write(bytes(SMALLEST))
+            file.write(bytes(TRIAL_BYTES))
             file.flush()
     except OSError as error:
-        code = error.errno or errno.EIO
-        why = f'nothing can be written in {nearest} ({os.strerror(code)})'
-        raise NotWrittenError(given, f'{why}; {_remedy(code)}') from None
+        number = error.errno or errno.EIO
+        why = f'nothing can be written in {nearest} ({os.strerror(number)})'
+        raise NotWrittenError(given, f'{why}; {_remedy(number)}') from None
 
 
 def describe(error: OSError) -> str:
-    """Say in one line what the system refused, where, and what to do."""
+    """Describe an error of the system in one line: the file, the error, and what to do."""
     if error.errno is None or error.strerror is None:
-        # A process that loads data hands its whole traceback over; its last line is the error.
+        # The error of a data loader's process contains a traceback, whose last line is the error.
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return lines[-1] if 'Traceback' in str(error) else ' '.join(map(str.strip, lines))
     where = 'a file' if error.filename is None else error.filename
     return f'{where}: {error.strerror}; {_remedy(error.errno)}'
 
 
-def _remedy(code: int) -> str:
-    return REMEDIES.get(code, 'mend that, and repeat the command')
+def _remedy(number: int) -> str:
+    return REMEDIES.get(number, 'correct that, and repeat the command')
 
 
 def _error_number(error: BaseException | None) -> int | None:
-    """Return the number of the system's error behind a library's, or None."""
+    """Return the number of the system's error that a library has wrapped, or None."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
-        told = re.search(r'\(os error (\d+)\)', str(error))
-        if told:
-            return int(told[1])
-        # Their own errors hide the system's; anybody else's has causes of its own.
-        hides = type(error) is RuntimeError or isinstance(error, SafetensorError)
-        error = error.__cause__ or (error.__context__ if hides else None)
+        found = re.search(r'\(os error (\d+)\)', str(error))
+        if found:
+            return int(found[1])
+        # torch and safetensors do not set __cause__; for other errors, the context is not the cause.
+        wraps = type(error) is RuntimeError or isinstance(error, SafetensorError)
+        error = error.__cause__ or (error.__context__ if wraps else None)
     return None
