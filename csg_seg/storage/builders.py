@@ -1,7 +1,7 @@
-"""Build a dense network from what a file says of it.
+"""Build the dense network that a file describes.
 
-A file may come from anywhere: a builder takes names of known networks and plain
-values, reaches no other file and no network, and runs no code that a file names.
+A file may come from anywhere: a builder takes names of known networks and plain values, reads no other file, opens no
+connection, and runs no code from the file.
 """
 
 import json
@@ -24,7 +24,7 @@ FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch
 
 
 def register_builder(name: str) -> Callable[[Builder], Builder]:
-    """Make a function known by a name, under which a compact file asks for it.
+    """Register a function that builds networks for compact files, under a name.
 
     ::
 
@@ -34,7 +34,7 @@ def register_builder(name: str) -> Callable[[Builder], Builder]:
         csg_seg.save_compact(model, 'model.safetensors', source=dict(builder='mine', width=96))
 
     Args:
-        name: of the builder; an earlier one of that name is replaced.
+        name: the ``builder`` of a source; an earlier builder with this name is replaced.
     """
 
     def register(builder: Builder) -> Builder:
@@ -45,35 +45,35 @@ def register_builder(name: str) -> Callable[[Builder], Builder]:
 
 
 def check_source(source: Source) -> None:
-    """Refuse a source that no file can hold, or whose builder is not known.
+    """Check that a source can be written to a file and that its builder is registered.
 
     Raises:
-        CSGError: says which.
+        CSGError: it cannot, or there is no such builder.
     """
     if not isinstance(source, Mapping) or not isinstance(source.get('builder'), str):
         raise CSGError(f"source must be a dict with 'builder', one of {_known()}; got {str(source)[:80]}")
     if source['builder'] not in BUILDERS:
         raise CSGError(
             f'there is no builder {source["builder"][:40]!r}, only {_known()}; '
-            'install csg_seg[mm], or register yours with csg_seg.register_builder'
+            'install csg_seg[mm], or register your own with csg_seg.register_builder'
         )
     encode_source(source)
 
 
 def encode_source(source: Source) -> str:
-    """Write a source as JSON, tuples as ``{"tuple": [...]}``, for networks and pipelines that tell them from lists.
+    """Encode a source as JSON; tuples become ``{"tuple": [...]}``, since some networks tell them from lists.
 
     Raises:
-        CSGError: it holds other than plain values.
+        CSGError: a value is not plain.
     """
     try:
         return json.dumps(_tag_tuples(source))
     except (TypeError, ValueError) as error:
-        raise CSGError(f'source must be plain values, which JSON can hold ({error})') from None
+        raise CSGError(f'source must hold plain values, which JSON can represent ({error})') from None
 
 
 def decode_source(text: str) -> Any:
-    """Read what :func:`encode_source` wrote."""
+    """Decode the text of :func:`encode_source`."""
     return json.loads(text, object_hook=lambda each: tuple(each['tuple']) if [*each] == ['tuple'] else each)
 
 
@@ -91,10 +91,10 @@ def build(source: Source, *, most_values: int | None = None) -> nn.Module:
 
     Args:
         source: ``builder`` and its arguments.
-        most_values: that its tensors may take together, before it is refused.
+        most_values: the number of values that the network's tensors may hold together.
 
     Raises:
-        CSGError: there is no such builder, it cannot build this, or this is too large.
+        CSGError: there is no such builder, it cannot build the network, or the network is too large.
     """
     check_source(source)
     arguments = {key: value for key, value in source.items() if key != 'builder'}
@@ -103,21 +103,21 @@ def build(source: Source, *, most_values: int | None = None) -> nn.Module:
             return BUILDERS[source['builder']](**arguments)
     except CSGError:
         raise
-    # Whatever a foreign library makes of foreign values.
+    # A library may raise anything for arguments from a file.
     except Exception as error:
         what = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
         raise CSGError(f'the builder {source["builder"]!r} cannot build the network ({what}); give the model') from None
 
 
 class _Limit(TorchFunctionMode):
-    """Refuse to allocate more than so many values, before they take memory."""
+    """Refuse to allocate more than a number of values, before they take memory."""
 
     def __init__(self, most_values: int):
         super().__init__()
         self.left = most_values
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        """Count what a factory is asked for, and look at what anything else returns."""
+        """Count the values requested from factories, and check the size of every other result."""
         kwargs = kwargs or {}
         if func in FACTORIES:
             shape = kwargs.get('size', args[0] if args and isinstance(args[0], (tuple, list)) else args)
@@ -131,24 +131,24 @@ class _Limit(TorchFunctionMode):
 
     def _check(self, values: int) -> None:
         if values > self.left:
-            raise CSGError('the network that the file names is far larger than the weights in it; the file lies')
+            raise CSGError('the network that the file names is far larger than the weights in it; copy the file again')
 
 
 @register_builder('torchvision')
 def build_torchvision(*, name: str, **arguments: Any) -> nn.Module:
-    """Build a network of torchvision by the name of its function, such as 'resnet18' or 'deeplabv3_resnet50'."""
+    """Build a torchvision network by its function's name, such as 'resnet18' or 'deeplabv3_resnet50'."""
     models = import_module('torchvision.models')
     weights = ('weights', 'weights_backbone')
     _check_plain(name, arguments, refused=weights)
-    taken = models.get_model_builder(name).__annotations__
-    return models.get_model(name, **{key: None for key in weights if key in taken}, **arguments)
+    accepted = models.get_model_builder(name).__annotations__
+    return models.get_model(name, **{key: None for key in weights if key in accepted}, **arguments)
 
 
 @register_builder('timm')
 def build_timm(*, name: str, **arguments: Any) -> nn.Module:
-    """Build a network of timm by name, such as 'resnet18'; timm must be installed."""
+    """Build a timm network by name, such as 'resnet18'; timm must be installed."""
     timm = import_module('timm')
-    if not timm.is_model(name):  # nor of a hub, which timm would ask
+    if not timm.is_model(name):  # create_model would also download from a hub
         raise CSGError(f'timm has no network {name[:80]!r}')
     files = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir')
     _check_plain(name, arguments, refused=files)
@@ -157,10 +157,10 @@ def build_timm(*, name: str, **arguments: Any) -> nn.Module:
 
 def _check_plain(name: str, arguments: Mapping[str, Any], *, refused: tuple[str, ...]) -> None:
     if not isinstance(name, str):
-        raise CSGError(f'the name of a network is text; got {str(name)[:40]}')
+        raise CSGError(f'the name of a network must be a string; got {str(name)[:40]}')
     for key in arguments:
         if key in refused:
-            raise CSGError(f'{key} is not for files, whose weights are their own; leave it out')
+            raise CSGError(f'{key} is not for files, which hold their own weights; leave it out')
 
 
 def _known() -> str:

@@ -1,4 +1,4 @@
-"""Weights of lower precision in files: half floats, or 8-bit integers with a scale for each row."""
+"""Weights of lower precision in files: half floats, or 8-bit integers with one scale for each row."""
 
 from collections.abc import Collection, Mapping
 
@@ -9,18 +9,15 @@ from csg_seg.errors import CSGError
 from csg_seg.layers.bank import BANK, find_roots
 from csg_seg.layers.conv import DENSE_KINDS, generated_convs
 
-# What a file can hold, and the type of its matrices.
+# Precisions of a file's matrices.
 DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16, 'int8': torch.int8}
-# Behind the name of an int8 matrix: the name of its scales. No module's entry has a colon.
+# Suffix for the scales of an int8 matrix; names of a state dict have no colon.
 SCALE = ':scale'
 STEPS = 127
 
 
 def matrices(model: nn.Module) -> set[str]:
-    """Name what a file may hold in lower precision: codes, generators, and weights of convs and linear layers.
-
-    Norm layers, biases, buffers and all other entries stay as they are.
-    """
+    """Return the state-dict names that may have lower precision: codes, generators, conv and linear weights."""
     names = {f'{name}.{key}' for name, conv in generated_convs(model) for key in conv.stored()}
     for prefix, _, bank in find_roots(model):
         names |= {f'{prefix}{BANK}.{name}' for name, parameter in bank.named_parameters() if parameter.ndim > 1}
@@ -31,21 +28,21 @@ def matrices(model: nn.Module) -> set[str]:
 
 
 def lower(tensors: Mapping[str, Tensor], names: Collection[str], dtype: str) -> dict[str, Tensor]:
-    """Return tensors, those of the given names in lower precision.
+    """Convert some tensors of a state dict to lower precision.
 
-    An int8 matrix is ``round(row / scale)`` with ``scale = max(abs(row)) / 127``,
-    rows along the first dimension; its scales ``(rows,)`` follow it in float32.
+    An int8 matrix is ``round(row / scale)`` with ``scale = max(abs(row)) / 127``, rows along the first dimension; its
+    scales ``(rows,)`` are added in float32.
 
     Args:
         tensors: a state dict.
-        names: see :func:`matrices`; those that are not floating stay as they are.
-        dtype: a key of :data:`DTYPES`; with 'float32' all tensors stay as they are.
+        names: see :func:`matrices`; tensors that are not floating are unchanged.
+        dtype: a key of :data:`DTYPES`; 'float32' changes nothing.
 
     Raises:
-        CSGError: there is no such dtype, or a value is beyond it.
+        CSGError: the dtype is unknown, or cannot represent a value.
     """
     if dtype not in DTYPES:
-        raise CSGError(f'there is no dtype {dtype!r} for files; take one of {", ".join(DTYPES)}')
+        raise CSGError(f'there is no dtype {dtype!r} for files; use one of {", ".join(DTYPES)}')
     if dtype == 'float32':
         return dict(tensors)
     lowered = {}
@@ -60,15 +57,15 @@ def lower(tensors: Mapping[str, Tensor], names: Collection[str], dtype: str) -> 
             continue
         lowered[name] = tensor.to(DTYPES[dtype])
         if not lowered[name].isfinite().all():
-            raise CSGError(f'{name}: a value is too large for {dtype}; take bfloat16')
+            raise CSGError(f'{name}: a value is too large for {dtype}; use bfloat16')
     return lowered
 
 
 def restore(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors that :func:`lower` made integers of, in float32 again; all others as they are.
+    """Convert int8 matrices written by :func:`lower` back to float32; other tensors are unchanged.
 
     Raises:
-        CSGError: scales do not go with an int8 matrix.
+        CSGError: scales do not belong to an int8 matrix.
     """
     restored = dict(tensors)
     for name, scale in tensors.items():
@@ -77,7 +74,7 @@ def restore(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         matrix = name.removesuffix(SCALE)
         values = tensors.get(matrix)
         if values is None or values.dtype != torch.int8 or scale.shape != values.shape[:1]:
-            raise CSGError(f'{name}: no int8 matrix of as many rows goes with it; the file is of no use')
+            raise CSGError(f'{name}: there is no int8 matrix with as many rows; the file cannot be used')
         restored[matrix] = values * scale.view(-1, *[1] * (values.ndim - 1))
         del restored[name]
     return restored

@@ -1,4 +1,4 @@
-"""Compact checkpoints that say how their network is built."""
+"""Compact checkpoints that hold how to build their network."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_a_timm_network_needs_only_its_file(tmp_path):
     assert isinstance(loaded, timm.models.resnet.ResNet) and loaded(x).shape == (2, 7)
 
 
-def test_a_builder_of_ones_own(tmp_path, monkeypatch):
+def test_a_registered_builder_builds_the_network_of_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr('csg_seg.storage.builders.BUILDERS', dict(BUILDERS))
 
     @csg_seg.register_builder('mine')
@@ -61,7 +61,7 @@ def test_a_builder_of_ones_own(tmp_path, monkeypatch):
     assert csg_seg.load_compact(path)[1].code.shape == (9, 32)
 
 
-def test_the_file_tells_where_it_comes_from(tmp_path):
+def test_the_file_holds_source_versions_and_dtype(tmp_path):
     source = dict(builder='torchvision', name='resnet18')
     path = saved(tmp_path, models.resnet18(), source, dtype='int8')
     content = path.read_bytes()
@@ -76,7 +76,7 @@ def test_tuples_come_back_as_tuples_and_lists_as_lists(value):
     assert repr(decode_source(encode_source({'builder': 'mine', 'value': value}))['value']) == repr(value)
 
 
-def test_a_file_without_a_source_wants_the_model(tmp_path):
+def test_a_file_without_a_source_needs_the_model(tmp_path):
     path = saved(tmp_path, models.resnet18(), None)
     with pytest.raises(CSGError, match='does not say how its network is built; give load_compact the model'):
         csg_seg.load_compact(path)
@@ -103,7 +103,7 @@ def test_a_file_without_a_source_wants_the_model(tmp_path):
         ({'builder': 'timm', 'name': 'resnet18', 'pretrained': True}, 'pretrained is not for files'),
     ],
 )
-def test_sources_that_are_no_use_are_refused_when_saved(tmp_path, source, says):
+def test_unusable_sources_are_refused_when_saving(tmp_path, source, says):
     if isinstance(source, dict) and source.get('builder') == 'timm':
         pytest.importorskip('timm')
     with pytest.raises(CSGError, match=says):
@@ -119,7 +119,7 @@ def test_a_network_far_larger_than_the_file_is_never_allocated(arguments):
         build(dict(builder='torchvision', name='resnet50', **arguments), most_values=10**8)
 
 
-def test_a_limit_lets_honest_networks_through():
+def test_a_network_within_the_limit_is_built():
     values = sum(each.numel() for each in models.resnet18().parameters())
     built = build(dict(builder='torchvision', name='resnet18'), most_values=2 * values)
     assert sum(each.numel() for each in built.parameters()) == values
