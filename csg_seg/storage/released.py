@@ -1,9 +1,7 @@
-"""Read CIFAR-10 checkpoints that others released: the method's authors', and dense ResNets.
+"""Read released CIFAR-10 checkpoints: those of the method's authors, and dense ResNets.
 
-Network and settings are recognised from the tensors. Both spellings of the
-authors' generator, ``CSG.weight`` and ``CLG.weight``, are read, repeated under
-blocks and behind ``module.`` prefixes as they are. Generated weights keep the
-'flat' layout, which is how the authors' code assembles slices.
+Network and settings are recognised from the tensors. The authors' generator is named ``CSG.weight`` or ``CLG.weight``,
+is repeated in each block, and may have a ``module.`` prefix. Their code assembles slices in the 'flat' layout.
 """
 
 import math
@@ -18,24 +16,27 @@ from torch import Tensor
 from csg_seg.errors import CSGError
 
 GENERATOR = re.compile(r'(?:.*\.)?C[SL]G\.weight')
-# Of the ImageNet statistics that dense CIFAR ResNets elsewhere were trained with, in units of 0 to 255.
+# Pixel statistics of ImageNet, from 0 to 255: the released dense CIFAR ResNets were trained with them.
 IMAGENET = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375])
+
+# Network name, backbone config and number of features.
+Description = tuple[str, dict[str, Any], int]
 
 
 @dataclass(frozen=True)
 class Released:
-    """A checkpoint in this project's terms.
+    """A released checkpoint, converted.
 
     Attributes:
         network: its usual name.
         backbone: registered type and arguments.
-        features: channels that the classifier takes.
+        features: number of channels that the classifier takes.
         classes: number of classes.
-        csg: settings of the generator without ``include``, None for a dense network.
+        csg: settings of the generator without ``include``, or None for a dense network.
         generated: names of the generated convs.
-        tensors: state dict of an image classifier of such a backbone, in float32.
-        normalisation: mean and std of the pixels it was trained on, None for the usual ones of CIFAR-10.
-        accuracy: in percent, as stored in the file; None when there is none.
+        tensors: state dict of an image classifier with this backbone, in float32.
+        normalisation: mean and std of the training pixels, or None for those of CIFAR-10.
+        accuracy: in percent, or None if the file holds none.
     """
 
     network: str
@@ -51,33 +52,34 @@ class Released:
 
 @dataclass(frozen=True)
 class Family:
-    """Networks of one kind and one way of naming.
+    """Networks with one architecture and one naming scheme.
 
     Attributes:
-        signature: a tensor that these networks have and the others have not.
-        rules: pattern of a layer's name, and its name here; groups are counted from where mmpretrain counts.
-        kernel: side of the generated convs' kernel.
-        describe: network name, backbone config and number of features from all tensors.
-        classifier: its name in the file.
+        signature: name of a tensor that only these networks have.
+        rules: pattern of a layer's name in the file, and its name here, with the pattern's groups as integers.
+        kernel: kernel size of the generated convs.
+        describe: maps all tensors to network, backbone and features of :class:`Released`.
+        classifier: name of the classifier in the file.
+        normalisation: see :class:`Released`.
     """
 
     signature: str
     rules: tuple[tuple[str, str], ...]
     kernel: int
-    describe: Callable[[Mapping[str, Tensor]], tuple[str, dict[str, Any], int]]
+    describe: Callable[[Mapping[str, Tensor]], Description]
     classifier: str = 'linear'
     normalisation: dict[str, list[float]] | None = None
 
 
 def read_released(checkpoint: Any) -> Released:
-    """Recognise the network in what was loaded from a released file.
+    """Recognise the network in the content of a released file.
 
     Args:
-        checkpoint: a state dict, or a dict that holds one as ``net`` or ``state_dict``,
-            with an accuracy as ``acc`` or ``best_prec1``.
+        checkpoint: a state dict, or a dict with one as ``net`` or ``state_dict`` and an accuracy as ``acc`` or
+            ``best_prec1``.
 
     Raises:
-        CSGError: the network is none of those known here; says what was found.
+        CSGError: the network is not known here, or the file is damaged.
     """
     tensors, accuracy = _unpack(checkpoint)
     generator = _take_generator(tensors)
@@ -90,9 +92,9 @@ def read_released(checkpoint: Any) -> Released:
     try:
         classes = tensors[f'{family.classifier}.weight'].shape[0]
         network, backbone, features = family.describe(tensors)
+    except CSGError:
+        raise
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        if isinstance(error, CSGError):
-            raise
         raise CSGError(f'a damaged network with {family.signature}: {error}') from None
     tensors = _fill_counters(tensors)
     renamed = {_rename(name, family): tensor for name, tensor in tensors.items()}
@@ -109,7 +111,7 @@ def read_released(checkpoint: Any) -> Released:
 
 
 def _unpack(checkpoint: Any) -> tuple[dict[str, Tensor], float | None]:
-    """Return tensors in float32 by plain name, codes named after their convs, and the accuracy."""
+    """Return the tensors in float32, without prefixes and with codes named after their convs, and the accuracy."""
     if not isinstance(checkpoint, Mapping):
         raise CSGError(f'holds a {type(checkpoint).__name__}, not a dict of tensors')
     stored = next((checkpoint[key] for key in ('net', 'state_dict') if key in checkpoint), checkpoint)
@@ -117,7 +119,7 @@ def _unpack(checkpoint: Any) -> tuple[dict[str, Tensor], float | None]:
         raise CSGError(f'holds a {type(stored).__name__} for a state dict')
     others = [name for name, tensor in stored.items() if not (isinstance(name, str) and isinstance(tensor, Tensor))]
     if others or not stored:
-        raise CSGError(f'holds no state dict: {f"{others[0]} is no tensor" if others else "it is empty"}')
+        raise CSGError(f'holds no state dict: {f"{others[0]} is not a tensor" if others else "it is empty"}')
     tensors = {}
     for name, tensor in stored.items():
         name = re.sub(r'^(module\.)+', '', name)
@@ -130,14 +132,14 @@ def _unpack(checkpoint: Any) -> tuple[dict[str, Tensor], float | None]:
 
 
 def _take_generator(tensors: dict[str, Tensor]) -> Tensor | None:
-    """Take the generator ``(prod(slice), code_dim)`` out of the tensors, wherever it is repeated."""
+    """Remove all copies of the generator ``(prod(slice_shape), code_dim)`` from the tensors, and return it."""
     for name, tensor in tensors.items():
         if (GENERATOR.fullmatch(name) or name.endswith('.code')) and (tensor.ndim != 2 or tensor.numel() == 0):
             raise CSGError(f'{name} is {tuple(tensor.shape)}; generators and codes are matrices')
     names = [name for name in tensors if GENERATOR.fullmatch(name)]
     copies = [tensors.pop(name) for name in names]
     for name, copy in zip(names, copies, strict=True):
-        # NaN counts as equal, so that it is refused as what it is.
+        # Copies with NaN count as equal; NaN is refused later, with a better message.
         if copy.shape != copies[0].shape or not torch.allclose(copy, copies[0], rtol=0, atol=0, equal_nan=True):
             raise CSGError(f'{name} differs from {names[0]}; one generator for all layers was expected')
     return copies[0] if copies else None
@@ -147,10 +149,10 @@ def _settings(generator: Tensor, kernel: int, codes: Iterable[Tensor]) -> dict[s
     size, code_dim = generator.shape
     side = math.isqrt(size // kernel**2)
     if side**2 * kernel**2 != size:
-        raise CSGError(f'the generator is {tuple(generator.shape)}; {size} is no square slice of {kernel}x{kernel}')
+        raise CSGError(f'the generator is {tuple(generator.shape)}; {size} is not a square slice of {kernel}x{kernel}')
     wrong = next((len(code[0]) for code in codes if code.shape[1] != code_dim), None)
     if wrong is not None:
-        raise CSGError(f'codes of {wrong} do not fit a generator of codes of {code_dim}')
+        raise CSGError(f'codes of length {wrong} do not fit a generator for codes of length {code_dim}')
     binary = bool((generator.abs() == generator.abs().max()).all())
     frozen = dict(freeze_generator=True) if binary else {}
     return dict(slice_shape=(side, side, kernel, kernel), code_dim=code_dim, layout='flat', **frozen)
@@ -164,20 +166,20 @@ def _rename(name: str, family: Family) -> str:
         found = re.fullmatch(pattern, layer)
         if found:
             return f'backbone.{place.format(*(int(group) for group in found.groups()))}.{entry}'
-    raise CSGError(f'{name} is no part of the network that {family.signature} belongs to')
+    raise CSGError(f'{name} is not a layer of the network that {family.signature} belongs to')
 
 
 def _fill_counters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add the batch counters that files of old PyTorch versions lack."""
+    """Add the batch counters that files from old PyTorch versions lack."""
     norms = [name.removesuffix('running_mean') for name in tensors if name.endswith('running_mean')]
     return {f'{norm}num_batches_tracked': torch.tensor(0) for norm in norms} | dict(tensors)
 
 
 def _reorder_dense(tensors: Mapping[str, Tensor], *, growth: int) -> dict[str, Tensor]:
-    """Reorder channels from newest first, as the authors concatenate them, to oldest first.
+    """Reorder the input channels of a DenseNet: the authors concatenate the newest first, mmpretrain the oldest.
 
-    Every layer after ``i`` bottlenecks of a block sees ``i`` groups of ``growth``
-    channels and, behind them in the authors' order, the block's input.
+    After ``i`` bottlenecks of a block, a layer of the authors takes ``i`` groups of ``growth`` channels, then the
+    block's input.
     """
     reordered = dict(tensors)
     for name, tensor in tensors.items():
@@ -199,7 +201,7 @@ def _reorder_dense(tensors: Mapping[str, Tensor], *, growth: int) -> dict[str, T
 
 
 def _blocks(tensors: Iterable[str], pattern: str) -> int:
-    """Return how many blocks are numbered in the names."""
+    """Count the blocks that are numbered in the names."""
     return 1 + max(int(found[1]) for name in tensors if (found := re.match(pattern, name)))
 
 
@@ -208,26 +210,26 @@ def _describe(tensors: Mapping[str, Tensor]) -> str:
     return f'{len(tensors)} tensors, {shown}' + (' ...' if len(tensors) > 3 else '')
 
 
-def _describe_resnet(zeros: str, stage: str) -> Callable[[Mapping[str, Tensor]], tuple[str, dict[str, Any], int]]:
-    def describe(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], int]:
+def _describe_resnet(zeros: str, stage: str) -> Callable[[Mapping[str, Tensor]], Description]:
+    def describe(tensors: Mapping[str, Tensor]) -> Description:
         depth = 6 * _blocks(tensors, rf'{stage}1\.(\d+)\.') + 2
         return f'ResNet-{depth}', dict(type='CIFARResNet', depth=depth, zeros=zeros), 64
 
     return describe
 
 
-def _describe_densenet(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], int]:
+def _describe_densenet(tensors: Mapping[str, Tensor]) -> Description:
     growth = len(tensors['conv1.weight']) // 2
     depth = 6 * _blocks(tensors, r'dense1\.(\d+)\.') + 4
     backbone = dict(type='CIFARDenseNet', depth=depth, growth_rate=growth)
     return f'DenseNet-BC {depth}-{growth}', backbone, tensors['linear.weight'].shape[1]
 
 
-def _describe_mobilenet(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], int]:
+def _describe_mobilenet(tensors: Mapping[str, Tensor]) -> Description:
     return 'MobileNetV2', dict(type='CIFARMobileNetV2'), 1280
 
 
-def _describe_shufflenet(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], int]:
+def _describe_shufflenet(tensors: Mapping[str, Tensor]) -> Description:
     widths = {48: 0.5, 116: 1.0, 176: 1.5}
     channels = 2 * len(tensors['layer1.0.bn5.weight'])
     if channels not in widths:
@@ -237,7 +239,7 @@ def _describe_shufflenet(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, 
 
 
 def _shufflenet_rules() -> Iterable[tuple[str, str]]:
-    """Yield where mmpretrain has each layer: stages are counted from 0, each conv has its norm beside it."""
+    """Yield the rules for mmpretrain's names: stages count from 0, and each conv is next to its norm."""
     down = ('branch1.0', 'branch1.1', 'branch2.0', 'branch2.1', 'branch2.2')
     basic = ('branch2.0', 'branch2.1', 'branch2.2')
     for kind in ('conv', 'bn'):
