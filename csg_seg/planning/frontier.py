@@ -1,4 +1,4 @@
-"""The trade-off of size against error: what can be had, alone and together."""
+"""The trade-off between size and error, of one thing to store and of several together."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Between two sums a frontier keeps this many sizes for each factor e.
+# Sizes that a frontier keeps before a sum, while the size grows by a factor of e.
 SIZES_PER_FACTOR = 400
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """Ways to store something, none of which is both smaller and better than another.
+    """Ways to store something, each with a smaller error than all smaller ones.
 
     Attributes:
         size: ``(n,)`` int64, rising.
         error: ``(n,)`` float64, falling.
-        choices: what was chosen for each.
+        choices: what each way consists of.
     """
 
     size: Tensor
@@ -51,11 +51,11 @@ def _sum(left: Frontier, right: Frontier) -> Frontier:
 
 
 def thin(frontier: Frontier, sizes_per_factor: int) -> Frontier:
-    """Keep the smallest, and the best of those that are nearly of one size.
+    """Keep the smallest way, and the best of those with nearly the same size.
 
     Args:
-        frontier: of positive sizes.
-        sizes_per_factor: how many to tell apart for each factor e of size.
+        frontier: with positive sizes.
+        sizes_per_factor: number of sizes to distinguish while the size grows by a factor of e.
     """
     step = (frontier.size.double().log() * sizes_per_factor).floor()
     last = torch.ones_like(step, dtype=torch.bool)
@@ -66,7 +66,7 @@ def thin(frontier: Frontier, sizes_per_factor: int) -> Frontier:
 
 
 def _undominated(size: Tensor, error: Tensor) -> Tensor:
-    """Return the indices ``(n,)`` of a frontier, smallest size first."""
+    """Return the indices ``(n,)`` of the ways that form a frontier, smallest size first."""
     by_error = error.argsort(stable=True)
     order = by_error[size[by_error].argsort(stable=True)]
     error = error[order]

@@ -1,4 +1,4 @@
-"""Choose slice shapes, code lengths and generators under a budget, by what :func:`csg_seg.fit` would lose."""
+"""Choose settings for a network under a budget, by the error that :func:`csg_seg.fit` would leave."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,16 +20,16 @@ from csg_seg.retrofitting.weights import fit
 from .frontier import Frontier, thin
 from .search import Choice, Convs, Track, search
 
-# Points of a curve for each factor e of size.
+# Points of a curve while the size grows by a factor of e.
 POINTS_PER_FACTOR = 100
-# Layers of a smaller share of all weights stay dense, as classifiers do: they could be
-# spoilt to save next to nothing.
+# Layers with a smaller share of all weights, such as classifiers, stay dense: compressing them saves next to nothing
+# and may cost accuracy.
 SMALLEST_SHARE = 1 / 1000
 
 
 @dataclass(frozen=True)
 class Point:
-    """A size that a network can have, and the relative error that a fit leaves at it."""
+    """A size that a network can have, and the relative error of a fit at this size."""
 
     stored_params: int
     compression_ratio: float
@@ -38,14 +38,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings, what they store, and what a fit with them would lose.
+    """Settings, what they store, and the error of a fit with them.
 
     Attributes:
         csg: for :func:`csg_seg.retrofit`.
         relative_error: ``norm(W - W') / norm(W)`` over the weights of all convs together.
-        layers: name of each conv, and its relative error; 0 where it stays dense.
-        curve: the smallest error of each size, the smallest network first; an upper
-            bound where slices overhang. Empty if the settings were given.
+        layers: the relative error of each conv by name; 0 where it stays dense.
+        curve: the smallest error at each size, from the smallest size up; an upper bound where slices overhang.
+            Empty if the settings were given.
     """
 
     csg: list[dict[str, Any]]
@@ -75,21 +75,21 @@ def plan(
     slice_shapes: Sequence[Sequence[int]] | None = None,
     track: Track = iter,
 ) -> Plan:
-    """Choose settings for a trained network under a budget, of which exactly one is given.
+    """Choose settings for a trained network under a budget; give exactly one of ``ratio``, ``params``, ``bytes``.
 
-    The layers of one kernel size, in the whole network or in each of its parts, get a
-    generator or stay dense; the smallest of them may stay dense alone.
+    For each kernel size, one generator serves the whole network or each part has its own; the smallest layers, or all,
+    may stay dense.
 
     Args:
-        model: dense, with trained weights; left as it is.
-        ratio: dense parameters over stored parameters, at least.
-        params: stored parameters, at most.
-        bytes: of the state dict, buffers included, at most.
+        model: dense, with trained weights; it is not changed.
+        ratio: least dense parameters per stored parameter.
+        params: most stored parameters.
+        bytes: most bytes of the state dict, buffers included.
         slice_shapes: ``(s_out, s_in, kh, kw)`` to choose from; by default several for each kernel size.
         track: wraps the sequence of eigendecompositions, to show progress.
 
     Raises:
-        CSGError: the budget is out of reach or no budget, or the network cannot be compressed.
+        CSGError: the budget is out of reach or invalid, or the network cannot be compressed.
     """
     check_root(model)
     summary = summarise(model)
@@ -104,16 +104,16 @@ def plan(
     if affordable == 0:
         raise CSGError(
             f'{budget.name} is out of reach: the smallest this network can be is '
-            f'{int(stored[0]):,} {budget.counts}, {curve[0].compression_ratio:.1f}x'
+            f'{int(stored[0]):,} {budget.unit}, {curve[0].compression_ratio:.1f}x'
         )
-    csg = [_to_csg(choice, model, {*convs, *others}) for choice in frontier.choices[affordable - 1]]
+    csg = [_to_csg(choice, model, sorted({*convs, *others})) for choice in frontier.choices[affordable - 1]]
     return replace(predict(model, csg), curve=curve)
 
 
 def trade_off(
     model: nn.Module, *, slice_shapes: Sequence[Sequence[int]] | None = None, track: Track = iter
 ) -> tuple[Point, ...]:
-    """Return the curve of a :func:`plan`, without a budget.
+    """Return the curve of :func:`plan` without a budget.
 
     Raises:
         CSGError: the network cannot be compressed.
@@ -124,10 +124,10 @@ def trade_off(
 
 
 def predict(model: nn.Module, csg: CSG) -> Plan:
-    """Say what given settings store, and what a fit with them loses.
+    """Return what given settings store, and the error of a fit with them.
 
     Args:
-        model: dense, with trained weights; left as it is.
+        model: dense, with trained weights; it is not changed.
         csg: as for :func:`csg_seg.retrofit`.
 
     Raises:
@@ -152,12 +152,12 @@ def predict(model: nn.Module, csg: CSG) -> Plan:
 
 @dataclass(frozen=True)
 class _Budget:
-    """What the user asked for, and what the network counts dense."""
+    """The user's budget: its text for errors, its limit, the dense network's count, and what is counted."""
 
     name: str
     limit: int
     dense: int
-    counts: str
+    unit: str
 
 
 def _read_budget(given: Mapping[str, Any], summary: Summary) -> _Budget:
@@ -169,17 +169,15 @@ def _read_budget(given: Mapping[str, Any], summary: Summary) -> _Budget:
     if key == 'ratio':
         if not is_number or value <= 1:
             raise CSGError(f'ratio must be a number above 1, dense over stored parameters; got {value!r}')
-        # Exactly: a float quotient may round up to one parameter too many.
-        return _Budget(
-            f'ratio={value:g}', int(summary.dense_params // Fraction(value)), summary.dense_params, 'parameters'
-        )
-    dense = summary.stored_params if key == 'params' else summary.stored_bytes
-    counts = 'parameters' if key == 'params' else 'bytes'
+        # In fractions: a float quotient may round up to one parameter too many.
+        limit = int(summary.dense_params // Fraction(value))
+        return _Budget(f'ratio={value:g}', limit, summary.dense_params, 'parameters')
+    dense, unit = (summary.stored_params, 'parameters') if key == 'params' else (summary.stored_bytes, 'bytes')
     if not is_number or value != int(value) or value < 1:
         raise CSGError(f'{key} must be a positive integer; got {value!r}')
     if value >= dense:
-        raise CSGError(f'{key}={value} is met already: the network has {dense:,} {counts}; give less')
-    return _Budget(f'{key}={value}', int(value), dense, counts)
+        raise CSGError(f'{key}={value} is already met: the network has {dense:,} {unit}; give less')
+    return _Budget(f'{key}={value}', int(value), dense, unit)
 
 
 def _check_weights(convs: Convs) -> None:
@@ -190,11 +188,13 @@ def _check_weights(convs: Convs) -> None:
         )
     for name, conv in convs.items():
         if not conv.weight.isfinite().all():
-            raise CSGError(f'{name}: its weight holds NaN or infinity; give a checkpoint of a training that converged')
+            raise CSGError(
+                f'{name}: its weight holds NaN or infinity; give a checkpoint from a training that converged'
+            )
 
 
 def _candidates(model: nn.Module) -> tuple[Convs, set[str]]:
-    """Return the convs to plan for, and the names of those that a generator would take but should not."""
+    """Return the convs to plan for, and the names of other convs that a generator could take but should not."""
     everything = generable(model)
     convs = {name: conv for name, conv in everything.items() if isinstance(conv, nn.Conv2d) and conv.groups == 1}
     _check_weights(convs)
@@ -215,7 +215,7 @@ def _curve(frontier: Frontier, convs: Iterable[nn.Conv2d], summary: Summary) -> 
 
 
 def _relative(squares: float, whole: float) -> float:
-    """Return the relative error of weights, given its squares and theirs; zeros have none."""
+    """Return the relative error from squared norms; weights of zero have none."""
     return math.sqrt(squares / whole) if whole else 0.0
 
 
@@ -228,13 +228,10 @@ def _convs(model: nn.Module) -> dict[str, nn.Conv2d]:
 
 
 def _to_csg(choice: Choice, model: nn.Module, reachable: Iterable[str]) -> dict[str, Any]:
-    """Return the dict that gives the layers of a choice, and no others, to a generator."""
+    """Return the settings with which a generator takes the layers of a choice and no others."""
     kernel = choice.slice_shape[2:]
-    # Sorted, because a set's order changes from process to process.
     others = [
-        name
-        for name in sorted(reachable)
-        if name not in choice.layers and model.get_submodule(name).kernel_size == kernel
+        name for name in reachable if name not in choice.layers and model.get_submodule(name).kernel_size == kernel
     ]
     settings: dict[str, Any] = {'slice_shape': list(choice.slice_shape), 'code_dim': choice.code_dim}
     include, exclude = _cover(choice.layers, others), _cover(others, choice.layers)
@@ -244,13 +241,13 @@ def _to_csg(choice: Choice, model: nn.Module, reachable: Iterable[str]) -> dict[
 
 
 def _cover(names: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Name modules that hold all of some layers and none of others."""
+    """Return patterns of modules that together contain all of some layers and none of others."""
     others = list(others)
     patterns: list[str] = []
     for name in names:
         if any(matches(name, pattern) for pattern in patterns):
             continue
-        steps = name.split('.')
-        modules = [escape('.'.join(steps[:depth])) for depth in range(1, len(steps) + 1)]
+        parts = name.split('.')
+        modules = [escape('.'.join(parts[:depth])) for depth in range(1, len(parts) + 1)]
         patterns.append(next(each for each in modules if not any(matches(other, each) for other in others)))
     return patterns

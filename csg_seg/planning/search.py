@@ -1,8 +1,8 @@
-"""The best slice shapes, code lengths and layers of generators, at every size.
+"""Search the best slice shapes, code lengths and layers of generators, at every size.
 
-What the best linear generator of some layers loses is known before it is made: the
-eigenvalues of the Gram matrix of their slices, beyond the largest ``code_dim``. An overhang
-counts as zeros to be met, though it is free: where slices overhang, this is an upper bound.
+The squared error of the best linear generator for some layers is the sum of the eigenvalues of their slices' Gram
+matrix, except the largest ``code_dim``. It is an upper bound where slices overhang, because it counts the overhang as
+zeros to approximate.
 """
 
 import math
@@ -29,22 +29,22 @@ Convs = Mapping[str, nn.Conv2d]
 Spectra = Mapping[tuple[Layers, Shape], Tensor]
 Track = Callable[[Sequence[Any]], Iterable[Any]]
 
-# Sides of the slices to try: those that divide usual channel counts, and the authors' 12.
+# Slices to try: sizes that divide usual channel counts, and the authors' 12.
 SIDES = ((4, 4), (8, 8), (8, 16), (16, 8), (12, 12), (16, 16), (16, 32), (32, 16), (32, 32))
-# In fewer values there is little to share; more take minutes to diagonalise.
+# Smaller slices have little to share; larger ones take minutes to diagonalise.
 FEWEST_VALUES, MOST_VALUES = 64, 16 * 16 * 3 * 3
-# Slices of more values than this times their number leave room for short codes alone; to save
-# time they are tried only if they are asked for.
+# Slices with more values than this times their number allow only short codes; to save time, they are tried only if
+# the user gives their shape.
 MOST_VALUES_PER_SLICE = 16
-# Modules side by side that may have their own generators; if there are more, none has.
+# Up to this many sibling modules, each may have its own generator.
 MOST_PARTS = 6
-# Layers are of like size within this factor; so many sizes are told apart.
+# Layers within this factor have the same size class; there are at most so many classes.
 SIZE_FACTOR, MOST_SIZES = 4, 4
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One generator for some layers, and what it makes and replaces."""
+    """One generator for some layers: its settings, and the numbers of slices it makes and weights it replaces."""
 
     layers: Layers
     weight_shapes: tuple[Shape, ...]
@@ -54,7 +54,7 @@ class Choice:
     weights: int
 
     def size(self, unit: int | None = None) -> int:
-        """Count what generator and codes store: parameters, or bytes if ``unit`` bytes hold one."""
+        """Return what generator and codes store, in parameters, or in bytes if a parameter takes ``unit`` bytes."""
         params = self.code_dim * (math.prod(self.slice_shape) + self.slices)
         if unit is None:
             return params
@@ -63,13 +63,13 @@ class Choice:
 
 
 def search(convs: Convs, slice_shapes: Sequence[Sequence[int]] | None, unit: int | None, track: Track) -> Frontier:
-    """Return the best ways to store all convs, the last of them dense.
+    """Return the best ways to store all convs; in the last one, all are dense.
 
     Args:
         convs: by name.
         slice_shapes: to choose from; None for several of each kernel size.
-        unit: bytes of a parameter if sizes are to be in bytes.
-        track: wraps the sequence of eigendecompositions.
+        unit: bytes of a parameter, to measure sizes in bytes.
+        track: wraps the sequence of eigendecompositions, to show progress.
 
     Raises:
         CSGError: none of the shapes fits a conv.
@@ -99,7 +99,7 @@ def search(convs: Convs, slice_shapes: Sequence[Sequence[int]] | None, unit: int
 
 
 def _parts(names: Sequence[str]) -> list[Layers]:
-    """Group layers by the modules where their names first differ; none if those are one, or too many."""
+    """Group layers by the sibling modules where their names first differ; return no group for one or too many."""
     depth = len(commonprefix([name.split('.')[:-1] for name in names])) + 1  # type: ignore[type-var]
     parts = defaultdict(list)
     for name in names:
@@ -108,7 +108,7 @@ def _parts(names: Sequence[str]) -> list[Layers]:
 
 
 def _subsets(group: Layers, convs: Convs) -> list[Layers]:
-    """Return the group without none, some or most of its smallest layers."""
+    """Return the group itself, and without more and more of its smallest layers."""
     largest = max(convs[name].weight.numel() for name in group)
     size = {name: int(math.log(largest / convs[name].weight.numel(), SIZE_FACTOR)) for name in group}
     size = {name: min(each, MOST_SIZES - 1) for name, each in size.items()}
@@ -130,7 +130,7 @@ def _pays(layers: Layers, slice_shape: Shape, convs: Convs) -> bool:
 
 
 def _spectra(jobs: Sequence[tuple[Layers, Shape]], convs: Convs, track: Track) -> Spectra:
-    """Return, for each job, the squared error ``(slice values,)`` that codes of 1, 2, ... leave."""
+    """Return, for each job, the squared errors ``(slice values,)`` with codes of length 1, 2, ..."""
     grams: dict[tuple[Layers, Shape], Tensor] = {}
     spectra = {}
     for layers, shape in track(jobs):
@@ -143,7 +143,7 @@ def _spectra(jobs: Sequence[tuple[Layers, Shape]], convs: Convs, track: Track) -
 
 
 def _cells(layers: Layers, shape: Shape, jobs: Sequence[tuple[Layers, Shape]]) -> list[Layers]:
-    """Divide the layers into those that occur in the same jobs: their Gram matrix is computed once."""
+    """Divide layers into groups that occur in the same jobs, so that each Gram matrix is computed once."""
     sets = [set(others) for others, other_shape in jobs if other_shape == shape]
     cells = defaultdict(list)
     for name in layers:
@@ -176,7 +176,7 @@ def _one_group(group: Layers, spectra: Spectra, convs: Convs, unit: int | None) 
 
 
 def _longest(convs: Convs, shape: Shape) -> int:
-    """Return the longest code with which every layer shrinks."""
+    """Return the longest code with which every layer stores less than dense."""
     return min((conv.weight.numel() - 1) // math.prod(grid(conv.weight.shape, shape)) for conv in convs.values())
 
 

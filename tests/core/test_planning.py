@@ -231,7 +231,7 @@ def spoilt(value):
         (lambda: build('resnet20'), {'ratio': 1}, 'ratio must be a number above 1'),
         (lambda: build('resnet20'), {'ratio': math.nan}, 'ratio must be a number above 1'),
         (lambda: build('resnet20'), {'params': 0.5}, 'params must be a positive integer'),
-        (lambda: build('resnet20'), {'params': 10**9}, 'met already: the network has 269,072 parameters'),
+        (lambda: build('resnet20'), {'params': 10**9}, 'already met: the network has 269,072 parameters'),
         (lambda: build('resnet20'), {'ratio': 1e6}, r'ratio=1e\+06 is out of reach: the smallest .*, \d+\.\dx'),
         (lambda: spoilt(math.nan), {'ratio': 2}, 'layer2.0.conv1: its weight holds NaN or infinity'),
         (lambda: spoilt(-math.inf), {'ratio': 2}, 'layer2.0.conv1: its weight holds NaN or infinity'),
