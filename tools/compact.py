@@ -12,7 +12,7 @@ with one_line_errors():
     from mmengine.config import DictAction
 
     from csg_seg.errors import CSGError
-    from csg_seg.mm.checkpoints.described import compact, logit_error
+    from csg_seg.mm.deploy.compact_export import compact, logit_error
     from csg_seg.mm.running.configs import read_config
     from csg_seg.mm.running.preflight import check_data
     from csg_seg.storage.precision import DTYPES

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from mmengine.config.utils import MODULE2PACKAGE
 
 from . import hooks, model, patches  # noqa: F401
-from .checkpoints import reading, registries  # noqa: F401
+from .checkpoints import descriptions, reading  # noqa: F401
 
 # What each library is needed for.
 NEEDS = {

@@ -1,10 +1,10 @@
-"""The model doors: any registered model, retrofitted or taught as it is built."""
+"""CSGModel and TaughtModel, the model types that retrofit a network or give it a teacher; models from configs."""
 
 import inspect
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from mmengine.config import Config
 from mmengine.dist import broadcast
@@ -33,7 +33,7 @@ def CSGModel(
     reset: str | Sequence[str] | None = None,
     **base: Any,
 ) -> nn.Module:
-    """Build the model that a config inherited and retrofit it.
+    """Build the model of the base config and retrofit it.
 
     ::
 
@@ -42,17 +42,17 @@ def CSGModel(
     Args:
         csg: one dict of generator settings, or a list of them.
         base_type: registered name of the model to build.
-        teacher: arguments of :class:`csg_seg.mm.teacher.Teacher`, a trained dense
-            network of this config; the generated one starts from its weights, unless
-            the config has an ``init_cfg`` of its own.
-        generators_from: checkpoint of a CSG network of any architecture, whose
-            generators training starts with.
-        reset: patterns of layers that keep their start values where the checkpoint that
-            training begins with does not fit them, such as a head for other classes.
-        base: all that ``base_type`` takes.
+        teacher: arguments of :class:`csg_seg.mm.teacher.Teacher`. Without a ``model``, the teacher
+            is the network before the retrofit, and the model starts from the teacher's
+            weights unless the config has an ``init_cfg``.
+        generators_from: checkpoint of a CSG network of any architecture. Training starts
+            with its generators.
+        reset: patterns for layers that keep their start values if the checkpoint that
+            training starts from does not fit them, such as a head for other classes.
+        base: arguments of ``base_type``.
 
     Returns:
-        A real ``base_type``, whose state dict holds codes and generators.
+        A model of type ``base_type``. Its state dict holds codes and generators.
 
     Raises:
         CSGError: a setting is wrong or fits no layer.
@@ -60,7 +60,7 @@ def CSGModel(
     if csg is None or base_type is None:
         raise CSGError('CSGModel needs csg=dict(...) and base_type={{_base_.model.type}}; see README.md')
     if base_type == 'CSGModel':
-        raise CSGError('CSGModel: the base config is a CSG config already; override model.csg alone')
+        raise CSGError('CSGModel: the base config is already a CSG config; override only model.csg')
     if teacher is not None and not isinstance(teacher, Mapping):
         raise CSGError(f'teacher must be a dict with checkpoint; got {teacher!r}')
     if teacher is not None and teacher.get('model') is None and not base.get('init_cfg'):
@@ -68,17 +68,17 @@ def CSGModel(
     # Segmentors write into their config.
     architecture = deepcopy(dict(type=base_type, **base))
     model = retrofit_for_runner(MODELS.build(dict(type=base_type, **base)), csg, generators_from, reset)
-    return model if teacher is None else _teach(model, teacher, architecture)
+    return model if teacher is None else _teach(model, {**teacher, 'model': teacher.get('model') or architecture})
 
 
 @MODELS.register_module()
 def TaughtModel(base_type: str | None = None, teacher: Mapping[str, Any] | None = None, **base: Any) -> nn.Module:
-    """Build a dense model that a larger one teaches, such as a narrower twin to compare a generated one with.
+    """Build a dense model and give it a teacher, for example to compare a narrower network with a generated one.
 
     Args:
         base_type: registered name of the model to build.
-        teacher: arguments of :class:`csg_seg.mm.teacher.Teacher`, ``model`` included.
-        base: all that ``base_type`` takes.
+        teacher: arguments of :class:`csg_seg.mm.teacher.Teacher`, including ``model``.
+        base: arguments of ``base_type``.
 
     Raises:
         CSGError: a setting is wrong.
@@ -94,25 +94,29 @@ def retrofit_for_runner(
     generators_from: str | None = None,
     reset: str | Sequence[str] | None = None,
 ) -> nn.Module:
-    """Retrofit a model so that weights which a Runner loads are fitted on all ranks alike.
+    """Retrofit a model so that all ranks get the same fit when a Runner loads dense weights.
+
+    Args:
+        model: dense; changed in place.
+        csg: see :func:`CSGModel`, as for the other arguments.
 
     Raises:
-        CSGError: a setting is wrong or fits no layer, or a part of the model averages others by their names.
+        CSGError: a setting is wrong or fits no layer, or a part of the model averages other layers by name.
     """
     for name, module in model.named_modules():
         if isinstance(module, BaseAveragedModel) and find_convs(module):
             raise CSGError(
-                f'{name}: a {type(module).__name__} averages the weights of other layers by their names, which '
-                'generated layers do not have; train this model dense, and retrofit what it has trained'
+                f'{name}: a {type(module).__name__} averages the weights of other layers by name, and generated '
+                'layers have no weights; train this model dense, and retrofit the trained model'
             )
     bank = find_bank(retrofit(model, csg))
     assert bank is not None
     if generators_from is not None:
-        # Once training begins: a test or a demonstration needs no such file.
-        bank.before_init = partial(_take_over, path=generators_from)
-    bank.after_fit = _share_fit_and_tell
+        # Read when training begins, because tests do not need the file.
+        bank.before_init = partial(_load_generators, path=generators_from)
+    bank.after_fit = _share_and_log_fit
     bank.reset.patterns = read_patterns('CSG', 'reset', reset) or ()
-    bank.reset.tell = _tell_reset
+    bank.reset.tell = _log_reset
     check_reset(model, bank.reset.patterns)
     return model
 
@@ -120,61 +124,68 @@ def retrofit_for_runner(
 def bare_model(model: nn.Module) -> nn.Module:
     """Return the network inside wrappers for data parallelism and test-time augmentation."""
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
+        model = cast(nn.Module, model.module)
     return model
 
 
 def build_model(cfg: Config) -> nn.Module:
-    """Build the model of a config through whichever door it uses, without trained weights."""
+    """Build the model of a config without trained weights; a ``CSGHook`` in the config retrofits it.
+
+    Raises:
+        CSGError: a setting is wrong or fits no layer.
+    """
     if 'csg' in cfg.model and cfg.model.type != 'CSGModel':
         raise CSGError(f"the model has csg settings but its type is {cfg.model.type}; give it type='CSGModel'")
     init_default_scope(cfg.get('default_scope', 'mmseg'))
-    # Segmentors write into their config, which must stay fit to be built again.
+    # Segmentors write into their config, which may be built again.
     model = MODELS.build(deepcopy(cfg.model))
-    hooks = [*cfg.get('default_hooks', {}).values(), *cfg.get('custom_hooks', [])]
-    for hook in hooks:
+    for hook in [*cfg.get('default_hooks', {}).values(), *cfg.get('custom_hooks', [])]:
         if hook and hook.get('type') == 'CSGHook':
             HOOKS.build(hook).retrofit(model)
     return model
 
 
+def share_fit(bank: GeneratorBank) -> None:
+    """Send the first rank's fit to all ranks; other machines' libraries may round differently."""
+    for tensor in [*bank.parameters(), *(each for conv in bank.layers.values() for each in conv.stored().values())]:
+        broadcast(tensor.data)
+
+
 def _start_from(base: dict[str, Any], teacher: Mapping[str, Any]) -> dict[str, Any]:
-    """Let a model start from its teacher's weights, which hold all that ``pretrained`` would bring."""
+    """Initialise a model from its teacher's weights, which replace those of ``pretrained``."""
     start: dict[str, Any] = {'init_cfg': dict(type='Pretrained', checkpoint=teacher.get('checkpoint'))}
     if 'pretrained' in base:
         start['pretrained'] = None
     return {**base, **start}
 
 
-def _teach(model: nn.Module, teacher: Mapping[str, Any], architecture: dict[str, Any] | None = None) -> nn.Module:
-    """Attach a teacher, by default of the model's own architecture."""
+def _teach(model: nn.Module, teacher: Mapping[str, Any]) -> nn.Module:
+    if 'anneal' in teacher:
+        raise CSGError(
+            "teacher: unknown key 'anneal'; it was removed in 0.3.0 because it did not improve accuracy: delete the key"
+        )
     try:
-        return Teacher(**{'model': architecture, **teacher}).attach(model)
+        return Teacher(**teacher).attach(model)
     except TypeError as error:
         keys = ', '.join(inspect.signature(Teacher).parameters)
         said = str(error).removeprefix('Teacher.__init__() ')
         raise CSGError(f'teacher: {said}; its keys are {keys}') from None
 
 
-def share_fit(bank: GeneratorBank) -> None:
-    """Take over the first rank's fit, which another machine's libraries may have rounded otherwise."""
-    for tensor in [*bank.parameters(), *(each for conv in bank.layers.values() for each in conv.stored().values())]:
-        broadcast(tensor.data)
-
-
-def _take_over(bank: GeneratorBank, path: str) -> None:
+def _load_generators(bank: GeneratorBank, path: str) -> None:
     try:
         bank.load_generators(read_checkpoint(path)['state_dict'])
     except CSGError as error:
         raise CSGError(f'generators_from: {path}: {str(error).removeprefix(f"{path}: ")}') from None
-    print_log(f'CSG: generators of {path}', logger='current')
+    print_log(f'CSG: loaded the generators of {path}', logger='current')
 
 
-def _tell_reset(layers: Sequence[str]) -> None:
-    print_log(f'CSG: the checkpoint does not fit {abridge(layers, most=8)}, reset to start values', logger='current')
+def _log_reset(layers: Sequence[str]) -> None:
+    said = f'CSG: the checkpoint does not fit {abridge(layers, most=8)}, reset to start values'
+    print_log(said, logger='current')
 
 
-def _share_fit_and_tell(bank: GeneratorBank) -> None:
+def _share_and_log_fit(bank: GeneratorBank) -> None:
     share_fit(bank)
     errors = bank.fitted.values()
     mean = sum(errors) / len(errors)

@@ -20,7 +20,7 @@ from rich.progress import track
 from csg_seg.cli.results import made_with
 from csg_seg.errors import CSGError
 from csg_seg.files import check_folder, write_whole
-from csg_seg.mm.checkpoints.registries import leaves
+from csg_seg.mm.checkpoints.descriptions import leaves
 from csg_seg.mm.model import build_model
 from csg_seg.mm.running.preflight import check_optimizer
 from csg_seg.mm.running.work_dir import latest_checkpoint

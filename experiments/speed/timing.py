@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from csg_seg.errors import CSGError
 from csg_seg.layers.bank import find_bank
-from csg_seg.mm.checkpoints.registries import dense_model
+from csg_seg.mm.checkpoints.descriptions import dense_model
 from csg_seg.mm.figures import save_figure
 from csg_seg.mm.model import build_model
 from csg_seg.mm.running.processes import replace_sync_bn

@@ -23,7 +23,7 @@ import torch
 from mmengine.config import Config
 
 from csg_seg.errors import CSGError
-from csg_seg.mm.checkpoints.registries import without_weights
+from csg_seg.mm.checkpoints.descriptions import without_weights
 
 from .network import UnreadError, check_network, one_line
 

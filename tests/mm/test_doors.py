@@ -81,7 +81,7 @@ def test_model_door_says_what_is_missing(csg):
 
 
 def test_model_door_refuses_itself_as_base():
-    with pytest.raises(CSGError, match='override model.csg'):
+    with pytest.raises(CSGError, match='override only model.csg'):
         MODELS.build(dict(type='CSGModel', base_type='CSGModel', csg=SETTINGS))
 
 

@@ -16,7 +16,7 @@ from mmseg.datasets import PascalVOCDataset
 
 import csg_seg
 from csg_seg.errors import CSGError
-from csg_seg.mm.checkpoints.described import compact
+from csg_seg.mm.deploy.compact_export import compact
 from csg_seg.mm.deploy.inference import draw, inputs, load_network, name_classes, predict
 from csg_seg.mm.model import build_model
 from csg_seg.mm.running.configs import read_config

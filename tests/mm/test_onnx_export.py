@@ -11,7 +11,7 @@ from conftest import ROOT, run_tool
 
 import csg_seg
 from csg_seg.errors import CSGError
-from csg_seg.mm.checkpoints.described import write_described
+from csg_seg.mm.checkpoints.writing import write_with_config
 from csg_seg.mm.deploy.onnx_export import Scores, export_onnx, max_difference
 from csg_seg.mm.model import build_model
 from csg_seg.mm.running.configs import read_config
@@ -117,7 +117,7 @@ def test_torch_export_keeps_the_scores_of_plain_and_generated_networks(tmp_path)
 
 def test_the_tool_needs_only_a_compact_file_and_can_give_labels(tmp_path):
     model = network(CIFAR)
-    write_described(model, model.state_dict(), tmp_path / 'x.safetensors', model.cfg, model.dataset_meta)
+    write_with_config(model, model.state_dict(), tmp_path / 'x.safetensors', model.cfg, model.dataset_meta)
     picture = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     mmcv.imwrite(picture, str(tmp_path / 'image.png'))
     args = [tmp_path / 'x.safetensors', '--images', tmp_path / 'image.png', '--out', tmp_path / 'x.onnx', '--labels']

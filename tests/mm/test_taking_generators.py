@@ -17,8 +17,8 @@ from csg_seg import fit, load_generators, retrofit, save_compact
 from csg_seg.errors import CSGError
 from csg_seg.layers.bank import find_bank
 from csg_seg.layers.conv import generated_convs, kaiming_std
+from csg_seg.mm.checkpoints.descriptions import describe
 from csg_seg.mm.checkpoints.reading import read_checkpoint
-from csg_seg.mm.checkpoints.registries import describe
 from csg_seg.mm.model import build_model
 
 SMALL = {'slice_shape': (16, 16, 3, 3), 'code_dim': 32, 'seed': 3}

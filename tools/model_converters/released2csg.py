@@ -9,7 +9,7 @@ from csg_seg.cli.options import check_out
 from csg_seg.files import write_tensors, write_whole
 
 with one_line_errors():
-    from csg_seg.mm.checkpoints.conversion import convert_released
+    from csg_seg.mm.deploy.conversion import convert_released
     from csg_seg.mm.running.configs import read_config
 
 LIKE = Path(__file__).parents[2] / 'configs' / 'cifar10' / 'resnet20_b192-200e_cifar10.py'

@@ -1,81 +1,41 @@
-"""Compact checkpoints of configs: written with all that it takes to build and use the network."""
+"""Make a compact checkpoint from a training checkpoint, and measure what its precision costs."""
 
-import json
-import logging
 import os
-from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import mmengine
 import torch
 from mmengine.config import Config
-from mmengine.logging import print_log
 from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import Tensor
 
 from csg_seg.errors import CSGError
 from csg_seg.files import write_whole
 from csg_seg.layers.bank import find_bank
+from csg_seg.mm.checkpoints.reading import load_weights, read_checkpoint
+from csg_seg.mm.checkpoints.writing import write_with_config
 from csg_seg.mm.model import build_model
 from csg_seg.report import summarise
-from csg_seg.storage.compact import load_compact, write_compact
-from csg_seg.version import __version__
-
-from .reading import load_weights, read_checkpoint
-from .registries import describe
-
-
-def write_described(
-    model: nn.Module,
-    state_dict: Mapping[str, Tensor],
-    path: str | os.PathLike,
-    cfg: Config,
-    dataset_meta: Mapping[str, Any],
-    *,
-    dtype: str = 'float32',
-    notes: Mapping[str, str] | None = None,
-) -> None:
-    """Write a compact checkpoint with its config's network, its classes and the versions that made it.
-
-    A config that names files of its own, or holds what JSON cannot, is left out, with a warning.
-
-    Args:
-        model: retrofitted.
-        state_dict: of it, or of an average of it.
-        path: of the file.
-        cfg: the model's config.
-        dataset_meta: of which ``classes`` and ``palette`` are kept.
-        dtype: as for :func:`csg_seg.save_compact`.
-        notes: to keep in the file too, text by name.
-    """
-    try:
-        source = describe(cfg)
-    except CSGError as error:
-        said = f'the compact checkpoint will need its config to be loaded ({error})'
-        print_log(said, logger='current', level=logging.WARNING)
-        source = None
-    names = {key: dataset_meta[key] for key in ('classes', 'palette') if dataset_meta.get(key) is not None}
-    versions = {'csg_seg': __version__, 'torch': torch.__version__, 'mmengine': mmengine.__version__}
-    metadata = {**(notes or {}), 'dataset_meta': json.dumps(names), 'versions': json.dumps(versions)}
-    write_compact(model, state_dict, path, dtype=dtype, source=source, metadata=metadata)
+from csg_seg.storage.compact import load_compact
 
 
 def compact(cfg: Config, checkpoint: str | os.PathLike, out: str | os.PathLike, *, dtype: str) -> dict[str, Any]:
     """Write the compact checkpoint of a training checkpoint.
 
     Args:
-        cfg: CSG config.
-        checkpoint: of its training, or a compact one.
+        cfg: a CSG config.
+        checkpoint: of the config's training, or a compact checkpoint.
         out: the file to write.
         dtype: as for :func:`csg_seg.save_compact`.
 
     Returns:
-        JSON-ready: ``dense_bytes`` of the dense network's state dict, ``compact_bytes`` of the file, their ratio.
+        ``dtype``, ``dense_bytes`` of the dense network's state dict, ``compact_bytes`` of the file, and
+        ``compression_ratio``, the first over the second. They can be written as JSON.
 
     Raises:
-        CSGError: the config is dense, the checkpoint is not its, or the file would not be smaller than the dense one.
+        CSGError: the config is dense, the checkpoint does not fit it, or the file would not be smaller than the
+            dense network.
     """
     model = build_model(cfg)
     if find_bank(model) is None:
@@ -85,11 +45,12 @@ def compact(cfg: Config, checkpoint: str | os.PathLike, out: str | os.PathLike, 
     dense = summarise(model).dense_bytes
 
     def write(partial: Path) -> None:
-        write_described(model, model.state_dict(), partial, cfg, read['meta'].get('dataset_meta') or {}, dtype=dtype)
+        dataset_meta = read['meta'].get('dataset_meta') or {}
+        write_with_config(model, model.state_dict(), partial, cfg, dataset_meta, dtype=dtype)
         if partial.stat().st_size >= dense:
             raise CSGError(
                 f'the file would have {partial.stat().st_size:,} bytes and the dense network has {dense:,}; '
-                'take another dtype, or settings that compress'
+                'use another dtype, or settings that compress'
             )
 
     out = Path(out)
@@ -105,25 +66,25 @@ def logit_error(
     """Compare a compact checkpoint's class scores with those of the checkpoint it was made from.
 
     Args:
-        cfg: their config; its test images are taken.
+        cfg: the config of both, whose test images are used.
         checkpoint: the original.
-        path: the compact one.
-        images: how many.
+        path: the compact checkpoint.
+        images: number of images.
 
     Returns:
         ``logit_error``, the mean absolute difference, and ``logit_size``, the mean absolute value.
     """
     model = build_model(cfg).eval()
     load_weights(model, read_checkpoint(checkpoint)['state_dict'])
-    twin = load_compact(path, build_model(cfg)).eval()
+    loaded = load_compact(path, build_model(cfg)).eval()
     loader = deepcopy(cfg.test_dataloader)
     loader.update(batch_size=1)
     differences, sizes = [], []
     for _, batch in zip(range(images), Runner.build_dataloader(loader), strict=False):
-        inputs = model.data_preprocessor(batch)['inputs']
-        one, two = (_logits(each(inputs, mode='tensor')) for each in (model, twin))
-        differences.append((one - two).abs().mean())
-        sizes.append(one.abs().mean())
+        inputs = model.get_submodule('data_preprocessor')(batch)['inputs']
+        original, compacted = (_logits(each(inputs, mode='tensor')) for each in (model, loaded))
+        differences.append((original - compacted).abs().mean())
+        sizes.append(original.abs().mean())
     return {'logit_error': torch.stack(differences).mean().item(), 'logit_size': torch.stack(sizes).mean().item()}
 
 

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from csg_seg.errors import CSGError
 from csg_seg.generators.settings import Settings
+from csg_seg.mm.checkpoints.reading import load_weights
+from csg_seg.mm.checkpoints.unpickling import check_file, read_tensors
 from csg_seg.mm.model import build_model
 from csg_seg.report import Summary, summarise
 from csg_seg.retrofitting.selection import choose_layers
 from csg_seg.storage.released import Released, read_released
-
-from .reading import load_weights
-from .unpickling import check_file, read_tensors
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from .channels_last import ChannelsLastHook
 from .checkpoint_guard import CheckpointGuardHook
-from .compact_files import CompactCheckpointHook
+from .compact_checkpoint import CompactCheckpointHook
 from .csg import CSGHook
 from .exact_resume import ExactResumeHook
 from .label_guard import LabelGuardHook

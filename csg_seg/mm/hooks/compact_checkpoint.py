@@ -9,7 +9,7 @@ from mmengine.runner import Runner
 from safetensors import SafetensorError, safe_open
 
 from csg_seg.files import NotWrittenError, writing
-from csg_seg.mm.checkpoints.described import write_described
+from csg_seg.mm.checkpoints.writing import write_with_config
 from csg_seg.mm.model import bare_model
 
 # What a compact file of CompactCheckpointHook calls the checkpoint it lies beside.
@@ -68,7 +68,9 @@ class CompactCheckpointHook(Hook):
                 model, notes = bare_model(runner.model), {OF: path.name}
                 try:
                     with writing(compact):
-                        write_described(model, checkpoint['state_dict'], compact, runner.cfg, dataset_meta, notes=notes)
+                        write_with_config(
+                            model, checkpoint['state_dict'], compact, runner.cfg, dataset_meta, notes=notes
+                        )
                 except NotWrittenError as error:
                     runner.logger.warning(f'{error}. Training goes on; tools/compact.py can make it later.')
                     _delete(runner, compact)  # an older one, which would be taken for this checkpoint's

@@ -20,7 +20,7 @@ from csg_seg.report import summarise
 from csg_seg.retrofitting.surgery import CSG
 
 from .checkpoint_guard import prepare_resume
-from .compact_files import CompactCheckpointHook
+from .compact_checkpoint import CompactCheckpointHook
 
 
 @HOOKS.register_module()

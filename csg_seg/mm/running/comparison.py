@@ -23,7 +23,7 @@ from rich.progress import Progress
 from csg_seg.cli.results import made_with
 from csg_seg.errors import CSGError
 from csg_seg.files import check_folder, write_tensors, writing, writing_into
-from csg_seg.mm.checkpoints.described import write_described
+from csg_seg.mm.checkpoints.writing import write_with_config
 from csg_seg.mm.figures import save_figure
 from csg_seg.mm.hooks.label_guard import LabelGuardHook
 from csg_seg.mm.model import build_model
@@ -203,7 +203,7 @@ def _predict(twin: Twin, sample: dict) -> np.ndarray:
 def _write_products(csg: Twin, files: dict[str, Path]) -> None:
     model, names = csg.runner.model, csg.runner.test_dataloader.dataset.metainfo
     with writing(files['compact checkpoint']):
-        write_described(model, model.state_dict(), files['compact checkpoint'], csg.runner.cfg, names)
+        write_with_config(model, model.state_dict(), files['compact checkpoint'], csg.runner.cfg, names)
     plain = materialise(deepcopy(model)).state_dict()
     write_tensors(files['materialised checkpoint'], {'meta': {'dataset_meta': names}, 'state_dict': plain})
 
