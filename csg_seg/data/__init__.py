@@ -1,1 +1,1 @@
-"""Data sets made here: COCO masks with the classes of VOC, and drawn images."""
+"""Make data sets: masks of VOC's classes from COCO, and drawn images."""

@@ -1,9 +1,8 @@
-"""COCO's instances as masks of Pascal VOC's 20 classes, to train on COCO and test on VOC.
+"""Convert COCO's instances to masks of Pascal VOC's 20 classes, to train on COCO and test on VOC.
 
-The rules are those of torchvision's segmentation reference, whose DeepLabV3 learns from such masks
-(pytorch/vision, ``references/segmentation/coco_utils.py``): other categories are background, a pixel
-inside several instances is ignored, and an image takes part if the areas of its instances add up to
-more than 1000 pixels. One rule differs: a crowd region, which outlines many objects as one, is
+The rules are those of torchvision's segmentation reference (pytorch/vision, ``references/segmentation/coco_utils.py``):
+other categories are background, a pixel inside several instances is ignored, and an image is used if the areas of its
+instances add up to more than 1000 pixels. One rule differs: a crowd region, which outlines many objects as one, is
 ignored here; torchvision labels it as an instance.
 """
 
@@ -36,31 +35,31 @@ from csg_seg.files import write_whole
 
 from .drawn import palette
 
-# Raised whenever the same annotations would give other masks.
+# Increased whenever the same annotations would give other masks.
 VERSION = 1
 IGNORE = 255
-# COCO's names of VOC's classes, in VOC's order from id 1; VOC calls some of them otherwise.
+# COCO's names for VOC's classes, in VOC's order from id 1; VOC has other names for some.
 CLASSES = (
     'airplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'dining table', 'dog',
     'horse', 'motorcycle', 'person', 'potted plant', 'sheep', 'couch', 'train', 'tv',
 )  # fmt: skip
 
-# Polygons, each a list x, y, x, y, ...; or a dict of size (height, width) and run lengths, counted or compressed.
+# Polygons, each a list x, y, x, y, ...; or a dict with size (height, width) and run lengths (RLE), plain or compressed.
 Segmentation = list[list[float]] | dict[str, Any]
-
 Progress = Callable[..., Iterable]
+Id = int | str
 
 _ID = (int, str)
 _IMAGE = {'id': _ID, 'file_name': str, 'height': int, 'width': int}
 _CATEGORY = {'id': _ID, 'name': str}
 _ANNOTATION = {'image_id': _ID, 'category_id': _ID}
 _INSTANCE = {'area': (int, float)}
-_UNKNOWN = 'a mask of unknown type, neither polygons nor run lengths'
+_UNKNOWN = 'a mask of unknown type, not polygons or run lengths'
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows of VOC's classes.
+    """The instances of VOC's classes in one image.
 
     Attributes:
         name: the image's file name without its suffix.
@@ -84,24 +83,24 @@ def make_masks(
 ) -> dict[str, int]:
     """Write ``out/masks/NAME.png`` for every image that shows enough of VOC's classes, then ``out/list.txt``.
 
-    Masks that are already there are kept, so an interrupted call goes on when it is repeated.
+    Existing masks are kept: if interrupted, call it again to resume.
 
     Args:
         annotations: COCO's JSON file of instances, such as ``instances_train2017.json``.
         images: folder of the images it lists, ``NAME.jpg``.
-        out: folder to write into; made if it is absent.
-        min_area: an image takes part if the areas of its instances of VOC's classes, crowd
-            regions included, add up to more pixels than this.
-        jobs: processes that work at the same time; each takes about half a GB.
-        progress: wraps the images while their annotations are checked and the masks while they are made,
-            as ``rich.progress.track`` does; is given a ``description`` and their number as ``total``.
+        out: folder to write into; created if it does not exist.
+        min_area: an image is used if the areas of its instances of VOC's classes, crowd regions included, add up to
+            more pixels than this.
+        jobs: number of parallel processes; each takes about half a GB of memory.
+        progress: shows progress, as ``rich.progress.track`` does; called with an iterable, a ``description`` and the
+            number of items as ``total``.
 
     Returns:
-        How many ``images`` are listed, how many of them were ``kept``, how many masks were ``made`` now.
+        The number of ``images`` listed, of those that were ``kept``, and of masks ``made`` in this call.
 
     Raises:
-        CSGError: an argument is out of range, the annotations are no COCO instances or do not fit
-            together, an image is missing or of another size, or ``out`` holds something else.
+        CSGError: an argument is out of range, the annotations are not consistent COCO instances, an image is missing
+            or has another size, or ``out`` holds something else.
     """
     if jobs < 1 or min_area < 0:
         raise CSGError(f'cannot work with jobs={jobs}, min_area={min_area}: jobs start at 1 and min_area at 0')
@@ -110,11 +109,11 @@ def make_masks(
     _check_images(images, scenes)
     masks = _claim(out, {'version': VERSION, 'annotations': digest, 'min_area': min_area})
     todo = [scene for scene in scenes if not (masks / f'{scene.name}.png').exists()]
-    # Closed at once when the caller is interrupted, so that no process works on.
+    # Closed as soon as the caller is interrupted, so that no process continues.
     with closing(_run(partial(_make_mask, images, masks), todo, jobs)) as finished:
         for _ in _wrap(progress, finished, description='Masks', total=len(todo)):
             pass
-    # Written last: where there is a list, there are all masks.
+    # Written last: if there is a list, all masks exist.
     if not (out / 'list.txt').exists():
         write_whole(out / 'list.txt', lambda file: file.write_text(''.join(f'{scene.name}\n' for scene in scenes)))
     return {'images': listed, 'kept': len(scenes), 'made': len(todo)}
@@ -124,25 +123,27 @@ def select_scenes(coco: Mapping[str, list], min_area: float, *, progress: Progre
     """Return the images that show more than ``min_area`` pixels of VOC's classes, sorted by name.
 
     Args:
-        coco: what COCO's JSON file holds: images, annotations, categories.
-        min_area: compared with the sum of the annotations' areas, as torchvision does.
+        coco: content of COCO's JSON file: images, annotations, categories.
+        min_area: compared with the sum of the annotations' areas, as in torchvision.
         progress: see :func:`make_masks`.
 
     Raises:
-        CSGError: an entry is incomplete, names what is not listed, or holds no mask that can be drawn.
+        CSGError: an entry is incomplete, refers to one that is not listed, or has a mask that cannot be drawn.
     """
     images, categories = _by_id(coco, 'images', _IMAGE), _by_id(coco, 'categories', _CATEGORY)
     labels = {key: 1 + CLASSES.index(each['name']) for key, each in categories.items() if each['name'] in CLASSES}
     if not labels:
         raise CSGError("no category has a name that COCO gives to one of VOC's classes; give an instances_*.json file")
-    instances: dict[int | str, list[dict]] = {key: [] for key in images}
+    instances: dict[Id, list[dict]] = {key: [] for key in images}
     for position, annotation in enumerate(coco['annotations']):
         where = f'annotations[{position}]'
         _check_fields(annotation, where, _ANNOTATION)
         for what, listed in (('image', images), ('category', categories)):
             key = annotation[f'{what}_id']
             if key not in listed:
-                raise CSGError(f'{where} is of {what} {key!r}, which is not listed; add it or delete the annotation')
+                raise CSGError(
+                    f'{where} refers to {what} {key!r}, which is not listed; add it or delete the annotation'
+                )
         if annotation['category_id'] in labels:
             _check_fields(annotation, where, _INSTANCE)
             instances[annotation['image_id']].append(annotation)
@@ -153,7 +154,7 @@ def select_scenes(coco: Mapping[str, list], min_area: float, *, progress: Progre
     scenes = sorted((_scene(images[key], instances[key], labels) for key in checked), key=lambda scene: scene.name)
     for scene, following in pairwise(scenes):
         if scene.name == following.name:
-            raise CSGError(f'two images have the file name {scene.name}.jpg, and would have one mask; rename one')
+            raise CSGError(f'two images have the file name {scene.name}.jpg and would share one mask; rename one')
     return scenes
 
 
@@ -162,7 +163,7 @@ def paint(scene: Scene) -> ndarray:
     labels = np.zeros(scene.size, np.uint8)
     for label, segmentation in scene.instances:
         if isinstance(segmentation, list):
-            # Fewer than three points have no area; pycocotools would take two for a box.
+            # Fewer than three points have no area; pycocotools would read two as a box.
             polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
             if not polygons:
                 continue
@@ -177,7 +178,7 @@ def paint(scene: Scene) -> ndarray:
 
 
 def _read(annotations: Path, min_area: float, progress: Progress | None) -> tuple[list[Scene], int, str]:
-    """Return the scenes of COCO's JSON file, the number of images it lists, and its SHA-256."""
+    """Return the scenes in COCO's JSON file, the number of images it lists, and its SHA-256."""
     try:
         content = annotations.read_bytes()
     except OSError as error:
@@ -185,12 +186,10 @@ def _read(annotations: Path, min_area: float, progress: Progress | None) -> tupl
     try:
         coco = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise CSGError(f'{annotations}: no JSON ({error}); give an instances_*.json file, or copy it again') from None
+        raise CSGError(f'{annotations}: not JSON ({error}); give an instances_*.json file, or copy it again') from None
     for part in ('images', 'annotations', 'categories'):
         if not isinstance(coco, dict) or not isinstance(coco.get(part), list):
-            raise CSGError(
-                f'{annotations}: no COCO instances, there is no list of {part}; give an instances_*.json file'
-            )
+            raise CSGError(f'{annotations}: not COCO instances, no list of {part}; give an instances_*.json file')
     try:
         scenes = select_scenes(coco, min_area, progress=progress)
     except CSGError as error:
@@ -205,37 +204,35 @@ def _wrap(progress: Progress | None, each: Iterable, *, description: str, total:
 def _check_fields(entry: Any, where: str, fields: Mapping[str, Any]) -> None:
     for name, wanted in fields.items():
         if not isinstance(entry, dict) or not isinstance(entry.get(name), wanted):
-            raise CSGError(f'{where} lacks a proper {name!r}; give an instances_*.json file')
+            raise CSGError(f'{where} has no valid {name!r}; give an instances_*.json file')
 
 
-def _by_id(coco: Mapping[str, list], part: str, fields: Mapping[str, Any]) -> dict[int | str, dict]:
+def _by_id(coco: Mapping[str, list], part: str, fields: Mapping[str, Any]) -> dict[Id, dict]:
     entries = {}
     for position, entry in enumerate(coco[part]):
         _check_fields(entry, f'{part}[{position}]', fields)
         if entry['id'] in entries:
-            raise CSGError(f'{part}[{position}] has the id {entry["id"]!r} of another one; number them anew')
+            raise CSGError(f'{part}[{position}] has the id {entry["id"]!r} of another one; make the ids unique')
         entries[entry['id']] = entry
     return entries
 
 
-def _scene(image: dict, instances: list[dict], labels: Mapping[int | str, int]) -> Scene:
+def _scene(image: dict, instances: list[dict], labels: Mapping[Id, int]) -> Scene:
     if not re.fullmatch(r'[^/\n]+\.jpg', image['file_name']):
-        raise CSGError(
-            f'image {image["file_name"]!r} is not of the form NAME.jpg, which COCOVOCDataset reads; rename it'
-        )
+        raise CSGError(f'image {image["file_name"]!r} is not named NAME.jpg, which COCOVOCDataset reads; rename it')
     size = (image['height'], image['width'])
     for each in instances:
         fault = _fault(each.get('segmentation'), size)
         if fault:
             raise CSGError(
-                f'annotation {each.get("id")} of {image["file_name"]} has {fault}; mend the annotation or delete it'
+                f'annotation {each.get("id")} of {image["file_name"]} has {fault}; correct the annotation or delete it'
             )
     masks = [(IGNORE if x.get('iscrowd') else labels[x['category_id']], x['segmentation']) for x in instances]
     return Scene(image['file_name'].removesuffix('.jpg'), size, masks)
 
 
 def _fault(segmentation: Any, size: tuple[int, int]) -> str | None:
-    """What keeps a segmentation from being a mask of ``size``, if anything does."""
+    """Return why a segmentation cannot be drawn as a mask of ``size``, or None."""
     if isinstance(segmentation, list):
         return next(filter(None, (_polygon_fault(each, size) for each in segmentation)), None)
     counts = segmentation.get('counts') if isinstance(segmentation, dict) else None
@@ -244,7 +241,7 @@ def _fault(segmentation: Any, size: tuple[int, int]) -> str | None:
     if segmentation.get('size') != [*size]:
         return f'an RLE of size {segmentation.get("size")} for an image of {[*size]}'
     runs = counts if isinstance(counts, list) else _decompress(counts)
-    # pycocotools leaves pixels beyond the last run as they are in memory.
+    # pycocotools leaves pixels after the last run uninitialised.
     if not all(isinstance(run, int) and run >= 0 for run in runs) or sum(runs) != size[0] * size[1]:
         return f'an RLE whose runs do not add up to the {size[0]} x {size[1]} pixels of its image'
     return None
@@ -256,18 +253,18 @@ def _polygon_fault(polygon: Any, size: tuple[int, int]) -> str | None:
     except (TypeError, OverflowError):
         return _UNKNOWN
     if len(polygon) % 2:
-        return f'a polygon of {len(polygon)} numbers, but each point has an x and a y'
+        return f'a polygon of {len(polygon)} numbers, not pairs of x and y'
     if not polygon:
         return None
-    # pycocotools walks along the outline and would not come back from a point at infinity.
+    # pycocotools steps along the outline and would never reach a point at infinity.
     return None if finite and max(map(abs, polygon)) <= 10 * max(size) else 'a polygon far outside its image'
 
 
 def _decompress(counts: str) -> list[int]:
-    """Return the run lengths in a compressed RLE, or none if it is no such text.
+    """Return the run lengths in a compressed RLE, or none if the text is not one.
 
-    As ``rleFrString`` of cocoapi's ``maskApi.c``: five bits a character, the lowest first; from the fourth
-    on, a run is written as its difference from the one before the last.
+    As in ``rleFrString`` of cocoapi's ``maskApi.c``: five bits per character, the lowest first; from the fourth run
+    on, a run is stored as its difference from the run two before.
     """
     if not re.fullmatch('(?:[P-o]*[0-O])*', counts):
         return []
@@ -284,19 +281,19 @@ def _decompress(counts: str) -> list[int]:
 def _check_images(images: Path, scenes: list[Scene]) -> None:
     names = [f'{scene.name}.jpg' for scene in scenes]
     if not images.is_dir():
-        raise CSGError(f'{images}: no such folder; give the one that holds {names[0]}')
+        raise CSGError(f'{images}: no such folder; give the folder with {names[0]}')
     missing = [name for name in names if not (images / name).is_file()]
     if missing:
         raise CSGError(
             f'{images}: {len(missing)} of {len(names)} images are missing, the first {missing[0]}; '
-            'give the folder of the images that the annotations are of'
+            'give the folder of the annotated images'
         )
 
 
 def _claim(out: Path, made_from: dict[str, Any]) -> Path:
-    """Return the folder of masks in ``out``, which is empty so far or holds masks made from the same."""
+    """Return the folder of masks in ``out``, which must be empty or hold masks made from the same annotations."""
     record, masks = out / 'made_from.json', out / 'masks'
-    remedy = 'write into another folder, or delete this one'
+    remedy = 'choose another folder, or delete this one'
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not any(out.iterdir()):
@@ -306,11 +303,11 @@ def _claim(out: Path, made_from: dict[str, Any]) -> Path:
         found = json.loads(record.read_text())
         if found == made_from:
             masks.mkdir(exist_ok=True)
-            for unfinished in masks.glob('.*.partial'):  # of a process that was killed
+            for unfinished in masks.glob('.*.partial'):  # from a process that was killed
                 unfinished.unlink()
             return masks
     except OSError as error:
-        raise CSGError(f'{out} cannot be used ({error.strerror}); write into another folder') from None
+        raise CSGError(f'{out} cannot be used ({error.strerror}); choose another folder') from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         found = None
     other = [key for key, value in made_from.items() if not isinstance(found, dict) or found.get(key) != value]
@@ -318,12 +315,12 @@ def _claim(out: Path, made_from: dict[str, Any]) -> Path:
 
 
 def _run(work: Callable[[Scene], None], scenes: list[Scene], jobs: int) -> Generator[None, None, None]:
-    """Yield as scene after scene is done."""
+    """Yield once for each scene that is done."""
     if jobs == 1 or not scenes:
         yield from map(work, scenes)
         return
     pool = ProcessPoolExecutor(jobs, mp_context=get_context('spawn'), initializer=_follow_parent)
-    # A short queue ends at once when it is interrupted; pool.map would hang here if a process was killed.
+    # A short queue ends at once when interrupted; pool.map would hang here if a process was killed.
     waiting: deque[Future[None]] = deque()
     try:
         for scene in scenes:
@@ -333,14 +330,13 @@ def _run(work: Callable[[Scene], None], scenes: list[Scene], jobs: int) -> Gener
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise CSGError('a process was killed, perhaps for want of memory; repeat with fewer jobs') from None
+        raise CSGError('a process was killed, perhaps out of memory; repeat with fewer jobs') from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _follow_parent() -> None:
-    """Let the process that made this one decide when it ends, and do not outlive it."""
-    # Ctrl-C reaches all processes; the first one then lets the others finish their masks.
+    """Ignore Ctrl-C, so that the parent process decides when this one ends, and end if the parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None
@@ -362,7 +358,7 @@ def _make_mask(images: Path, masks: Path, scene: Scene) -> None:
     if (height, width) != scene.size:
         raise CSGError(
             f'{path} has {height} x {width} pixels and {scene.size[0]} x {scene.size[1]} in the annotations; '
-            'give the folder of the images that the annotations are of'
+            'give the folder of the annotated images'
         )
     mask = Image.fromarray(paint(scene))
     mask.putpalette(palette())

@@ -1,4 +1,4 @@
-"""Laws of COCO's masks with VOC's classes: what is drawn, what is left out, what a restart does."""
+"""Masks of VOC's classes from COCO: what is drawn, what is left out, how a run resumes, what is refused."""
 
 import json
 import runpy
@@ -167,7 +167,7 @@ def test_masks_have_vocs_palette(made):
 
 
 @pytest.mark.parametrize('after', range(len(KEPT) + 1))
-def test_an_interrupted_run_goes_on(coco, made, tmp_path, after):
+def test_an_interrupted_run_resumes(coco, made, tmp_path, after):
     def stop(finished, description, total):
         assert total == len(KEPT)
         if description != 'Masks':
@@ -188,7 +188,7 @@ def test_an_interrupted_run_goes_on(coco, made, tmp_path, after):
     assert before.items() <= stamps(tmp_path).items()
 
 
-def test_a_run_that_failed_goes_on_once_it_is_mended(coco, made, tmp_path):
+def test_a_failed_run_resumes_once_the_image_is_repaired(coco, made, tmp_path):
     annotations, images = write_coco(tmp_path / 'coco', coco_of(SHOWN))
     whole = (images / 'sum.jpg').read_bytes()
     (images / 'sum.jpg').write_bytes(whole[:20])
@@ -208,9 +208,9 @@ def test_a_repeated_run_changes_nothing(coco, made):
 def test_other_annotations_or_options_into_the_same_folder_are_refused(made, coco, tmp_path):
     before = contents(made)
     other = write_coco(tmp_path / 'other', coco_of({**SHOWN, 'sum': SHOWN['parts']}))
-    with pytest.raises(CSGError, match='made with other annotations; write into another folder'):
+    with pytest.raises(CSGError, match='made with other annotations; choose another folder'):
         make_masks(*other, made)
-    with pytest.raises(CSGError, match='made with other min_area; write into another folder'):
+    with pytest.raises(CSGError, match='made with other min_area; choose another folder'):
         make_masks(*coco, made, min_area=1)
     assert contents(made) == before
 
@@ -221,9 +221,9 @@ def test_a_foreign_folder_is_refused(coco, tmp_path, record):
     if record is not None:
         (tmp_path / 'made_from.json').write_text(record, encoding='latin-1')
     before = contents(tmp_path)
-    with pytest.raises(CSGError, match='write into another folder'):
+    with pytest.raises(CSGError, match='choose another folder'):
         make_masks(*coco, tmp_path)
-    with pytest.raises(CSGError, match=r'mine.txt cannot be used .* write into another folder'):
+    with pytest.raises(CSGError, match=r'mine.txt cannot be used .* choose another folder'):
         make_masks(*coco, tmp_path / 'mine.txt')
     assert contents(tmp_path) == before and not (tmp_path / 'masks').exists()
 
@@ -238,15 +238,15 @@ def test_arguments_out_of_range_are_refused(coco, tmp_path, wrong):
     ('text', 'says'),
     [
         (None, 'cannot be read .* give an instances_'),
-        ('{"images": [', 'no JSON .* copy it again'),
-        ('[' * 100000, 'no JSON'),
+        ('{"images": [', 'not JSON .* copy it again'),
+        ('[' * 100000, 'not JSON'),
         ('[]', 'no list of images'),
         ('{"images": [], "categories": []}', 'no list of annotations'),
         ('{"images": [], "annotations": []}', 'no list of categories'),
         ('{"images": [], "annotations": [], "categories": [{"id": 25, "name": "giraffe"}]}', 'no category has a name'),
     ],
 )
-def test_a_file_that_is_no_coco_is_refused(coco, tmp_path, text, says):
+def test_a_file_without_coco_instances_is_refused(coco, tmp_path, text, says):
     if text is not None:
         (tmp_path / 'wrong.json').write_text(text)
     with pytest.raises(CSGError, match=f'wrong.json.*{says}'):
@@ -257,14 +257,14 @@ def test_a_file_that_is_no_coco_is_refused(coco, tmp_path, text, says):
 @pytest.mark.parametrize(
     ('part', 'entry', 'says'),
     [
-        ('annotations', {'image_id': 99}, r'annotations\[0\] is of image 99, .* delete the annotation'),
-        ('annotations', {'category_id': 99}, r'annotations\[0\] is of category 99, .* delete the annotation'),
-        ('annotations', {'category_id': None}, r"annotations\[0\] lacks a proper 'category_id'"),
-        ('annotations', {'area': 'big'}, r"annotations\[0\] lacks a proper 'area'"),
+        ('annotations', {'image_id': 99}, r'annotations\[0\] refers to image 99, .* delete the annotation'),
+        ('annotations', {'category_id': 99}, r'annotations\[0\] refers to category 99, .* delete the annotation'),
+        ('annotations', {'category_id': None}, r"annotations\[0\] has no valid 'category_id'"),
+        ('annotations', {'area': 'big'}, r"annotations\[0\] has no valid 'area'"),
         ('annotations', {'area': 1}, 'no image shows more than 1000 pixels .* lower min_area'),
-        ('images', {'height': 'tall'}, r"images\[0\] lacks a proper 'height'"),
-        ('images', {'file_name': '../one.jpg'}, "'../one.jpg' is not of the form NAME.jpg, .* rename it"),
-        ('images', {'file_name': 'one.png'}, "'one.png' is not of the form NAME.jpg, .* rename it"),
+        ('images', {'height': 'tall'}, r"images\[0\] has no valid 'height'"),
+        ('images', {'file_name': '../one.jpg'}, "'../one.jpg' is not named NAME.jpg, .* rename it"),
+        ('images', {'file_name': 'one.png'}, "'one.png' is not named NAME.jpg, .* rename it"),
         ('categories', {'id': 2}, r'categories\[1\] has the id 2 of another one'),
     ],
 )
@@ -302,7 +302,7 @@ SHORT['counts'] = SHORT['counts'][:-4]
 )
 def test_masks_that_cannot_be_drawn_are_refused(tmp_path, segmentation, says):
     paths = write_coco(tmp_path, coco_of({'one': [instance(AIRPLANE, segmentation)]}))
-    with pytest.raises(CSGError, match=f'annotation 1 of one.jpg has .*{says}.*; mend the annotation or delete it'):
+    with pytest.raises(CSGError, match=f'annotation 1 of one.jpg has .*{says}.*; correct the annotation or delete it'):
         make_masks(*paths, tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
 
@@ -320,7 +320,7 @@ def test_missing_images_are_counted_before_work_starts(coco, tmp_path):
         (images / f'{name}.jpg').unlink()
     with pytest.raises(CSGError, match='2 of 6 images are missing, the first rle.jpg; give the folder'):
         make_masks(annotations, images, tmp_path / 'out')
-    with pytest.raises(CSGError, match='absent: no such folder; give the one that holds crowd.jpg'):
+    with pytest.raises(CSGError, match='absent: no such folder; give the folder with crowd.jpg'):
         make_masks(annotations, tmp_path / 'absent', tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
 
