@@ -1,8 +1,7 @@
-"""A drawn stand-in for Pascal VOC 2012: the same layout, classes and palette, made in seconds.
+"""A drawn substitute for Pascal VOC 2012: the same layout, classes and palette, made in seconds.
 
-An object is a form (where it is solid) painted with a texture (how its two tones alternate) in a
-hue. Backgrounds and unlabelled clutter use the same textures and hues, so that a class is known
-by its form and texture together and not by colour.
+An object has a form (its outline), a texture (how its two tones alternate) and a hue. Backgrounds and unlabelled
+clutter use the same textures and hues, so a class can be recognised only by form and texture together.
 """
 
 import json
@@ -18,13 +17,13 @@ from PIL import Image
 from csg_seg.errors import CSGError
 from csg_seg.files import writing
 
-# Raised whenever the same arguments would give other pixels.
+# Increased whenever the same arguments would give other pixels.
 VERSION = 1
 IGNORE = 255
 SPLITS = ('train', 'val')
 
-# A field maps coordinates x (right) and y (down), about -1 to 1 over an object, to one number a
-# point. A form's field is the depth inside its outline, negative outside; a texture's runs 0 to 1.
+# A field maps coordinates x (right) and y (down), about -1 to 1 over an object, to one number per point: the depth
+# inside the outline for a form, negative outside, and a tone from 0 to 1 for a texture.
 Field = Callable[[ndarray, ndarray], ndarray]
 
 
@@ -37,7 +36,7 @@ def _box(cx: float, cy: float, rx: float, ry: float) -> Field:
 
 
 def _wedge(*corners: tuple[float, float]) -> Field:
-    """A convex polygon; its corners run clockwise as seen."""
+    """A convex polygon with its corners in clockwise order."""
     sides = list(zip(corners, corners[1:] + corners[:1], strict=True))
     return lambda x, y: np.minimum.reduce([
         ((bx - ax) * (y - ay) - (by - ay) * (x - ax)) / math.hypot(bx - ax, by - ay)
@@ -140,21 +139,20 @@ def draw_dataset(
     seed: int = 0,
     progress: Callable[[Iterable], Iterable] | None = None,
 ) -> Path:
-    """Draw a data set in Pascal VOC 2012's layout, unless the same one is already there.
+    """Draw a data set in Pascal VOC 2012's layout, unless the same one already exists.
 
     Args:
-        root: folder to write ``VOC2012`` into; made if it is absent.
-        train, val: number of images in each split; from 20 on, a split shows every class.
+        root: folder to write ``VOC2012`` into; created if it does not exist.
+        train, val: number of images in each split; with 20 or more, a split shows every class.
         size: side of the square images, in pixels.
-        seed: any number from 0; image ``i`` of a split depends on it, the split, ``i`` and size.
-        progress: wraps the list of images while they are drawn, as ``rich.progress.track`` does.
+        seed: at least 0; image ``i`` of a split depends on the seed, the split, ``i`` and the size.
+        progress: wraps the list of images to show progress, as ``rich.progress.track`` does.
 
     Returns:
         ``root/VOC2012``, mmseg's ``data_root`` for ``PascalVOCDataset``.
 
     Raises:
-        CSGError: an argument is out of range, ``root`` cannot be made, or ``root/VOC2012`` holds
-            something else.
+        CSGError: an argument is out of range, ``root`` cannot be created, or ``root/VOC2012`` holds something else.
     """
     if min(train, val) < 1 or size < 32 or seed < 0:
         raise CSGError(
@@ -169,29 +167,30 @@ def draw_dataset(
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CSGError(f'{home.parent} cannot be made ({error.strerror}); draw into another folder') from error
-    # Renamed as the last step, so an interrupted run leaves no half data set.
+        raise CSGError(f'{home.parent} cannot be created ({error.strerror}); draw into another folder') from error
+    # Renamed in the last step, so an interrupted run leaves no incomplete data set.
     with writing(home), tempfile.TemporaryDirectory(prefix='.drawing-', dir=home.parent) as scratch:
-        half = Path(scratch) / home.name
-        _write_lists(half, train=train, val=val)
+        partial = Path(scratch) / home.name
+        _write_lists(partial, train=train, val=val)
         for split, i in progress(jobs) if progress else jobs:
             image, labels = draw_image(np.random.default_rng([seed, split, i]), size, lead=i)
-            _write_pair(half, _name(split, i), image, labels)
-        (half / 'drawn.json').write_text(json.dumps(drawn) + '\n')
-        half.rename(home)
+            _write_pair(partial, _name(split, i), image, labels)
+        (partial / 'drawn.json').write_text(json.dumps(drawn) + '\n')
+        partial.rename(home)
     return home
 
 
 def draw_image(rng: np.random.Generator, size: int, *, lead: int) -> tuple[ndarray, ndarray]:
-    """Draw one scene: a background, clutter and two or three objects, each over those before.
+    """Draw one scene: a background, clutter and two or three objects, each on top of the previous ones.
 
     Args:
+        rng: source of all random choices.
         size: side in pixels.
-        lead: the last object, which nothing hides, is of class ``1 + lead % 20``.
+        lead: determines the class of the topmost object, ``1 + lead % 20``.
 
     Returns:
-        The image, ``(size, size, 3)`` uint8, and its labels, ``(size, size)`` uint8: 0 for
-        background and clutter, 255 on the pixel around each object.
+        The image, ``(size, size, 3)`` uint8, and its labels, ``(size, size)`` uint8: 0 for background and clutter, 255
+        in a border of one pixel around each object.
     """
     image = _background(rng, size)
     labels = np.zeros((size, size), np.uint8)
@@ -203,7 +202,7 @@ def draw_image(rng: np.random.Generator, size: int, *, lead: int) -> tuple[ndarr
         depth = radius * form(x, y)
         vivid = rng.uniform(0.2, 0.3)
         paint = _paint(rng, TEXTURES[texture](x, y), hue + rng.normal(0, 0.02), vivid)
-        # A dark rim and a lit upper side set an object off from a background of its own hue.
+        # A dark rim and a lighter upper side separate an object from a background in its own hue.
         shade = (0.55 + 0.45 * np.clip(depth / 2, 0, 1)) * (1 - 0.2 * y)
         cover = np.clip(depth + 0.5, 0, 1)[..., None]
         image += cover * (paint * shade[..., None] - image)
@@ -214,7 +213,7 @@ def draw_image(rng: np.random.Generator, size: int, *, lead: int) -> tuple[ndarr
 
 
 def _place(rng: np.random.Generator, size: int, *, small: bool) -> tuple[ndarray, ndarray, float]:
-    """An object's own coordinates over the image, and its radius in pixels."""
+    """Return an object's own coordinates at each pixel, and its radius in pixels."""
     radius = size * (rng.uniform(0.08, 0.18) if small else rng.uniform(0.25, 0.42))
     down, right = np.indices((size, size)) - rng.uniform(0.2, 0.8, (2, 1, 1)) * size
     angle = rng.uniform(-np.pi, np.pi) if small else rng.normal(0, 0.25)
@@ -225,7 +224,7 @@ def _place(rng: np.random.Generator, size: int, *, small: bool) -> tuple[ndarray
 
 
 def _clutter(rng: np.random.Generator) -> tuple[Field, str, float]:
-    """What belongs to no class: a star-shaped blob in any texture and hue."""
+    """Return an object without a class: a star-shaped blob in any texture and hue."""
     lobes, reach, phase = rng.integers(2, 7), rng.uniform(0.1, 0.4), rng.uniform(0, 6)
 
     def blob(x: ndarray, y: ndarray) -> ndarray:
@@ -235,7 +234,7 @@ def _clutter(rng: np.random.Generator) -> tuple[Field, str, float]:
 
 
 def _background(rng: np.random.Generator, size: int) -> ndarray:
-    """Cloud, a horizon or one of the textures, ``(size, size, 3)`` in 0 to 1."""
+    """Draw clouds, a horizon or one of the textures, ``(size, size, 3)`` from 0 to 1."""
     cloud = _cloud(rng, size, cells=int(rng.integers(3, 8)))
     x, y, _ = _place(rng, size, small=False)
     kind = rng.integers(4)
@@ -250,13 +249,13 @@ def _background(rng: np.random.Generator, size: int) -> ndarray:
 
 
 def _cloud(rng: np.random.Generator, size: int, *, cells: int) -> ndarray:
-    """Smooth noise in 0 to 1, a cell the size of one of its blots."""
+    """Draw smooth noise from 0 to 1, interpolated between a number of cells along each side."""
     coarse = Image.fromarray(rng.uniform(size=(cells, cells)).astype(np.float32))
     return np.asarray(coarse.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def _paint(rng: np.random.Generator, tones: ndarray, hue: float, vivid: float) -> ndarray:
-    """Mix two tones of about one hue: ``(h, w)`` in 0 to 1 to ``(h, w, 3)``."""
+    """Map tones ``(h, w)`` from 0 to 1 to a mix of two colours of nearly the same hue, ``(h, w, 3)``."""
     light, dark = rng.uniform(0.6, 0.8), rng.uniform(0.25, 0.4)
     one = _colour(hue, vivid, light)
     other = _colour(hue + rng.normal(0, 0.03), vivid, dark)
@@ -268,7 +267,7 @@ def _colour(hue: float, vivid: float, lightness: float) -> ndarray:
 
 
 def _light(rng: np.random.Generator, image: ndarray) -> ndarray:
-    """Light the scene from one side, add the camera's gain and noise, and round to bytes."""
+    """Add light from one side, the camera's gain and noise, and round to bytes."""
     size = len(image)
     across, down = rng.uniform(-0.2, 0.2, 2)
     ramp = np.linspace(-1, 1, size)
@@ -278,14 +277,14 @@ def _light(rng: np.random.Generator, image: ndarray) -> ndarray:
 
 
 def _grow(inside: ndarray) -> ndarray:
-    """A mask and the pixels that touch it, corners included."""
+    """Extend a mask by the pixels that touch it, corners included."""
     padded = np.pad(inside, 1)
     tall = padded[:-2] | padded[1:-1] | padded[2:]
     return tall[:, :-2] | tall[:, 1:-1] | tall[:, 2:]
 
 
 def palette() -> list[int]:
-    """VOC's 256 colours, red, green and blue in turn: a class id's bits dealt to the channels."""
+    """Return VOC's 256 colours, red, green and blue in turn; the bits of a class id alternate between the channels."""
     return [
         sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3))
         for index in range(256)
@@ -294,7 +293,7 @@ def palette() -> list[int]:
 
 
 def _is_there(home: Path, drawn: dict[str, int]) -> bool:
-    """Whether ``home`` holds this very data set; something else there is an error."""
+    """Whether ``home`` holds this data set; anything else there is an error."""
     if not home.exists():
         return False
     record = home / 'drawn.json'
@@ -302,17 +301,14 @@ def _is_there(home: Path, drawn: dict[str, int]) -> bool:
         found = json.loads(record.read_text())
     except (OSError, ValueError):
         raise CSGError(
-            f'{home} is there, without a drawn.json that can be read; move it away or draw into another folder'
+            f'{home} exists, but its drawn.json cannot be read; move it away or draw into another folder'
         ) from None
     if found != drawn:
         raise CSGError(f'{home} was drawn with {found}, not {drawn}; move it away or draw into another folder')
-    images = len(list(home.glob('JPEGImages/*.jpg')))
-    masks = len(list(home.glob('SegmentationClass/*.png')))
-    if images != masks or images != drawn['train'] + drawn['val']:
-        raise CSGError(
-            f'{home} has lost files since it was drawn ({images} images, {masks} masks '
-            f'of {drawn["train"] + drawn["val"]}); delete it and draw again'
-        )
+    images, masks = (len(list(home.glob(files))) for files in ('JPEGImages/*.jpg', 'SegmentationClass/*.png'))
+    wanted = drawn['train'] + drawn['val']
+    if not images == masks == wanted:
+        raise CSGError(f'{home} lacks files ({images} images and {masks} masks of {wanted}); delete it and draw again')
     return True
 
 
@@ -323,11 +319,10 @@ def _name(split: int, index: int) -> str:
 def _write_lists(home: Path, **counts: int) -> None:
     for folder in ('JPEGImages', 'SegmentationClass', 'ImageSets/Segmentation'):
         (home / folder).mkdir(parents=True)
-    names = {s: [_name(i, k) for k in range(counts[s])] for i, s in enumerate(SPLITS)}
+    names = {split: [_name(i, k) for k in range(counts[split])] for i, split in enumerate(SPLITS)}
     names['trainval'] = names['train'] + names['val']
     for split, lines in names.items():
-        target = home / 'ImageSets/Segmentation' / f'{split}.txt'
-        target.write_text('\n'.join(lines) + '\n')
+        (home / 'ImageSets/Segmentation' / f'{split}.txt').write_text('\n'.join(lines) + '\n')
 
 
 def _write_pair(home: Path, name: str, image: ndarray, labels: ndarray) -> None:

@@ -1,4 +1,4 @@
-"""Laws of the drawn data set: what is written, when it is not, and what it is worth guessing."""
+"""The drawn data set: what is written, when nothing is, and that constant guesses score little."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_a_split_shows_all_21_classes_and_the_ignored_border(home, split):
     assert shown.tolist() == [*range(21), IGNORE]
 
 
-def test_a_border_lies_between_any_two_labels(home):
+def test_a_border_separates_any_two_labels(home):
     for mask in masks(home, 'val'):
         for a, b in ((mask[1:], mask[:-1]), (mask[:, 1:], mask[:, :-1])):
             differ = (a != b) & (a != IGNORE) & (b != IGNORE)
@@ -118,7 +118,7 @@ def test_a_foreign_folder_is_refused(tmp_path, record):
     assert contents(tmp_path) == before
 
 
-def test_a_set_that_lost_files_is_refused(tmp_path):
+def test_a_data_set_that_lacks_files_is_refused(tmp_path):
     home = draw_dataset(tmp_path, train=2, val=1, size=32)
     (home / 'JPEGImages/val_00000.jpg').unlink()
     with pytest.raises(CSGError, match='delete it and draw again'):
@@ -137,7 +137,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path):
 
 def test_a_file_in_the_way_is_refused(tmp_path):
     (tmp_path / 'drawn').write_text('kept')
-    with pytest.raises(CSGError, match='drawn cannot be made .* draw into another folder'):
+    with pytest.raises(CSGError, match='drawn cannot be created .* draw into another folder'):
         draw_dataset(tmp_path / 'drawn', **SMALL)
     assert (tmp_path / 'drawn').read_text() == 'kept'
 
