@@ -1,4 +1,4 @@
-"""Networks of the paper that no library of the OpenMMLab family has, in plain torch."""
+"""Networks from the paper that mmpretrain lacks, in plain torch."""
 
 from .mobilenet_v2 import CIFARMobileNetV2
 from .resnet import CIFARResNet

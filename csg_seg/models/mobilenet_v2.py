@@ -1,4 +1,4 @@
-"""MobileNetV2 for CIFAR-10, in the form that the paper's authors used."""
+"""MobileNetV2 for CIFAR-10, as in the code of the paper's authors."""
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,9 +18,8 @@ STAGES = (
 class InvertedResidual(nn.Module):
     """1x1 expansion, 3x3 depthwise conv, 1x1 projection.
 
-    Unlike Sandler et al., CVPR 2018: the expansion is there even where it does
-    not expand, the activation is ReLU, and every block of stride 1 has a
-    shortcut, a 1x1 conv where the channels change.
+    It differs from Sandler et al., CVPR 2018: the expansion is kept where its factor is 1, the activation is ReLU, and
+    every block with stride 1 has a shortcut, a 1x1 conv where the number of channels changes.
     """
 
     def __init__(self, in_channels: int, channels: int, expansion: int, stride: int):
@@ -46,9 +45,9 @@ class InvertedResidual(nn.Module):
 
 
 class CIFARMobileNetV2(nn.Module):
-    """MobileNetV2 for 32 x 32 pixels, without the classifier.
+    """MobileNetV2 for images of 32 x 32 pixels, without the classifier.
 
-    Strides of the first conv and of the second stage are 1; see :class:`InvertedResidual`.
+    The first conv and the second stage have stride 1; see :class:`InvertedResidual`.
     """
 
     def __init__(self) -> None:

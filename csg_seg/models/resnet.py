@@ -1,4 +1,4 @@
-"""The ResNet of CIFAR-10, with parameter-free shortcuts."""
+"""ResNet for CIFAR-10, with shortcuts without parameters."""
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -7,11 +7,10 @@ from csg_seg.errors import CSGError
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convs beside a shortcut without parameters.
+    """Two 3x3 convs and a shortcut without parameters.
 
-    Where the shape changes, the shortcut takes every second pixel and pads the
-    channels with zeros: option A of He et al., "Deep Residual Learning for Image
-    Recognition", CVPR 2016, section 4.2, which does not say on which side.
+    Where the shape changes, the shortcut takes every second pixel and pads the channels with zeros: option A of He et
+    al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2, which does not say on which side.
     """
 
     def __init__(self, in_channels: int, channels: int, *, stride: int, zeros: str):
@@ -40,13 +39,13 @@ class CIFARResNet(nn.Module):
     He et al., CVPR 2016, section 4.2.
 
     Args:
-        depth: ``6 n + 2``, two convs in each of ``n`` blocks of three stages.
-        zeros: where a shortcut gets its new channels: 'after' the old ones, as the
-            paper's authors have it, or 'around' them, half on each side.
-        base_channels: of the first stage; each later stage has twice as many.
+        depth: ``6 n + 2``: three stages of ``n`` blocks with two convs each.
+        zeros: where a shortcut pads its channels: 'after' the others, as the CSG paper's authors do, or 'around'
+            them, half on each side.
+        base_channels: channels of the first stage; each later stage has twice as many.
 
     Raises:
-        CSGError: there is no network of such a depth.
+        CSGError: there is no network with this depth.
     """
 
     def __init__(self, depth: int, zeros: str = 'after', base_channels: int = 16):
@@ -55,7 +54,7 @@ class CIFARResNet(nn.Module):
             raise CSGError(f"zeros must be 'after' or 'around'; got {zeros!r}")
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
-            raise CSGError(f'depth {depth}: a CIFAR ResNet has 6 n + 2 layers; take 20, 32, 44, 56 or 110')
+            raise CSGError(f'depth {depth}: a CIFAR ResNet has 6 n + 2 layers; use 20, 32, 44, 56 or 110')
         first, second, third = (base_channels * factor for factor in (1, 2, 4))
         self.conv1 = nn.Conv2d(3, first, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(first)
