@@ -145,13 +145,13 @@ def test_a_few_masks_of_many_are_read(root, monkeypatch):
     cfg = read_config(DEMO, options(root))
     dataset = DATASETS.build({**cfg.train_dataloader.dataset, '_scope_': 'mmseg', 'serialize_data': False})
     init_default_scope('mmseg')
-    check, read = labels._check, []
+    check, read = labels.check_mask, []
 
     def counted(cfg, split, mask, path):
         read.append(path)
         check(cfg, split, mask, path)
 
-    monkeypatch.setattr(labels, '_check', counted)
+    monkeypatch.setattr(labels, 'check_mask', counted)
     labels.check_labels(cfg, 'train', dataset, cfg.train_pipeline)
     assert len(dataset) == 500 * len(names) and len(read) == labels.MASKS
 

@@ -53,12 +53,19 @@ def check_labels(cfg: Config, split: str, dataset: BaseDataset, pipeline: list[M
             mask = load(deepcopy(samples[index]))['gt_seg_map']
         except Exception as error:  # what decoders raise of a damaged file is theirs
             raise CSGError(f'{split} data: {path}: no mask ({type(error).__name__}); copy it again') from None
-        _check(cfg, split, mask, path)
+        check_mask(cfg, split, mask, path)
 
 
-def _check(cfg: Config, split: str, mask: np.ndarray, path: str) -> None:
+def check_mask(cfg: Config, split: str, mask: np.ndarray, path: str) -> None:
+    """Refuse a mask with a label that is neither a class of the network nor ignored.
+
+    Raises:
+        CSGError: names the label and the mask's ``path``.
+    """
     classes, ignored = _class_count(cfg.model), _ignored(cfg, split)
-    wrong = None if classes is None else _wrong(mask, classes, ignored)
+    if classes is None:
+        return
+    wrong = _wrong(mask, classes, ignored)
     if wrong is not None:
         raise CSGError(
             f'{split} data: {path} has label {wrong}, and the network has classes 0 to {classes - 1} and ignores '

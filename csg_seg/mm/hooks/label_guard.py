@@ -1,4 +1,4 @@
-"""Labels that are no classes, found during a run."""
+"""LabelGuardHook: name the mask whose label made a training fail, or would spoil a score."""
 
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -10,14 +10,15 @@ from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 
 from csg_seg.errors import CSGError
-from csg_seg.mm.datasets.labels import _check
+from csg_seg.mm.datasets.labels import check_mask
 
 
 class LabelGuardHook(Hook):
-    """Say of a training that a label ended which one it was, and refuse to score by masks that hold such.
+    """Find masks with labels that are not classes during a run.
 
-    A context manager: enter it around the run. Training has a look at the batch only once
-    something failed; an evaluation would go on and count such pixels as mistakes.
+    Use it as a context manager around the run. Training checks a batch only after an
+    error, which says nothing about the label. Validation and test check every batch,
+    because they would count such pixels as mistakes.
     """
 
     def __init__(self, cfg: Config):
@@ -32,30 +33,30 @@ class LabelGuardHook(Hook):
             self._check(self._batch, 'train')
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Keep the batch for as long as it is trained on."""
+        """Keep the batch until the iteration has ended."""
         self._batch = data_batch
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Let the batch go."""
+        """Release the batch."""
         self._batch = None
 
     def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Look into the masks of a batch."""
+        """Check the batch's masks."""
         self._check(data_batch, 'val')
 
     def before_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Look into the masks of a batch."""
+        """Check the batch's masks."""
         self._check(data_batch, 'test')
 
     def _check(self, batch: Any, split: str) -> None:
         for sample in _samples(batch.get('data_samples') if isinstance(batch, Mapping) else None):
             if 'gt_sem_seg' in sample:
                 path = sample.get('seg_map_path') or sample.get('img_path') or 'a mask'
-                _check(self._cfg, split, sample.gt_sem_seg.data.cpu().numpy(), path)
+                check_mask(self._cfg, split, sample.gt_sem_seg.data.cpu().numpy(), path)
 
 
 def _samples(nested: Any) -> Iterator[BaseDataElement]:
-    """Yield the samples of a batch, which test-time augmentation has in lists of lists."""
+    """Yield the samples of a batch; test-time augmentation nests them in lists of lists."""
     if isinstance(nested, BaseDataElement):
         yield nested
     elif isinstance(nested, (list, tuple)):
