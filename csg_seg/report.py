@@ -1,7 +1,7 @@
 """Counts of a model: what it stores, what it trains, and what the dense network would take."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -54,8 +54,8 @@ class GeneratorCount:
 class Summary:
     """Counts of a whole model; print it for a table.
 
-    Parameters are those of ``model.parameters()``; bytes are those of its state
-    dict, buffers included. A binary generator stores no parameters, only a seed.
+    Parameters are those of ``model.parameters()``, and bytes those of the state dict, buffers included. A binary
+    generator stores no parameters, only a seed.
     """
 
     dense_params: int
@@ -68,7 +68,7 @@ class Summary:
 
     @property
     def compression_ratio(self) -> float:
-        """Dense parameters over stored parameters, above 1 when the model shrank."""
+        """Dense parameters divided by stored parameters, above 1 if the model is smaller than dense."""
         return self.dense_params / self.stored_params if self.stored_params else 1.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,9 +104,7 @@ class Summary:
         )
 
     def __str__(self) -> str:
-        generated = [layer for layer in self.layers if layer.generator is not None]
-        rows = [('generated layer', 'weight', 'grid', 'generator', 'dense', 'stored')]
-        rows += [
+        rows = [
             (
                 each.name,
                 _by(each.weight_shape),
@@ -115,9 +113,11 @@ class Summary:
                 f'{each.dense_params:,}',
                 f'{each.stored_params:,}',
             )
-            for each in generated
+            for each in self.layers
+            if each.generator is not None
         ]
-        lines = _align(rows) if generated else ['no generated layers']
+        header = ('generated layer', 'weight', 'grid', 'generator', 'dense', 'stored')
+        lines = _align([header, *rows]) if rows else ['no generated layers']
         lines += ['', *(self._generator_line(position) for position in range(len(self.generators)))]
         lines += self._left_dense_lines()
         lines += [each for each in (self.describe_growth(), self.headline()) if each]
@@ -147,49 +147,48 @@ def summarise(model: nn.Module) -> Summary:
         CSGError: the model is a part of a retrofitted one.
     """
     roots = list(find_roots(model))
-    generators = [generator for _, _, bank in roots for generator in bank]
+    # Two roots may share a generator.
+    generators = list(dict.fromkeys(generator for _, _, bank in roots for generator in bank))
     generated = [module for module in model.modules() if isinstance(module, CSGConv)]
-    if not all(any(conv.generator is generator for generator in generators) for conv in generated):
+    if not {conv.generator for conv in generated} <= {*generators}:
         raise CSGError('the generators of these layers belong to a larger model; give that model as a whole')
     left_dense = {prefix + name: str(reason) for prefix, _, bank in roots for name, reason in bank.left_dense.items()}
     convs: dict[str, nn.Module] = {**find_convs(model), **find_others(model)}
-    layers = tuple(_layer(name, module, generators, left_dense) for name, module in convs.items())
-    parameters = list(model.parameters())
-    stored = sum(parameter.numel() for parameter in parameters)
+    layers = tuple(_layer(name, module, generators, left_dense.get(name)) for name, module in convs.items())
+    stored, stored_bytes = _numel(model.parameters()), _bytes(model)
     saved = sum(layer.dense_params - layer.stored_params for layer in layers)
-    generator_params = sum(_count(generator) for generator in generators)
-    stored_bytes = _bytes(model)
-    generator_bytes = sum(map(_bytes, generators))
-    saved_bytes = sum((conv.weight_shape.numel() - _stored(conv)) * conv.code.element_size() for conv in generated)
+    saved -= sum(_numel(generator.parameters()) for generator in generators)
+    saved_bytes = sum(
+        (conv.weight_shape.numel() - _numel(conv.stored().values())) * conv.code.element_size() for conv in generated
+    )
     return Summary(
-        dense_params=stored - generator_params + saved,
+        dense_params=stored + saved,
         stored_params=stored,
-        trainable_params=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        dense_bytes=stored_bytes - generator_bytes + saved_bytes,
+        trainable_params=_numel(parameter for parameter in model.parameters() if parameter.requires_grad),
+        dense_bytes=stored_bytes + saved_bytes - sum(map(_bytes, generators)),
         stored_bytes=stored_bytes,
         generators=tuple(_generator(generator, generated) for generator in generators),
         layers=layers,
     )
 
 
-def _layer(name: str, conv: nn.Module, generators: Sequence[nn.Module], left_dense: dict[str, str]) -> Layer:
+def _layer(name: str, conv: nn.Module, generators: Sequence[Generator], left_dense: str | None) -> Layer:
     if not isinstance(conv, CSGConv):
         weight = cast(Tensor, conv.weight)
-        shape, count = tuple(weight.shape), weight.numel()
-        return Layer(name, shape, None, None, count, count, left_dense.get(name))
+        return Layer(name, tuple(weight.shape), None, None, weight.numel(), weight.numel(), left_dense)
     return Layer(
         name=name,
         weight_shape=tuple(conv.weight_shape),
         grid=grid(conv.weight_shape, conv.generator.settings.slice_shape),
-        generator=next(i for i, each in enumerate(generators) if each is conv.generator),
+        generator=generators.index(conv.generator),
         dense_params=conv.weight_shape.numel(),
-        stored_params=_stored(conv),
+        stored_params=_numel(conv.stored().values()),
         left_dense=None,
     )
 
 
 def _generator(generator: Generator, generated: Sequence[CSGConv]) -> GeneratorCount:
-    fed = [conv for conv in generated if conv.generator is generator]
+    convs = [conv for conv in generated if conv.generator is generator]
     settings = generator.settings
     return GeneratorCount(
         generator=settings.generator,
@@ -197,19 +196,15 @@ def _generator(generator: Generator, generated: Sequence[CSGConv]) -> GeneratorC
         code_dim=settings.code_dim,
         layout=settings.layout,
         options={key: getattr(settings, key) for key in OPTIONAL if getattr(settings, key)},
-        stored_params=_count(generator),
-        trainable_params=sum(p.numel() for p in generator.parameters() if p.requires_grad),
-        layers=len(fed),
-        slices=sum(len(conv.code) for conv in fed),
+        stored_params=_numel(generator.parameters()),
+        trainable_params=_numel(parameter for parameter in generator.parameters() if parameter.requires_grad),
+        layers=len(convs),
+        slices=sum(len(conv.code) for conv in convs),
     )
 
 
-def _stored(conv: CSGConv) -> int:
-    return sum(parameter.numel() for parameter in conv.stored().values())
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _numel(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _bytes(module: nn.Module) -> int:
@@ -222,10 +217,8 @@ def _by(shape: Sequence[int]) -> str:
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
     return [
-        '  '.join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
+        '  '.join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])
         for row in rows
     ]
