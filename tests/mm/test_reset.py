@@ -98,7 +98,7 @@ def test_more_generated_layers_than_the_config_has_are_refused_everywhere(drawn,
 
 def test_a_hook_that_no_runner_runs_leaves_no_network_random(drawn, trained, tmp_path):
     cfg = hook_door(small_config(DENSE, drawn, tmp_path))
-    with pytest.raises(CSGError, match='CSGHook, which a Runner alone runs'):
+    with pytest.raises(CSGError, match='CSGHook, which only a Runner runs'):
         init_model(cfg, str(trained / 'iter_3.pth'), device='cpu')
 
 

@@ -227,7 +227,7 @@ def test_training_outlives_a_compact_file_that_does_not_fit(drawn, tmp_path):
     assert {path.stem for path in tmp_path.glob('*.pth')} == {'iter_1', 'iter_2', 'iter_3', 'iter_4'}
     assert {path.stem for path in tmp_path.glob('*.safetensors')} == {'iter_1', 'iter_4'}
     (log,) = tmp_path.glob('*/*.log')
-    warnings = [line for line in log.read_text().splitlines() if 'Training goes on' in line]
+    warnings = [line for line in log.read_text().splitlines() if 'Training continues' in line]
     assert len(warnings) == 2
     for line, step in zip(warnings, (2, 3), strict=True):
         assert f'{tmp_path}/iter_{step}.safetensors: cannot be written (File too large)' in line

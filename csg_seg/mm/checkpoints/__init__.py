@@ -1,1 +1,1 @@
-"""Checkpoint files of mmengine, read safely, and compact files that describe their network."""
+"""Checkpoint files: read safely, loaded strictly, and written as compact files that describe their network."""

@@ -1,8 +1,7 @@
-"""Networks of mmengine's registries, described in compact checkpoints and built from there.
+"""Describe a registered network as JSON in a compact checkpoint, and build it from there.
 
-What a file says is not to be trusted. mmengine's registries import whatever a type
-names and cannot be found otherwise, and configs may name files and addresses of
-weights: both are refused here.
+A description is not trusted. mmengine's registries import whatever an unknown type names,
+and configs may name files and addresses of weights; both are refused here.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,12 +16,12 @@ from csg_seg.errors import CSGError
 from csg_seg.storage.builders import check_source, register_builder
 
 SCOPES = ('mmengine', 'mmcv', 'mmseg', 'mmpretrain')
-# Where weights come from while a network is trained; a compact checkpoint brings its own.
+# Config keys that name the weights to start from; a compact checkpoint holds weights itself.
 WEIGHTS = ('init_cfg', 'pretrained')
 
 
 def describe(cfg: Config) -> dict[str, Any]:
-    """Say how the dense network of a config is built, for :func:`csg_seg.save_compact`.
+    """Describe how to build the dense network of a config, for :func:`csg_seg.save_compact`.
 
     Args:
         cfg: dense or CSG config of mmseg or mmpretrain.
@@ -33,40 +32,38 @@ def describe(cfg: Config) -> dict[str, Any]:
     model = dense_model(cfg)
     if cfg.get('data_preprocessor') and 'data_preprocessor' not in model:  # as a Runner does
         model['data_preprocessor'] = cfg.data_preprocessor.to_dict()
-    source: dict[str, Any] = dict(
-        builder='mmengine', scope=cfg.get('default_scope', 'mmseg'), model=without_weights(model)
-    )
+    scope, model = cfg.get('default_scope', 'mmseg'), without_weights(model)
+    source: dict[str, Any] = dict(builder='mmengine', scope=scope, model=model)
     if cfg.get('test_pipeline'):
         source['test_pipeline'] = [dict(each) for each in cfg.test_pipeline]
     check_source(source)
-    _check_all(**source)
+    _check_all(scope, model, source.get('test_pipeline'))
     return source
 
 
 def dense_model(cfg: Config) -> dict[str, Any]:
-    """Return the ``model`` of a config without what csg_seg's model doors add."""
+    """Return the ``model`` of a config without the settings of ``CSGModel`` or ``TaughtModel``."""
     model = cfg.model.to_dict()
     if model['type'] in ('CSGModel', 'TaughtModel'):
         model['type'] = model.pop('base_type')
-        model = {
-            key: value for key, value in model.items() if key not in ('csg', 'teacher', 'generators_from', 'reset')
-        }
+        for key in ('csg', 'teacher', 'generators_from', 'reset'):
+            model.pop(key, None)
     return model
 
 
 @register_builder('mmengine')
 def build_mmengine(*, scope: str, model: Mapping[str, Any], test_pipeline: list | None = None) -> nn.Module:
-    """Build a registered network; it gets ``cfg``, as mmseg's inference wants it.
+    """Build a registered network and set its attribute ``cfg``, which mmseg's inference needs.
 
     Args:
         scope: 'mmseg' or 'mmpretrain'.
         model: the ``model`` of a config.
-        test_pipeline: of that config, for inference.
+        test_pipeline: of the same config, for inference.
 
     Raises:
-        CSGError: a type is not registered, or a file or an address is named.
+        CSGError: a type is not registered, or a value may name a file or an address.
     """
-    _check_all(scope=scope, model=model, test_pipeline=test_pipeline)
+    _check_all(scope, model, test_pipeline)
     cfg = Config(dict(model=without_weights(model), default_scope=scope, test_pipeline=test_pipeline or []))
     init_default_scope(scope)
     network = MODELS.build(deepcopy(cfg.model))
@@ -75,13 +72,13 @@ def build_mmengine(*, scope: str, model: Mapping[str, Any], test_pipeline: list 
 
 
 def without_weights(value: Any) -> Any:
-    """Return a config without what says where its weights come from."""
+    """Return a config without the keys that name weights to start from."""
     if isinstance(value, Mapping):
         return {key: without_weights(each) for key, each in value.items() if key not in WEIGHTS}
     return type(value)(without_weights(each) for each in value) if type(value) in (list, tuple) else value
 
 
-def _check_all(*, scope: str, model: Any, test_pipeline: Any = None, builder: str = 'mmengine') -> None:
+def _check_all(scope: str, model: Any, test_pipeline: Any) -> None:
     if scope not in SCOPES:
         raise CSGError(f'there is no scope {str(scope)[:40]!r}, only {", ".join(SCOPES)}')
     init_default_scope(scope)
@@ -90,16 +87,16 @@ def _check_all(*, scope: str, model: Any, test_pipeline: Any = None, builder: st
 
 
 def _check(scope: str, value: Any, registry: Registry) -> None:
-    """Refuse types that are not registered, and text that names a file or an address."""
+    """Refuse types that are not registered, and text that may name a file or an address."""
     for key, each in leaves(value):
         if key == 'type' and not _is_registered(scope, each, registry):
             raise CSGError(f'type {str(each)[:60]!r} is not registered in {scope}; import what registers it first')
         if isinstance(each, str) and ('/' in each or '\\' in each):
-            raise CSGError(f'{key}={each[:60]!r} may name a file or an address, which is not for compact files')
+            raise CSGError(f'{key}={each[:60]!r} may name a file or an address; compact files cannot contain them')
 
 
 def leaves(value: Any, key: str = '') -> Iterator[tuple[str, Any]]:
-    """Yield each plain value, and the key that it or its list has."""
+    """Yield each value that is no container, after the key that it, or the list around it, has."""
     if isinstance(value, Mapping):
         for name, each in value.items():
             yield from leaves(each, str(name))

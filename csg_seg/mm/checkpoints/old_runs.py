@@ -1,4 +1,4 @@
-"""Runs of earlier versions."""
+"""Resume trainings of csg_seg 0.1.0, whose optimizer state has another order."""
 
 from torch import nn
 
@@ -10,29 +10,31 @@ REORDERED = 'csg_generators_first'
 
 
 def put_generators_first(checkpoint: dict, model: nn.Module) -> None:
-    """Reorder, once, the optimizer's state of a run of csg_seg 0.1.0, in which the generators' parameters came last.
+    """Move the generators' entries in the optimizer state of csg_seg 0.1.0 from the end to the start.
+
+    Checkpoints of later versions, and those reordered already, are left as they are.
 
     Args:
         checkpoint: of a training that is resumed, changed in place.
         model: retrofitted.
 
     Raises:
-        CSGError: its parameter groups do not say which parameter is which.
+        CSGError: the parameter groups do not show which parameter is which.
     """
     settings = checkpoint.get('state_dict', {}).get(f'{BANK}.0._extra_state')
     groups = checkpoint.get('optimizer', {}).get('param_groups')
     if settings is None or not groups or read_layers(settings) is not None or REORDERED in checkpoint:
         return
     checkpoint[REORDERED] = True
-    single = len(groups) == 1
-    # mmengine makes no group for a frozen parameter.
-    names = [name for name, each in model.named_parameters() if single or each.requires_grad]
-    earlier = sorted(names, key=lambda name: name.startswith(f'{BANK}.'))
-    items = groups[0]['params'] if single else groups
-    if len(items) != len(names) or not (single or all(len(group['params']) == 1 for group in groups)):
+    is_single = len(groups) == 1
+    # With several groups, mmengine makes one for each parameter that is not frozen.
+    names = [name for name, each in model.named_parameters() if is_single or each.requires_grad]
+    old_order = sorted(names, key=lambda name: name.startswith(f'{BANK}.'))
+    items = groups[0]['params'] if is_single else groups
+    if len(items) != len(names) or not (is_single or all(len(group['params']) == 1 for group in groups)):
         raise CSGError(
-            'a run of csg_seg 0.1.0, whose optimizer state has another order, with groups of several parameters; '
+            'this run of csg_seg 0.1.0 has an optimizer with groups of several parameters, which cannot be reordered; '
             'begin a new run with its weights (load_from, without --resume)'
         )
-    place = {name: position for position, name in enumerate(earlier)}
+    place = {name: position for position, name in enumerate(old_order)}
     items[:] = [items[place[name]] for name in names]

@@ -1,7 +1,9 @@
-"""Checkpoints as mmengine reads and writes them."""
+"""Read training checkpoints and compact checkpoints, and load their weights strictly."""
 
 import json
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +13,32 @@ from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
 from csg_seg.errors import CSGError, abridge
-from csg_seg.layers.bank import find_bank
+from csg_seg.layers.bank import BANK, find_bank
 from csg_seg.layers.conv import check_finite
 from csg_seg.storage.format import read_compact
 
 from .unpickling import check_file, read_tensors
 
+GENERATOR = re.compile(rf'(^|\.){BANK}\.\d+\._extra_state$')
+
 
 @CheckpointLoader.register_scheme(prefixes=r'.*\.safetensors$')
 def load_from_compact(filename: str, map_location: Any = None) -> dict:
-    """Let ``load_from``, ``init_model`` and the test tools read compact checkpoints.
+    """Read a compact checkpoint, also for mmengine's ``load_from``, ``init_model`` and test tools.
 
     Raises:
-        CSGError: the file is damaged or is no compact checkpoint.
+        CSGError: the file is damaged, or not a compact checkpoint.
     """
     compact = read_compact(filename)
-    meta = {key: json.loads(text) for key, text in compact.metadata.items() if key == 'dataset_meta' and text != '{}'}
-    return {'meta': meta, 'state_dict': compact.tensors}
+    dataset_meta = json.loads(compact.metadata.get('dataset_meta', '{}'))
+    return {'meta': {'dataset_meta': dataset_meta} if dataset_meta else {}, 'state_dict': compact.tensors}
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
-    """Read a checkpoint of mmengine or a compact one, unpickling nothing but tensors and its scalars.
+    """Read a training checkpoint or a compact checkpoint, without unpickling objects.
 
     Returns:
-        a dict of ``state_dict`` and ``meta``.
+        A dict with ``state_dict`` and ``meta``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -46,12 +50,16 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     checkpoint = read_tensors(path)
     if not isinstance(checkpoint, dict):
         raise CSGError(f'{path}: holds a {type(checkpoint).__name__}, not a state dict; give a training checkpoint')
-    state_dict = checkpoint.get('state_dict', checkpoint)
-    return {'meta': checkpoint.get('meta', {}), 'state_dict': state_dict}
+    return {'meta': checkpoint.get('meta', {}), 'state_dict': checkpoint.get('state_dict', checkpoint)}
+
+
+def generator_names(names: Iterable[str]) -> list[str]:
+    """Return the state-dict entries that hold a generator's settings, one for each generator."""
+    return [name for name in names if GENERATOR.search(name)]
 
 
 def load_weights(model: nn.Module, state_dict: dict) -> None:
-    """Load a whole state dict into a bare model, strictly.
+    """Load a whole state dict into a model that is not wrapped, strictly.
 
     Raises:
         CSGError: names or shapes differ, a value is not finite, or the weights are dense and the model is retrofitted.
@@ -64,9 +72,9 @@ def load_weights(model: nn.Module, state_dict: dict) -> None:
     for name, tensor in state_dict.items():
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
             check_finite(name, tensor)
-    wanted = model.state_dict()
-    missing, excess = ([*one.keys() - other.keys()] for one, other in ((wanted, state_dict), (state_dict, wanted)))
-    wrong = [f'{name} is missing' for name in sorted(missing)] + [f'{name} is in excess' for name in sorted(excess)]
+    wanted, given = model.state_dict().keys(), state_dict.keys()
+    wrong = [f'{name} is missing' for name in sorted(wanted - given)]
+    wrong += [f'{name} is in excess' for name in sorted(given - wanted)]
     if wrong:
         raise CSGError(f'the checkpoint does not fit the config: {abridge(wrong)}; {_hint(model, state_dict)}')
     try:
@@ -76,9 +84,9 @@ def load_weights(model: nn.Module, state_dict: dict) -> None:
 
 
 def _hint(model: nn.Module, state_dict: dict) -> str:
-    """Guess what a state dict with other names is."""
+    """Say what to do about a state dict with other names."""
     if find_bank(model) is None and any(name.endswith('.code') for name in state_dict):
         return 'it is a CSG checkpoint; use its CSG config, or materialise it'
     if all(name.startswith('module.') for name in state_dict):
         return "its names begin with 'module.'; released files are converted by tools/model_converters/released2csg.py"
-    return 'take a checkpoint of this config'
+    return 'use a checkpoint of this config'

@@ -1,4 +1,9 @@
-"""Checkpoint files, read without unpickling objects."""
+"""Load pickled checkpoints safely: which objects may be unpickled, and the loader that replaces mmengine's.
+
+Unpickling can run any code, so a file may contain only tensors, plain containers and the
+few objects that mmengine puts into its checkpoints. mmengine's own loader falls back to
+unpickling everything; :func:`forbid_unpickling` replaces it.
+"""
 
 import os
 import zipfile
@@ -16,30 +21,27 @@ from csg_seg.storage.format import read_compact
 
 
 def read_tensors(path: str | os.PathLike, map_location: Any = 'cpu') -> Any:
-    """Load a file of ``torch.save``, unpickling nothing but tensors, containers and mmengine's scalars.
+    """Load a file written by ``torch.save`` without unpickling any other objects than those allowed.
 
     Raises:
         CSGError: the file is damaged, or holds other objects.
     """
     try:
-        # Again, because mmengine's own loading may have cleared what is registered below.
-        with torch.serialization.safe_globals(_what_mmengine_pickles()):
+        # Registered again, because mmengine's loader may have cleared the registration at import.
+        with torch.serialization.safe_globals(_safe_objects()):
             return torch.load(path, map_location=map_location, weights_only=True)
     except UnpicklingError:
         raise CSGError(
-            f'{path}: damaged, no checkpoint, or one with objects other than weights in it, which are not unpickled; '
+            f'{path}: damaged, not a checkpoint, or it holds objects other than weights, which are not unpickled; '
             'give a checkpoint of a training run'
         ) from None
-    # A damaged file may raise anything while it is parsed.
+    # Parsing a damaged file may raise anything.
     except Exception as error:
-        raise CSGError(f'{path}: damaged, or no checkpoint ({type(error).__name__}); copy it again') from None
+        raise CSGError(f'{path}: damaged, or not a checkpoint ({type(error).__name__}); copy it again') from None
 
 
 def forbid_unpickling() -> None:
-    """Let mmengine load local checkpoints by :func:`read_tensors` alone, in this process.
-
-    Its own loader unpickles whatever a file holds when safe loading is refused.
-    """
+    """Make mmengine load local checkpoints with :func:`read_tensors` in this process."""
 
     @CheckpointLoader.register_scheme(prefixes='', force=True)
     def load_from_local(filename: str, map_location: Any = None) -> Any:
@@ -48,14 +50,14 @@ def forbid_unpickling() -> None:
 
 
 def check_file(path: str | os.PathLike) -> None:
-    """Refuse a checkpoint that is missing, empty or cut short, before anything else is done.
+    """Refuse a checkpoint that is missing, empty or cut short, without loading it.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CSGError: the file is cut short.
+        CSGError: the file is cut short, or the path is an address or a folder.
     """
     if '://' in str(path):
-        raise CSGError(f'{path}: no local file; download it first')
+        raise CSGError(f'{path}: not a local file; download it first')
     path = Path(path)
     if path.is_dir():
         raise CSGError(f'{path}: a folder; give a file in it')
@@ -69,21 +71,21 @@ def check_file(path: str | os.PathLike) -> None:
         read_compact(path)
 
 
-def _what_mmengine_pickles() -> list:
-    multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
-    dtypes = [
-        type(np.dtype(each)) for each in (np.float32, np.float64, np.int32, np.int64, np.uint32, np.uint8, np.bool_)
-    ]
-    known = [HistoryBuffer, np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar, slice, *dtypes]
+def _safe_objects() -> list:
+    """Return the classes and functions that mmengine's checkpoints refer to."""
+    # NumPy pickles arrays and scalars with these two functions, whose module depends on its version.
+    reconstruct, scalar = np.empty(0).__reduce__()[0], np.float32(0).__reduce__()[0]
+    dtypes = [type(np.dtype(each)) for each in ('f4', 'f8', 'i4', 'i8', 'u4', 'u1', '?')]
+    known = [HistoryBuffer, np.ndarray, np.dtype, reconstruct, scalar, slice, *dtypes]
     return [*known, (_history_statistic, 'builtins.getattr')]
 
 
 def _history_statistic(owner: Any, name: str) -> Any:
-    """Stand in for ``getattr``, which a HistoryBuffer is pickled with: its own methods and nothing else."""
+    """Replace ``getattr``, which a pickled HistoryBuffer calls, and allow only the buffer's own methods."""
     if owner is not HistoryBuffer or name.startswith('_'):
         raise UnpicklingError(f'{name} of {owner} is not a statistic of mmengine')
     return getattr(owner, name)
 
 
-# Also lets OpenMMLab's mmengine, whose own loading stops at these, resume and test on torch 2.6 and later.
-torch.serialization.add_safe_globals(_what_mmengine_pickles())
+# OpenMMLab's mmengine needs these to resume and test with torch 2.6 and later.
+torch.serialization.add_safe_globals(_safe_objects())

@@ -1,4 +1,4 @@
-"""Checkpoints that a run cannot be resumed from."""
+"""CheckpointGuardHook: refuse checkpoints that a run cannot resume from."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,15 +12,15 @@ from csg_seg.layers.bank import find_bank
 from csg_seg.mm.checkpoints.old_runs import put_generators_first
 from csg_seg.mm.model import bare_model
 
-# Settings that one kind of torch's optimizers has and another lacks.
+# Settings that only some kinds of torch's optimizers have.
 KIND = {'momentum', 'betas', 'alpha', 'rho', 'lambd', 'etas', 'lr_decay'}
 
 
 class CheckpointGuardHook(Hook):
-    """Refuse to resume from another training's state."""
+    """Refuse to resume from a checkpoint without training state, or with the state of another optimizer."""
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Compare the checkpoint's training state with the optimizer."""
+        """Compare the checkpoint's optimizer state with the config's optimizer."""
         prepare_resume(runner, checkpoint)
         if not runner._resume or not isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)):
             return
@@ -35,7 +35,7 @@ class CheckpointGuardHook(Hook):
 
 
 def prepare_resume(runner: Runner, checkpoint: dict) -> None:
-    """Let no layer start anew in a run that is resumed, and bring an earlier version's optimizer state into order."""
+    """In a run that resumes, load all layers whatever ``reset`` says, and reorder optimizer states of csg_seg 0.1.0."""
     model = bare_model(runner.model)
     bank = find_bank(model)
     if runner._resume and bank is not None:
@@ -44,7 +44,7 @@ def prepare_resume(runner: Runner, checkpoint: dict) -> None:
 
 
 def _other_optimizer(optim_wrapper: OptimWrapper | OptimWrapperDict, stored: Mapping[str, Any]) -> str:
-    """Say in what the optimizer that a state was saved by differs from this one, which could not go on from it."""
+    """Describe the optimizer that saved a state if this one could not resume from it, and return '' otherwise."""
     if isinstance(optim_wrapper, OptimWrapperDict):
         ours = dict(optim_wrapper.items())
         if stored.keys() != ours.keys():
@@ -52,7 +52,7 @@ def _other_optimizer(optim_wrapper: OptimWrapper | OptimWrapperDict, stored: Map
         return next(filter(None, (_other_optimizer(each, stored[name]) for name, each in ours.items())), '')
     if 'param_groups' not in stored:
         return f'the optimizers {", ".join(stored)}, and the config has one'
-    # The wrapper's own list has one more entry, mmengine's base settings, where there are several groups.
+    # With several groups, the wrapper's own list has one more entry, mmengine's base settings.
     theirs, groups = stored['param_groups'], optim_wrapper.optimizer.param_groups
     if len(theirs) != len(groups):
         return f'an optimizer of {len(theirs)} parameter groups, and the config makes {len(groups)}'

@@ -1,4 +1,4 @@
-"""Compact files beside checkpoints."""
+"""CompactCheckpointHook: write a compact file beside each .pth."""
 
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,21 @@ from csg_seg.files import NotWrittenError, writing
 from csg_seg.mm.checkpoints.writing import write_with_config
 from csg_seg.mm.model import bare_model
 
-# What a compact file of CompactCheckpointHook calls the checkpoint it lies beside.
+# Metadata entry with the name of the checkpoint that the hook wrote a compact file for.
 OF = 'checkpoint'
 
 
 @HOOKS.register_module()
 class CompactCheckpointHook(Hook):
-    """Write a compact checkpoint (``.safetensors``) beside each checkpoint, and delete it with it.
+    """Write a compact file (``.safetensors``) beside each checkpoint, and delete it when mmengine deletes the checkpoint.
 
-    One that cannot be written is told of by a warning, and training goes on. Each says
-    which checkpoint it is of; by that, a resumed run knows those whose checkpoint mmengine
-    deleted just before the run was killed. Copies under other names are left alone, and
-    so is every compact file of a run that keeps all its checkpoints.
+    If a file cannot be written, the hook logs a warning and training continues. A compact
+    file contains the name of its checkpoint. A resumed run deletes files whose checkpoint
+    is gone, which a killed run may leave; it keeps copies under other names, and every
+    file if mmengine keeps all checkpoints.
     """
 
-    # After EMAHook has put the averaged weights into the checkpoint, and CheckpointHook has saved it.
+    # After EMAHook puts the averaged weights into the checkpoint and CheckpointHook saves it.
     priority = 'LOWEST'
 
     def __init__(self) -> None:
@@ -34,22 +34,22 @@ class CompactCheckpointHook(Hook):
         self._saved: dict[Path, int] = {}
 
     def before_train(self, runner: Runner) -> None:
-        """Note the checkpoints that a resumed run has already, and delete what was left of others."""
+        """Note the checkpoints that exist, and delete compact files without a checkpoint in a resumed run."""
         for folder in {Path(runner.work_dir), *(path.parent for path in _announced(runner, ''))}:
             self._saved |= {path: path.stat().st_mtime_ns for path in folder.glob('*.pth')}
             if runner._resume and runner._has_loaded and runner.rank == 0:
                 _delete_orphans(runner, folder)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Remember the weights that are about to be saved."""
+        """Keep the weights that are about to be saved."""
         self._checkpoint = checkpoint
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Write the compact file of an iteration's checkpoint."""
+        """Write the compact file of a checkpoint saved in this iteration."""
         self._write(runner, 'last_ckpt')
 
     def after_train_epoch(self, runner: Runner) -> None:
-        """Write the compact file of an epoch's checkpoint."""
+        """Write the compact file of a checkpoint saved in this epoch."""
         self._write(runner, 'last_ckpt')
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
@@ -65,15 +65,13 @@ class CompactCheckpointHook(Hook):
             saved = path.stat().st_mtime_ns if path.is_file() else None
             if saved is not None and saved != self._saved.get(path):
                 compact = path.with_suffix('.safetensors')
-                model, notes = bare_model(runner.model), {OF: path.name}
+                what = bare_model(runner.model), checkpoint['state_dict']
                 try:
                     with writing(compact):
-                        write_with_config(
-                            model, checkpoint['state_dict'], compact, runner.cfg, dataset_meta, notes=notes
-                        )
+                        write_with_config(*what, compact, runner.cfg, dataset_meta, notes={OF: path.name})
                 except NotWrittenError as error:
-                    runner.logger.warning(f'{error}. Training goes on; tools/compact.py can make it later.')
-                    _delete(runner, compact)  # an older one, which would be taken for this checkpoint's
+                    runner.logger.warning(f'{error}. Training continues; tools/compact.py can make the file later.')
+                    _delete(runner, compact)  # it belongs to an older checkpoint of the same name
                 self._saved[path] = saved
         for path in [path for path in self._saved if not path.exists()]:
             _delete(runner, path.with_suffix('.safetensors'))
@@ -81,14 +79,14 @@ class CompactCheckpointHook(Hook):
 
 
 def _announced(runner: Runner, which: str) -> set[Path]:
-    """Return the paths that CheckpointHook says it saves to: ``last_ckpt``, ``best_ckpt``, or both."""
+    """Return the paths of CheckpointHook's last checkpoint, its best ones, or both."""
     info = runner.message_hub.runtime_info
     keys = [key for key in info if key.startswith(which) and key.startswith(('last_ckpt', 'best_ckpt'))]
     return {Path(info[key]) for key in keys if info[key]}
 
 
 def _delete(runner: Runner, path: Path) -> None:
-    """Delete a file if that can be; training goes on in any case."""
+    """Delete a file, or log a warning."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -96,7 +94,7 @@ def _delete(runner: Runner, path: Path) -> None:
 
 
 def _delete_orphans(runner: Runner, folder: Path) -> None:
-    """Delete what a killed run left: compact files of checkpoints that mmengine has deleted, and half of one."""
+    """Delete compact files that a killed run left: those without a checkpoint, and unfinished ones."""
     for path in folder.glob('.*.safetensors.*.partial'):
         _delete(runner, path)
     hooks = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
@@ -105,14 +103,14 @@ def _delete_orphans(runner: Runner, folder: Path) -> None:
         checkpoint = path.with_suffix('.pth')
         if checkpoint.exists() or _checkpoint_of(path) != checkpoint.name:
             continue
-        # mmengine always deletes the best one before, but others only in excess of a number.
+        # mmengine keeps one best checkpoint, and the others unless max_keep_ckpts is set.
         if deletes_steps or path.name.startswith('best_'):
-            runner.logger.info(f'{path} goes: mmengine has deleted its checkpoint')
+            runner.logger.info(f'{path}: deleted, because its checkpoint is gone')
             _delete(runner, path)
 
 
 def _checkpoint_of(path: Path) -> str | None:
-    """Return the name of the checkpoint that the hook wrote a compact file beside, None of other files."""
+    """Return the name of the checkpoint that the hook wrote a compact file for, or None for other files."""
     try:
         with safe_open(str(path), framework='pt') as file:
             return (file.metadata() or {}).get(OF)

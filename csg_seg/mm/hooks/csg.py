@@ -1,4 +1,4 @@
-"""The hook that retrofits a model."""
+"""CSGHook: retrofit the model of a Runner."""
 
 import gc
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ from torch import nn
 from csg_seg.errors import CSGError
 from csg_seg.generators.settings import Settings
 from csg_seg.layers.bank import GeneratorBank, find_bank
+from csg_seg.mm.checkpoints.reading import generator_names
 from csg_seg.mm.model import bare_model, retrofit_for_runner
-from csg_seg.mm.patches import GENERATOR
 from csg_seg.report import summarise
 from csg_seg.retrofitting.surgery import CSG
 
@@ -25,18 +25,16 @@ from .compact_checkpoint import CompactCheckpointHook
 
 @HOOKS.register_module()
 class CSGHook(Hook):
-    """Retrofit a model that the config left dense, and log what that saves.
+    """Retrofit a dense model before training or testing, and log its compression ratio.
 
-    Put it into ``default_hooks``, which merges with the base config's. On a model
-    that is retrofitted already it only reports. It reaches training and testing
-    by a ``Runner``, but not ``init_model``, which runs no hooks.
+    Put it into ``default_hooks``, which are merged with those of the base config. It only
+    logs if the model is a ``CSGModel``. A Runner runs it; ``init_model`` runs no hooks.
 
     Args:
-        csg: one dict of generator settings, or a list of them; None when the
-            model is a ``CSGModel``.
+        csg: one dict of generator settings, or a list of them. None if the model is a ``CSGModel``.
         save_compact: write a compact checkpoint beside each checkpoint.
-        generators_from: as for ``CSGModel``, when there is ``csg``.
-        reset: likewise.
+        generators_from: as for ``CSGModel``; needs ``csg``.
+        reset: as for ``CSGModel``; needs ``csg``.
     """
 
     # Before hooks that copy or inspect the model, such as EMAHook.
@@ -51,18 +49,18 @@ class CSGHook(Hook):
     ):
         for key, value in (('generators_from', generators_from), ('reset', reset)):
             if csg is None and value is not None:
-                raise CSGError(f'CSGHook: {key} goes with csg; of a CSGModel, give it to the model')
+                raise CSGError(f'CSGHook: {key} goes with csg; if the model is a CSGModel, set it there')
         self.csg = csg
         self.generators_from = generators_from
         self.reset = reset
         self.save_compact = save_compact
 
     def retrofit(self, model: nn.Module) -> bool:
-        """Retrofit a bare model; False when it is retrofitted already.
+        """Retrofit a model that is not wrapped, and return whether it was dense.
 
         Raises:
-            CSGError: the model is dense and there are no settings, or they do not
-                fit; or it is retrofitted by others.
+            CSGError: the model is dense and the hook has no settings, a setting fits no layer, or the model was
+                retrofitted with other settings.
         """
         bank = find_bank(model)
         if bank is not None:
@@ -74,16 +72,18 @@ class CSGHook(Hook):
         return True
 
     def before_train(self, runner: Runner) -> None:
-        """Let weights be fitted again that are loaded later."""
-        find_bank(bare_model(runner.model)).fit_on_load = True
+        """Fit dense weights that are loaded from now on, also in a run that was resumed."""
+        bank = find_bank(bare_model(runner.model))
+        assert bank is not None
+        bank.fit_on_load = True
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Refuse to resume from a dense checkpoint, which mmengine does when ``load_from`` names one."""
         prepare_resume(runner, checkpoint)
-        if runner._resume and not any(GENERATOR.search(name) for name in checkpoint.get('state_dict', checkpoint)):
+        if runner._resume and not generator_names(checkpoint.get('state_dict', checkpoint)):
             raise CSGError(
-                'the run would resume from a dense checkpoint, the load_from of the config; resume with '
-                'load_from=None, or start without --resume'
+                'the run would resume from a dense checkpoint, the load_from of the config; set load_from=None to '
+                'resume from the latest checkpoint, or start without --resume'
             )
 
     def before_run(self, runner: Runner) -> None:
@@ -92,7 +92,9 @@ class CSGHook(Hook):
         if self.retrofit(model):
             _rewrap(runner)
         if runner._resume and (runner._load_from or find_latest_checkpoint(runner.work_dir)):
-            find_bank(model).fit_on_load = False
+            bank = find_bank(model)
+            assert bank is not None
+            bank.fit_on_load = False
         runner.logger.info(f'CSG: {summarise(model).headline()}')
         if self.save_compact and not any(isinstance(hook, CompactCheckpointHook) for hook in runner.hooks):
             runner.register_hook(CompactCheckpointHook())
@@ -104,14 +106,14 @@ def _check_same_settings(csg: CSG | None, bank: GeneratorBank) -> None:
     dicts = [csg] if isinstance(csg, Mapping) else csg
     settings = [Settings.from_dict(each, position=position) for position, each in enumerate(dicts)]
     if settings != [generator.settings for generator in bank]:
-        raise CSGError('the csg of CSGHook is not the one the model is retrofitted with; drop one of the two')
+        raise CSGError('the csg of CSGHook is not the one that the model was retrofitted with; drop one of the two')
 
 
 def _rewrap(runner: Runner) -> None:
-    """Make the runner's wrapper and, in training, its optimizer anew for changed parameters."""
+    """Build the runner's wrapper again and, in training, its optimizer, because the parameters have changed."""
     if is_model_wrapper(runner.model):
         runner.model = runner.model.module
-        # The old wrapper's gradient hooks go when it is collected, not before.
+        # The old wrapper's gradient hooks are removed only when it is collected.
         gc.collect()
         runner.model = runner.wrap_model(deepcopy(runner.cfg.get('model_wrapper_cfg')), runner.model)
     if not isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)):
@@ -119,7 +121,7 @@ def _rewrap(runner: Runner) -> None:
     optim_wrapper = runner.cfg.get('optim_wrapper')
     if optim_wrapper is None:
         raise CSGError(
-            'CSGHook cannot rebuild an optimizer that no config describes; use CSGModel, or csg_seg.retrofit'
+            'CSGHook cannot rebuild an optimizer that is not in the config; use CSGModel, or csg_seg.retrofit'
         )
     runner.optim_wrapper = runner.build_optim_wrapper(deepcopy(optim_wrapper))
     built, runner.param_schedulers = runner.param_schedulers, None

@@ -1,4 +1,4 @@
-"""Resuming with the same random numbers."""
+"""ExactResumeHook: resume a run with the random numbers of an uninterrupted one."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,56 +14,54 @@ from rich.progress import track
 
 @HOOKS.register_module()
 class ExactResumeHook(Hook):
-    """Let a resumed run end with the weights of an unbroken one of the same seed.
+    """Make a resumed run end with the same weights as an uninterrupted run of the same seed.
 
-    mmengine restores the order of the data. This hook adds the random numbers.
-    Of an iteration-based run: torch's state, for dropout, goes into checkpoints;
-    the data loader's, for augmentation, are drawn anew by loading once more what
-    was trained on already, which takes a while. Of an epoch-based run: every epoch
-    begins with numbers of its own, drawn from seed and epoch; that reaches
-    augmentation as far as it runs in this process (``num_workers=0``).
-    Without a fixed ``randomness.seed``, or with different seeds on different
-    ranks, exactness is out of reach and it does nothing.
+    mmengine restores the order of the data; this hook restores the random numbers.
+    In iteration-based runs, checkpoints contain torch's random state, which dropout
+    uses. For augmentation, a resumed run loads all batches again that it was trained
+    on, which takes a while. In epoch-based runs, each epoch is seeded with a number
+    drawn from seed and epoch; this covers augmentation only with ``num_workers=0``.
+    The hook does nothing without a fixed ``randomness.seed``, or if ranks have different seeds.
     """
 
     def __init__(self) -> None:
         self._states: Sequence[torch.Tensor] | None = None
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Store the state of the CPU's and of this process's GPU's generator."""
+        """Store the random states of the CPU and of this process's GPU."""
         cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
         checkpoint['random_state'] = [torch.get_rng_state(), *cuda]
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Take the state of a run that is resumed."""
+        """Read the random states of a run that resumes."""
         if runner._resume and self._is_exact(runner):
             self._states = checkpoint.get('random_state')
 
     def before_train(self, runner: Runner) -> None:
-        """Bring the data loader's workers to where they were."""
+        """Load the batches again that the run was trained on."""
         loop = runner.train_loop
         if isinstance(loop, EpochBasedTrainLoop):
             return
-        # Older mmengine has no such attribute and always loads the data again itself.
+        # Older versions of mmengine have no such attribute and always load the data again.
         if runner.iter == 0 or getattr(loop, 'fast_forward_on_resume', True) or not self._is_exact(runner):
             return
         runner.logger.info(
-            f'Exact resume: loading {runner.iter} batches again for their random numbers; mmengine need not advance.'
+            f'Exact resume: loading {runner.iter} batches again to restore the random numbers of augmentation.'
         )
         for _ in track(range(runner.iter), 'Loading again', console=Console(stderr=True), disable=runner.rank != 0):
             next(loop.dataloader_iterator)
         loop.fast_forward_on_resume = True
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Begin an epoch with random numbers of its own."""
+        """Seed each epoch."""
         if isinstance(runner.train_loop, EpochBasedTrainLoop) and self._is_exact(runner):
             self._states = None
-            # Hashed together, so that no epoch of one seed is an epoch of another.
+            # Hashed, so that epochs of different seeds never share a seed.
             mixed = np.random.SeedSequence([runner.cfg.randomness.seed, runner.epoch]).generate_state(1)[0]
             set_random_seed(int(mixed))
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Restore torch's state once the data loader has caught up."""
+        """Restore torch's random states in the first iteration."""
         if self._states is None:
             return
         cpu, *cuda = (state.cpu() for state in self._states)

@@ -1,4 +1,4 @@
-"""Progress bars of training and testing."""
+"""ProgressBarHook: progress bars of training and testing."""
 
 import sys
 from typing import Any
@@ -10,10 +10,10 @@ from rich.progress import Progress
 
 
 class ProgressBarHook(Hook):
-    """Show how far training, validation or test is, on a terminal's stderr.
+    """Show the progress of training, validation and test on stderr, if that is a terminal.
 
-    A context manager: enter it before the runner sets up its log, which then
-    appears above the bars, and the terminal is itself again however the run ends.
+    Use it as a context manager and enter it before the Runner sets up its log, which then
+    appears above the bars. The terminal is restored however the run ends.
     """
 
     def __init__(self) -> None:
@@ -33,15 +33,15 @@ class ProgressBarHook(Hook):
         self._bars.stop()
 
     def before_train(self, runner: Runner) -> None:
-        """Begin a bar of iterations."""
+        """Add training's bar."""
         self._begin(runner, 'train', runner.max_iters)
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """Begin a bar of batches."""
+        """Add validation's bar."""
         self._begin(runner, 'validate', len(runner.val_dataloader))
 
     def before_test_epoch(self, runner: Runner) -> None:
-        """Begin a bar of batches."""
+        """Add the test's bar."""
         self._begin(runner, 'test', len(runner.test_dataloader))
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
@@ -57,7 +57,7 @@ class ProgressBarHook(Hook):
         self._show('test', batch_idx + 1)
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        """Take validation's bar away."""
+        """Remove validation's bar."""
         self._end('validate')
 
     def _begin(self, runner: Runner, name: str, total: int) -> None:
