@@ -28,9 +28,9 @@ class Cause(Enum):
     COSTS_MORE = 'costs more generated'
     NOT_TORCH = 'not a conv of torch'
     REPLACED_FORWARD = 'its forward has been replaced'
-    COMPUTED_WEIGHT = 'its weight is computed (weight norm, spectral norm, pruning or similar)'
-    COMPLEX_WEIGHT = 'its weight is complex'
-    SHARED_WEIGHT = 'its weight is also used elsewhere'
+    COMPUTED = 'its parameters are computed (weight norm, spectral norm, pruning or similar)'
+    COMPLEX = 'its weight is complex'
+    SHARED = 'its weight is also used elsewhere'
     DENSE_IN_FILE = 'dense in the compact checkpoint'
 
 
@@ -141,11 +141,11 @@ def find_obstacles(model: nn.Module, convs: Mapping[str, _ConvNd]) -> dict[str, 
         if 'forward' in vars(conv):
             obstacles[name] = Reason(Cause.REPLACED_FORWARD)
         elif is_parametrized(conv) or weight is None:
-            obstacles[name] = Reason(Cause.COMPUTED_WEIGHT)
+            obstacles[name] = Reason(Cause.COMPUTED)
         elif weight.is_complex():
-            obstacles[name] = Reason(Cause.COMPLEX_WEIGHT)
+            obstacles[name] = Reason(Cause.COMPLEX)
         elif others:
-            obstacles[name] = Reason(Cause.SHARED_WEIGHT, others[0])
+            obstacles[name] = Reason(Cause.SHARED, others[0])
     return obstacles
 
 

@@ -1,4 +1,4 @@
-"""A compact file of unknown origin: thousands of broken and lying ones, each refused in one line."""
+"""Compact files of unknown origin: thousands of damaged and forged files are each refused in one line."""
 
 import copy
 import json
@@ -25,8 +25,8 @@ KINDS = {
     'linear': dict(slice_shape=(8, 12, 3, 3), code_dim=6),
     'binary': dict(slice_shape=(8, 12, 3, 3), code_dim=6, generator='binary'),
 }
-SIZES = {'truncation': 300, 'flip': 500, 'layout': 500, 'lie': 900}
-# What a header is made to say instead: of every type, and of every size.
+SIZES = {'truncation': 300, 'flip': 500, 'layout': 500, 'forgery': 900}
+# Values to put into a header: of each type, small and large.
 ODD = [
     None,
     True,
@@ -55,10 +55,10 @@ class Net(nn.Sequential):
 
 
 def write(kind):
-    """Return the bytes of an honest file."""
+    """Return the bytes of an intact file."""
     torch.manual_seed(0)
     model = csg_seg.retrofit(Net(), KINDS[kind])
-    path = Path(f'honest-{kind}.safetensors')
+    path = Path(f'intact-{kind}.safetensors')
     csg_seg.save_compact(model, path, dtype='int8', source=dict(builder='fuzz', width=24))
     return path.read_bytes()
 
@@ -93,7 +93,7 @@ def change(value, rng):
 
 
 def other_layout(content, rng):
-    """Lie in the header of the tensors: shapes, types and places."""
+    """Change shapes, types or offsets of tensors in the header."""
     header, data = parts(content)
     names = [name for name in header if name != '__metadata__']
     name = rng.choice(names)
@@ -105,8 +105,8 @@ def other_layout(content, rng):
     return struct.pack('<Q', rng.choice([len(text)] * 8 + [0, len(text) + 1, 2**40, 2**63])) + text + data
 
 
-def lie(content, rng):
-    """Lie in what the file says of its network, the checksum being right."""
+def forged(content, rng):
+    """Change the description of the network, with a correct checksum."""
     header, _ = parts(content)
     metadata, tensors = header['__metadata__'], load(content)
     key = rng.choice(['generators', 'layers', 'source'])
@@ -123,13 +123,13 @@ def lie(content, rng):
     return save(tensors, metadata=metadata)
 
 
-MAKERS = {'truncation': truncated, 'flip': flipped, 'layout': other_layout, 'lie': lie}
-# Some lies change nothing: what only retrofit reads, and defaults that are left out.
+MAKERS = {'truncation': truncated, 'flip': flipped, 'layout': other_layout, 'forgery': forged}
+# Some changes have no effect: keys that only retrofit reads, and omitted defaults.
 HARMLESS = dict(include=None, exclude=(), seed=0, freeze_generator=False)
 
 
 def harmless(content, changed):
-    """Whether two files of right checksums differ in nothing that loading looks at."""
+    """Whether two files with correct checksums are the same for loading."""
     try:
         one, two = (parts(each)[0]['__metadata__'] for each in (content, changed))
         first, second = (Settings.from_dict(json.loads(each['generators'])[0]) for each in (one, two))
@@ -140,7 +140,7 @@ def harmless(content, changed):
 
 
 def run():
-    """Try every broken file in this process; print what was not refused as it should be."""
+    """Try all files in this process; print those that were not refused as they should be."""
     BUILDERS['fuzz'] = lambda *, width: Net(width)
     rng = random.Random(0)
     _, most = resource.getrlimit(resource.RLIMIT_AS)
@@ -148,21 +148,21 @@ def run():
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, most))
     wrong, refused, path = [], 0, Path('broken.safetensors')
     for kind in KINDS:
-        honest = write(kind)
+        intact = write(kind)
         for maker, count in SIZES.items():
             for case in range(count // len(KINDS)):
-                content = MAKERS[maker](honest, rng)
+                content = MAKERS[maker](intact, rng)
                 path.write_bytes(content)
                 try:
                     csg_seg.load_compact(path)
                 except CSGError as error:
                     refused += 1
                     if '\n' in str(error) or not str(error).startswith(str(path)) or len(str(error)) > 500:
-                        wrong.append(f'{kind} {maker} {case}: says {str(error)[:300]!r}')
+                        wrong.append(f'{kind} {maker} {case}: message {str(error)[:300]!r}')
                 except BaseException as error:
                     wrong.append(f'{kind} {maker} {case}: {type(error).__name__} {str(error)[:200]}')
                 else:
-                    if not harmless(honest, content):
+                    if not harmless(intact, content):
                         wrong.append(f'{kind} {maker} {case}: accepted {parts(content)[0]["__metadata__"]}')
     print(json.dumps({'refused': refused, 'wrong': wrong}))
 

@@ -1,3 +1,5 @@
+"""Counts of parameters and bytes, the printed table, and the warning about networks that grow."""
+
 import copy
 import json
 import warnings
@@ -126,7 +128,7 @@ def test_frozen_and_binary_generators_differ_in_what_they_store():
     assert size * 4 - (frozen.stored_bytes - binary.stored_bytes) == of_binary - of_frozen < 200
 
 
-def test_layers_tell_their_grid_and_generator():
+def test_each_layer_has_its_grid_generator_and_stored_parameters():
     summary = summarise(retrofit(Net(), CSGS['two']))
     told = {layer.name: (layer.grid, layer.generator, layer.stored_params) for layer in summary.layers}
     assert told == {
@@ -142,7 +144,7 @@ def test_layers_tell_their_grid_and_generator():
 
 
 @pytest.mark.parametrize('model', [Net, lambda: materialise(retrofit(Net(), ODD_CSG))], ids=['dense', 'materialised'])
-def test_a_dense_model_stores_what_it_is(model):
+def test_a_dense_model_stores_its_own_size(model):
     model = model()
     summary = summarise(model)
     assert summary.stored_params == summary.dense_params == summary.trainable_params == count(Net())
@@ -161,6 +163,15 @@ def test_a_module_that_holds_a_retrofitted_model_counts_the_same():
     inner, outer = summarise(model), summarise(nn.ModuleDict({'net': model}))
     totals = ('dense_params', 'stored_params', 'trainable_params', 'dense_bytes', 'stored_bytes')
     assert {key: getattr(outer, key) for key in totals} == {key: getattr(inner, key) for key in totals}
+
+
+def test_a_generator_that_two_roots_share_counts_once():
+    dense = nn.Sequential(nn.Conv2d(3, 31, 3), nn.Conv2d(31, 17, 3), nn.Conv2d(17, 31, 3))
+    model = retrofit(copy.deepcopy(dense), ODD_CSG)
+    both = nn.ModuleList([model, model[:2]])
+    summary = summarise(both)
+    assert (summary.dense_params, summary.stored_params) == (count(dense), count(both))
+    assert [each.layers for each in summary.generators] == [2]
 
 
 def test_tied_parameters_count_once():
@@ -191,7 +202,7 @@ def test_to_dict_survives_json(csg):
     assert [each['slice_shape'] for each in told['generators']] == [[12, 20, 3, 3]] * len(summary.generators)
 
 
-def test_a_generator_says_the_options_of_its_kind():
+def test_a_generator_lists_the_options_of_its_kind():
     csg = dict(slice_shape=(12, 20, 3, 3), code_dim=12, generator='tensor_ring', rank=3, residual=2)
     summary = summarise(retrofit(Net(), csg))
     assert summary.generators[0].options == {'rank': 3, 'mode': 4, 'residual': 2}
@@ -208,9 +219,8 @@ def test_the_table_names_each_layer_and_why_some_stay_dense():
     assert "left dense, the network's first conv: stem" in lines
     assert 'left dense, no generator of its kernel size: point' in lines
     assert any(line.startswith('generator 0: linear') for line in lines)
-    assert any(
-        line.startswith('generator 1: binary') and '0 parameters generate 4 slices of 1 layers' in line for line in lines
-    )
+    (binary,) = (line for line in lines if line.startswith('generator 1: binary'))
+    assert '0 parameters generate 4 slices of 1 layers' in binary
     assert f'{1 / summary.compression_ratio:.2f}x LARGER' in lines[-1]
     assert f'{summary.stored_params:,}' in lines[-1]
     assert f'{summary.dense_params:,}' in lines[-1]
@@ -222,7 +232,7 @@ def test_table_columns_are_aligned():
     assert len({len(line) for line in table}) == 1
 
 
-def test_a_model_is_left_as_it_is():
+def test_summarise_does_not_change_the_model():
     model = retrofit(Net(), ODD_CSG)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     summarise(model)
@@ -242,7 +252,7 @@ BIG = {'slice_shape': (16, 16, 3, 3), 'code_dim': 128}
 
 
 @pytest.mark.parametrize('kind', [{}, {'generator': 'mlp', 'hidden': 8}, {'residual': 2}])
-def test_a_network_that_grows_is_told_with_both_figures(kind):
+def test_a_network_that_grows_is_warned_about_with_both_counts(kind):
     with pytest.warns(CSGWarning) as told:
         model = retrofit(unet(64), {**BIG, **kind})
     summary = summarise(model)
@@ -263,20 +273,20 @@ def test_only_the_dict_that_costs_more_than_it_saves_is_blamed():
 
 
 @pytest.mark.parametrize('csg', [BIG | {'code_dim': 16}, BIG | {'generator': 'binary'}])
-def test_a_network_that_shrinks_is_told_nothing(csg):
+def test_a_network_that_shrinks_gives_no_warning(csg):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         model = retrofit(unet(128), csg)
     assert not summarise(model).describe_growth() and 'x smaller' in summarise(model).headline()
 
 
-def test_a_plan_of_settings_that_grow_the_network_is_marked():
+def test_predicting_settings_that_grow_the_network_warns():
     with pytest.warns(CSGWarning, match='more than the .* of the dense network'):
         found = predict(unet(64), BIG)
     assert found.compression_ratio < 1
 
 
-def test_an_extra_state_that_is_no_tensor_takes_no_bytes():
+def test_an_extra_state_that_is_not_a_tensor_takes_no_bytes():
     class Noted(nn.Identity):
         def get_extra_state(self):
             return {'note': 'old'}
