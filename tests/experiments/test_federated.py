@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, run_experiment, run_tool
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
-from test_doors import CSG, DENSE, small_config, train
+from small_runs import CSG, DENSE, small_config, train
 
 from csg_seg.errors import CSGError
 from csg_seg.mm.checkpoints.reading import read_checkpoint

@@ -200,7 +200,7 @@ def test_two_processes_share_one_fit_and_learn_from_one_teacher(launch, tmp_path
     torch.save({'state_dict': build_model(cfg).state_dict()}, tmp_path / 'dense.pth')
     # By load_from, since mmengine shares itself what init_cfg loads.
     extra = f"custom_imports['imports'].append('other_machine')\nload_from = {str(tmp_path / 'dense.pth')!r}\n"
-    extra += f"model['teacher'] = dict(checkpoint={str(tmp_path / 'dense.pth')!r}, features=1.0, anneal=0.5)\n"
+    extra += f"model['teacher'] = dict(checkpoint={str(tmp_path / 'dense.pth')!r}, features=1.0)\n"
     seen, weights = launch('taught', CSG, processes=2, batch_size=2, extra=extra)
     assert seen['kind'] == 'MMDistributedDataParallel' and seen['identical']
     assert not any('teacher' in name for name in weights)

@@ -10,7 +10,7 @@ from conftest import run_tool
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
 from mmseg.apis import init_model
-from test_doors import CSG, DENSE, SETTINGS, hook_door, small_config, train
+from small_runs import CSG, DENSE, SETTINGS, hook_door, small_config, train
 from torch import nn
 
 from csg_seg import CSGError, CSGWarning, retrofit

@@ -9,7 +9,7 @@ from conftest import run_tool
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from odd_network import Net
-from test_doors import CSG, SETTINGS, hook_door, small_config, train
+from small_runs import CSG, SETTINGS, hook_door, small_config, train
 from torch import nn
 from torchvision.models import resnet18
 

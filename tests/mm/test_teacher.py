@@ -1,15 +1,21 @@
-"""A dense network teaches a generated one: the losses, the dense weights that fade out, and the hook that pulls."""
+"""A dense network teaches a generated one: losses, settings, and the fit of its weights through every door."""
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import Runner
-from mmpretrain.structures import DataSample
+from small_classifier import (
+    CSG,
+    batch,
+    build,
+    build_runner,
+    csg_model,
+    dense_model,
+    save_dense_network,
+    save_images,
+)
 from torch import nn
 
 from csg_seg import fit, materialise
@@ -18,67 +24,25 @@ from csg_seg.layers.bank import find_bank
 from csg_seg.layers.conv import generated_convs
 from csg_seg.mm.teacher import divergence
 
-CSG = dict(slice_shape=(4, 4, 3, 3), code_dim=6)
 BLOCKS = ['backbone.layer*.*']
-
-
-def dense_model(base_channels=4) -> dict:
-    head = dict(type='LinearClsHead', num_classes=10, in_channels=4 * base_channels)
-    return dict(
-        type='ImageClassifier',
-        data_preprocessor=dict(num_classes=10, mean=[127] * 3, std=[60] * 3),
-        backbone=dict(type='CIFARResNet', depth=8, base_channels=base_channels),
-        neck=dict(type='GlobalAveragePooling'),
-        head=dict(**head, loss=dict(type='CrossEntropyLoss')),
-    )
-
-
-def csg_model(csg, teacher=None) -> dict:
-    base = dense_model()
-    return {**base, 'type': 'CSGModel', 'base_type': base['type'], 'csg': csg, 'teacher': teacher}
-
-
-def build(model: dict) -> nn.Module:
-    init_default_scope('mmpretrain')
-    torch.manual_seed(0)
-    network = MODELS.build(copy.deepcopy(model))
-    network.init_weights()
-    return network.train()
 
 
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
-    """A dense network that CSG fits exactly, whose running statistics are those of some images."""
-    network = materialise(build(csg_model(CSG)))
-    with torch.no_grad():
-        for _ in range(20):
-            network(batch()[0], mode='tensor')
-    path = tmp_path_factory.mktemp('dense') / 'dense.pth'
-    torch.save({'meta': {}, 'state_dict': network.state_dict()}, path)
-    return str(path)
+    return save_dense_network(tmp_path_factory.mktemp('dense') / 'dense.pth')
 
 
-def batch(n=6):
-    rng = torch.Generator().manual_seed(0)
-    images = torch.randn(n, 3, 16, 16, generator=rng)
-    return images, [DataSample().set_gt_label(label % 10) for label in range(n)]
+@pytest.fixture
+def runner(tmp_path_factory):
+    """Build a Runner that trains a model on a few images."""
+    images = tmp_path_factory.mktemp('images') / 'images.npz'
+    save_images(images)
+    return lambda model, work_dir, **more: build_runner(images, model, work_dir, **more)
 
 
 def losses(network) -> dict:
     images, samples = batch()
     return network(inputs=images, data_samples=samples, mode='loss')
-
-
-@pytest.fixture
-def progress():
-    """Set how far the training is."""
-    hub = MessageHub.get_instance('progress')
-
-    def at(step, of):
-        hub.update_info('iter', step - 1)
-        hub.update_info('max_iters', of)
-
-    return at
 
 
 # --- losses ---
@@ -149,36 +113,8 @@ def test_a_student_may_be_another_network(checkpoint):
     teacher = dict(checkpoint=checkpoint, model=dense_model())
     student = dict(narrow, type='TaughtModel', base_type=narrow['type'])
     assert losses(build({**student, 'teacher': teacher}))['loss_teacher_logits'].item() > 0
-    with pytest.raises(CSGError, match=r'gives \(6, 4, 16, 16\) in the teacher and \(6, 3, 16, 16\) in the student'):
+    with pytest.raises(CSGError, match=r'is \(6, 4, 16, 16\) in the teacher and \(6, 3, 16, 16\) in the student'):
         losses(build({**student, 'teacher': dict(teacher, features=1.0, layers=BLOCKS)}))
-
-
-# --- dense weights that fade out ---
-
-
-def test_the_dense_weights_fade_out_along_the_training(checkpoint, progress):
-    student = build(csg_model(CSG, dict(checkpoint=checkpoint, anneal=0.5)))
-    dense = torch.load(checkpoint)['state_dict']
-    name, conv = next(generated_convs(student))
-    for step, share in ((1, 0.1), (3, 0.3), (4, 0.4)):
-        progress(step, of=20)
-        losses(student)
-        assert conv.blend[1] == pytest.approx(share)
-        assert torch.equal(conv.blend[0], dense[f'{name}.weight'])
-    progress(10, of=20)
-    losses(student)
-    assert all(conv.blend is None for _, conv in generated_convs(student))
-
-
-def test_a_blend_starts_as_the_dense_network(checkpoint, progress):
-    student = build(csg_model({**CSG, 'code_dim': 1}, dict(checkpoint=checkpoint, anneal=1.0, features=1.0)))
-    progress(1, of=10**6)
-    assert losses(student)['loss_teacher_features'].item() < 0.2 * _features_without_blend(checkpoint)
-
-
-def _features_without_blend(checkpoint) -> float:
-    student = build(csg_model({**CSG, 'code_dim': 1}, dict(checkpoint=checkpoint, features=1.0)))
-    return losses(student)['loss_teacher_features'].item()
 
 
 # --- segmentation ---
@@ -207,46 +143,6 @@ def test_pixels_and_channels_of_a_segmentation_network(tmp_path):
 # --- through the Runner ---
 
 
-@pytest.fixture(scope='module')
-def images(tmp_path_factory):
-    """A file of images whose brightness tells the class."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(48) % 10
-    pixels = (rng.uniform(0, 40, (48, 32, 32, 3)) + 20 * labels[:, None, None, None]).astype(np.uint8)
-    folder = tmp_path_factory.mktemp('images')
-    np.savez(folder / 'images.npz', x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
-    return folder
-
-
-@pytest.fixture
-def runner(images):
-    """Build a Runner that trains on them."""
-
-    def build_runner(model, work_dir, epochs=2, **more) -> Runner:
-        work_dir.mkdir(exist_ok=True)
-        common = dict(data_root=str(images), ann_file='images.npz', split='train', pipeline=[dict(type='PackInputs')])
-        loader = dict(
-            batch_size=12,
-            sampler=dict(type='DefaultSampler', shuffle=True),
-            dataset=dict(type='NPZDataset', metainfo=dict(classes=tuple('abcdefghij')), **common),
-        )
-        settings = dict(
-            model=model,
-            default_scope='mmpretrain',
-            work_dir=str(work_dir),
-            train_dataloader=loader,
-            train_cfg=dict(by_epoch=True, max_epochs=epochs),
-            optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9)),
-            default_hooks=dict(csg=dict(type='CSGHook'), checkpoint=dict(type='CheckpointHook', interval=1)),
-            custom_hooks=[dict(type='ExactResumeHook')],
-            randomness=dict(seed=0),
-            experiment_name=f'{work_dir.parent.name}-{work_dir.name}',
-        )
-        return Runner.from_cfg(Config({**settings, **more}))
-
-    return build_runner
-
-
 def weights(tmp_path, epoch) -> dict:
     return torch.load(tmp_path / f'epoch_{epoch}.pth', weights_only=False)['state_dict']
 
@@ -257,8 +153,8 @@ def assert_equal(ours: dict, theirs: dict) -> None:
         assert torch.equal(ours[name], theirs[name]), name
 
 
-def test_a_run_that_stopped_while_weights_fade_ends_with_the_same_weights(checkpoint, runner, tmp_path):
-    teacher = dict(checkpoint=checkpoint, labels=0.0, features=1.0, anneal=0.8, layers=BLOCKS)
+def test_a_taught_run_that_resumes_ends_with_the_same_weights(checkpoint, runner, tmp_path):
+    teacher = dict(checkpoint=checkpoint, labels=0.0, features=1.0, layers=BLOCKS)
     whole, broken = tmp_path / 'whole', tmp_path / 'broken'
     runner(csg_model(CSG, teacher), whole).train()
     assert not any('teacher' in name or name.endswith('conv1.weight') for name in weights(whole, 1) if 'layer' in name)
@@ -301,32 +197,6 @@ def test_a_run_does_not_resume_from_a_dense_checkpoint(checkpoint, runner, tmp_p
         runner(csg_model(CSG), tmp_path / 'run', load_from=checkpoint, resume=True).train()
 
 
-def test_the_proximal_hook_brings_weights_nearer_to_generated_ones(checkpoint, runner, tmp_path):
-    distances = []
-    for strength in (1e-9, 0.5):
-        proximal = dict(type='ProximalHook', csg=CSG, strength=strength, interval=3)
-        run = runner(dense_model(), tmp_path / str(strength), default_hooks=dict(proximal=proximal))
-        run.train()
-        student = build(csg_model(CSG))
-        student.load_state_dict(run.model.state_dict())
-        dense = dict(run.model.named_parameters())
-        distances.append(
-            sum(
-                ((conv.generate_weight() - dense[f'{name}.weight']).norm() / dense[f'{name}.weight'].norm()).item()
-                for name, conv in generated_convs(student)
-            )
-        )
-    assert distances[1] < 0.7 * distances[0]
-
-
-def test_the_proximal_hook_names_weights_that_are_not_finite(runner, tmp_path):
-    proximal = dict(type='ProximalHook', csg=CSG)
-    run = runner(dense_model(), tmp_path, default_hooks=dict(proximal=proximal))
-    run.model.backbone.layer1[0].conv1.weight.data[0, 0, 0, 0] = float('nan')
-    with pytest.raises(CSGError, match=r'backbone.layer1.0.conv1.weight holds NaN or infinite'):
-        run.train()
-
-
 def test_all_processes_share_a_fit_by_hand_too(checkpoint, monkeypatch):
     shared = []
     monkeypatch.setattr('csg_seg.mm.model.broadcast', lambda tensor: shared.append(tensor))
@@ -342,7 +212,7 @@ def test_all_processes_share_a_fit_by_hand_too(checkpoint, monkeypatch):
     ('change', 'says'),
     [
         (dict(labels=-1), 'labels must not be negative'),
-        (dict(anneal=1.5), 'anneal is a share of the training, from 0 to 1'),
+        (dict(anneal=0.5), "unknown key 'anneal'; it was removed in 0.3.0 .* delete the key"),
         (dict(temperature=0), 'temperature must be above 0'),
         (
             dict(features=1.0, layers=['backbone.stage*']),

@@ -18,7 +18,7 @@ OF = 'checkpoint'
 
 @HOOKS.register_module()
 class CompactCheckpointHook(Hook):
-    """Write a compact file (``.safetensors``) beside each checkpoint, and delete it when mmengine deletes the checkpoint.
+    """Write a compact file (``.safetensors``) beside each checkpoint, and delete both together.
 
     If a file cannot be written, the hook logs a warning and training continues. A compact
     file contains the name of its checkpoint. A resumed run deletes files whose checkpoint
