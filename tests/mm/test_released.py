@@ -404,7 +404,7 @@ def test_a_config_of_another_kind_of_network_is_refused(tmp_path):
     file = save(tmp_path / 'x.t7', authors_tensors('resnet20', side=12, code_dim=72))
     like = Config.fromfile(LIKE)
     like.model.head.num_classes = 7
-    with pytest.raises(CSGError, match='10 classes, and the config to be like has 7'):
+    with pytest.raises(CSGError, match='has 10 classes, and the config given as --like has 7'):
         convert_released(file, like)
     like.model.head.type = 'VisionTransformerClsHead'
     with pytest.raises(CSGError, match='LinearClsHead'):

@@ -1,1 +1,1 @@
-"""Trained networks at work: inference and ONNX."""
+"""Use trained networks: inference, compact files, ONNX, and checkpoints that others released."""

@@ -1,4 +1,4 @@
-"""Turn a released checkpoint into one of this project, with the config that goes with it."""
+"""Convert a checkpoint released by others into a checkpoint and a config of this project."""
 
 import os
 from copy import deepcopy
@@ -20,7 +20,7 @@ from csg_seg.storage.released import Released, read_released
 
 @dataclass(frozen=True)
 class Converted:
-    """A released checkpoint, its config, and the counts of the network."""
+    """A released checkpoint with its config, its state dict in this project's names, and a summary."""
 
     released: Released
     config: Config
@@ -29,20 +29,20 @@ class Converted:
 
 
 def convert_released(path: str | os.PathLike, like: Config) -> Converted:
-    """Read a released file, unpickling nothing but tensors.
+    """Convert a released checkpoint, without unpickling objects.
 
     Args:
-        path: the file.
-        like: config of an image classifier, whose data and schedule the new config takes.
+        path: the released file.
+        like: config of an image classifier. The new config takes its data and schedule.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CSGError: the file is damaged, or its network is not known.
+        CSGError: the file is damaged, its network is unknown, or ``like`` does not fit it.
     """
     check_file(path)
     try:
         released = read_released(read_tensors(path))
-        config = write_config(released, like)
+        config = _make_config(released, like)
         model = build_model(config)
         settings = {name: state for name, state in model.state_dict().items() if name.endswith('_extra_state')}
         load_weights(model, settings | released.tensors)
@@ -51,31 +51,29 @@ def convert_released(path: str | os.PathLike, like: Config) -> Converted:
     return Converted(released, config, model.state_dict(), summarise(model))
 
 
-def write_config(released: Released, like: Config) -> Config:
-    """Return the config of a released network, whole and without bases."""
+def _make_config(released: Released, like: Config) -> Config:
+    """Return the config of a released network, without base configs."""
     if like.model.get('head', {}).get('type') != 'LinearClsHead' or 'neck' not in like.model:
-        raise CSGError('the config to be like has no neck and LinearClsHead; give one of configs/cifar10')
+        raise CSGError('the config given as --like has no neck or no LinearClsHead; use one of configs/cifar10')
     if like.model.head.num_classes != released.classes:
         raise CSGError(
-            f'{released.classes} classes, and the config to be like has {like.model.head.num_classes}; '
-            'give one of as many classes'
+            f'the network has {released.classes} classes, and the config given as --like has '
+            f'{like.model.head.num_classes}; use one with as many classes'
         )
     cfg = deepcopy(like)
     cfg.default_hooks.pop('csg', None)
     head = dict(cfg.model.head, num_classes=released.classes, in_channels=released.features)
     model: dict[str, Any] = dict(type='ImageClassifier', backbone=released.backbone, neck=cfg.model.neck, head=head)
     if released.csg:
-        csg = released.csg | _include(released, Config(dict(model=model, default_scope='mmpretrain')))
+        chosen, _ = choose_layers(
+            build_model(Config(dict(model=model, default_scope='mmpretrain'))),
+            [Settings.from_dict(released.csg, position=0)],
+        )
+        is_default = set(chosen) == set(released.generated)
+        csg = released.csg if is_default else released.csg | {'include': list(released.generated)}
         model.update(type='CSGModel', base_type='ImageClassifier', csg=csg)
         cfg.default_hooks.csg = dict(type='CSGHook', save_compact=True)
     cfg.model = model
     cfg.data_preprocessor.update(num_classes=released.classes, **(released.normalisation or {}))
     cfg.custom_imports = dict(imports=['csg_seg.mm'])
     return cfg
-
-
-def _include(released: Released, dense: Config) -> dict[str, list[str]]:
-    """Return an ``include`` if the default choice of layers is not the released one."""
-    settings = Settings.from_dict(released.csg, position=0)
-    chosen, _ = choose_layers(build_model(dense), [settings])
-    return {} if set(chosen) == set(released.generated) else {'include': list(released.generated)}
