@@ -49,10 +49,9 @@ Segmentation = list[list[float]] | dict[str, Any]
 Progress = Callable[..., Iterable]
 Id = int | str
 
-_ID = (int, str)
-_IMAGE = {'id': _ID, 'file_name': str, 'height': int, 'width': int}
-_CATEGORY = {'id': _ID, 'name': str}
-_ANNOTATION = {'image_id': _ID, 'category_id': _ID}
+_IMAGE = {'id': Id, 'file_name': str, 'height': int, 'width': int}
+_CATEGORY = {'id': Id, 'name': str}
+_ANNOTATION = {'image_id': Id, 'category_id': Id}
 _INSTANCE = {'area': (int, float)}
 _UNKNOWN = 'a mask of unknown type, not polygons or run lengths'
 

@@ -110,8 +110,8 @@ def _parts(names: Sequence[str]) -> list[Layers]:
 def _subsets(group: Layers, convs: Convs) -> list[Layers]:
     """Return the group itself, and without more and more of its smallest layers."""
     largest = max(convs[name].weight.numel() for name in group)
-    size = {name: int(math.log(largest / convs[name].weight.numel(), SIZE_FACTOR)) for name in group}
-    size = {name: min(each, MOST_SIZES - 1) for name, each in size.items()}
+    steps = {name: int(math.log(largest / convs[name].weight.numel(), SIZE_FACTOR)) for name in group}
+    size = {name: min(each, MOST_SIZES - 1) for name, each in steps.items()}
     return [tuple(name for name in group if size[name] <= most) for most in sorted(set(size.values()))]
 
 
@@ -131,13 +131,17 @@ def _pays(layers: Layers, slice_shape: Shape, convs: Convs) -> bool:
 
 def _spectra(jobs: Sequence[tuple[Layers, Shape]], convs: Convs, track: Track) -> Spectra:
     """Return, for each job, the squared errors ``(slice values,)`` with codes of length 1, 2, ..."""
-    grams: dict[tuple[Layers, Shape], Tensor] = {}
     spectra = {}
+    grams: dict[Layers, Tensor] = {}
+    last_shape = None
     for layers, shape in track(jobs):
-        if any(key[1] != shape for key in grams):
-            grams.clear()
-        total = sum(_shared_gram(cell, shape, convs, grams) for cell in _cells(layers, shape, jobs))
-        eigenvalues = torch.linalg.eigvalsh(total).clamp(min=0)
+        if shape != last_shape:
+            grams, last_shape = {}, shape
+        cells = _cells(layers, shape, jobs)
+        for cell in cells:
+            if cell not in grams:
+                grams[cell] = gram([convs[name].weight for name in cell], Settings(shape, 1))
+        eigenvalues = torch.linalg.eigvalsh(sum(grams[cell] for cell in cells)).clamp(min=0)
         spectra[layers, shape] = (eigenvalues.cumsum(0) - eigenvalues).flip(0)
     return spectra
 
@@ -149,12 +153,6 @@ def _cells(layers: Layers, shape: Shape, jobs: Sequence[tuple[Layers, Shape]]) -
     for name in layers:
         cells[tuple(name in each for each in sets)].append(name)
     return [tuple(cell) for cell in cells.values()]
-
-
-def _shared_gram(layers: Layers, shape: Shape, convs: Convs, grams: dict[tuple[Layers, Shape], Tensor]) -> Tensor:
-    if (layers, shape) not in grams:
-        grams[layers, shape] = gram([convs[name].weight for name in layers], Settings(shape, 1))
-    return grams[layers, shape]
 
 
 def _one_group(group: Layers, spectra: Spectra, convs: Convs, unit: int | None) -> Frontier:

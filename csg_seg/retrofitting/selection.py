@@ -58,8 +58,7 @@ def choose_layers(model: nn.Module, settings: Sequence[Settings]) -> tuple[dict[
     convs = find_convs(model)
     left_dense = _not_torch(model) | find_obstacles(model, convs)
     for position, each in enumerate(settings):
-        _check_patterns(position, each, [*left_dense, *convs])
-        _check_named(position, each, left_dense)
+        _check_patterns(position, each, [*left_dense, *convs], left_dense)
     taken: dict[str, int] = {}
     for name, conv in convs.items():
         if name in left_dense:
@@ -132,12 +131,12 @@ def find_obstacles(model: nn.Module, convs: Mapping[str, _ConvNd]) -> dict[str, 
     holders = defaultdict(list)
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
-            holders[id(parameter)].append(_join(name, key))
+            holders[id(parameter)].append(f'{name}.{key}'.removeprefix('.'))
     obstacles = {}
     for name, conv in convs.items():
         weight = conv._parameters.get('weight')
         # Another holder of the weight would keep the dense one.
-        others = [holder for holder in holders[id(weight)] if holder != _join(name, 'weight')]
+        others = [holder for holder in holders[id(weight)] if holder != f'{name}.weight'.removeprefix('.')]
         if 'forward' in vars(conv):
             obstacles[name] = Reason(Cause.REPLACED_FORWARD)
         elif is_parametrized(conv) or weight is None:
@@ -153,42 +152,34 @@ def _not_torch(model: nn.Module) -> dict[str, Reason]:
     return {name: Reason(Cause.NOT_TORCH, type(module).__name__) for name, module in find_others(model).items()}
 
 
-def _join(name: str, key: str) -> str:
-    return f'{name}.{key}' if name else key
-
-
-def _check_named(position: int, settings: Settings, obstacles: Mapping[str, Reason]) -> None:
-    """Refuse a layer that is included by its full name and cannot be generated."""
-    for name in settings.include or ():
-        if name in obstacles:
-            raise CSGError(f'csg[{position}]: {name} cannot be generated: {obstacles[name]}; remove it from include')
-
-
-def _check_patterns(position: int, settings: Settings, convs: Sequence[str]) -> None:
+def _check_patterns(position: int, settings: Settings, names: Sequence[str], obstacles: Mapping[str, Reason]) -> None:
+    """Refuse patterns that match no conv, and full names of convs that cannot be generated."""
     for key in ('include', 'exclude'):
         for pattern in getattr(settings, key) or ():
-            if convs and not any(matches(name, pattern) for name in convs):
+            if names and not any(matches(name, pattern) for name in names):
                 raise CSGError(
                     f'csg[{position}]: {key} pattern {pattern!r} names no conv of the model; '
-                    f'names look like {convs[-1]!r}'
+                    f'names look like {names[-1]!r}'
+                )
+            if key == 'include' and pattern in obstacles:
+                raise CSGError(
+                    f'csg[{position}]: {pattern} cannot be generated: {obstacles[pattern]}; remove it from include'
                 )
 
 
 def _why_nothing(
-    settings: Settings,
-    convs: Mapping[str, _ConvNd],
-    taken: Mapping[str, int],
-    left_dense: Mapping[str, Reason],
+    settings: Settings, convs: Mapping[str, _ConvNd], taken: Mapping[str, int], left_dense: Mapping[str, Reason]
 ) -> str:
     """Explain that one dict takes no layer, and what to do."""
     if not convs:
         return 'the model has no conv at all; retrofit a network that has'
     fitting = [name for name, conv in convs.items() if conv.kernel_size == settings.kernel]
     if not fitting:
-        found = ', '.join(map(_by, sorted({conv.kernel_size for conv in convs.values()})))
+        kernels = [settings.kernel, *sorted({conv.kernel_size for conv in convs.values()})]
+        wanted, *found = ('x'.join(map(str, kernel)) for kernel in kernels)
         return (
-            f'slice_shape {settings.slice_shape} fits {_by(settings.kernel)} kernels, the convs of the model have '
-            f'{found}; change the last numbers of slice_shape'
+            f'slice_shape {settings.slice_shape} fits {wanted} kernels, the convs of the model have '
+            f'{", ".join(found)}; change the last numbers of slice_shape'
         )
     earlier = [name for name in fitting if name in taken]
     if earlier:
@@ -201,7 +192,3 @@ def _why_nothing(
         f'of {len(fitting)} convs that fit its kernel, all stay dense ({reasons}); widen include (the first conv '
         'needs its full name), narrow exclude, unfreeze, or lower code_dim'
     )
-
-
-def _by(kernel: Sequence[int]) -> str:
-    return 'x'.join(map(str, kernel))

@@ -1,7 +1,6 @@
 """Swap dense convs for generated ones, and back."""
 
 import warnings
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -72,18 +71,16 @@ def materialise(model: nn.Module) -> nn.Module:
     if not convs:
         raise CSGError('nothing to materialise: the model has no generated layer; retrofit it first')
     roots = list(find_roots(model))
-    registered = {id(generator) for _, _, bank in roots for generator in bank}
+    registered = {generator for _, _, bank in roots for generator in bank}
     for name, conv in convs.items():
-        if id(conv.generator) not in registered:
+        if conv.generator not in registered:
             raise CSGError(f'{name}: its generator belongs to a larger model; materialise that model as a whole')
-    layers = defaultdict(list)
-    for conv in convs.values():
-        layers[id(conv.generator)].append(conv)
     weights: dict[CSGConv, Tensor] = {}
-    for of_one_generator in layers.values():
+    for generator in {conv.generator for conv in convs.values()}:
+        layers = [conv for conv in convs.values() if conv.generator is generator]
         # In one batch, as in evaluation: a product of another size rounds differently.
         with torch.no_grad():
-            weights.update(zip(of_one_generator, generate_weights(of_one_generator), strict=True))
+            weights.update(zip(layers, generate_weights(layers), strict=True))
     for _, root, _ in roots:
         detach_bank(root)
     for conv in convs.values():

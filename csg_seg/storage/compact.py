@@ -28,11 +28,7 @@ SLACK = 8
 
 
 def save_compact(
-    model: nn.Module,
-    path: str | os.PathLike,
-    *,
-    dtype: str = 'float32',
-    source: Source | None = None,
+    model: nn.Module, path: str | os.PathLike, *, dtype: str = 'float32', source: Source | None = None
 ) -> None:
     """Save a retrofitted model as a compact checkpoint.
 

@@ -97,7 +97,7 @@ def read_compact(path: str | os.PathLike) -> Compact:
     except CSGError as error:
         raise CSGError(f'{path}: {error}') from None
     # A header that another program wrote may hold anything.
-    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise CSGError(f'{path}: its header cannot be read ({type(error).__name__}); copy it again') from None
 
 
@@ -126,11 +126,10 @@ def _parse(tensors: dict[str, Tensor], header: dict[str, str]) -> Compact:
         Settings.from_dict(each, position=position)
         for position, each in enumerate(json.loads(header.pop('generators')))
     ]
-    layers = {
-        name: (_in_range(position, len(settings)), _weight_shape(shape))
-        for name, (position, shape) in json.loads(header.pop('layers')).items()
-    }
+    layers = {name: (position, tuple(shape)) for name, (position, shape) in json.loads(header.pop('layers')).items()}
     for name, (position, shape) in layers.items():
+        if type(position) is not int or position < 0 or not all(type(size) is int and size > 0 for size in shape):
+            raise ValueError(name)
         if shape[2:] != settings[position].kernel:
             raise CSGError(
                 f'{name}: a weight of {shape} cannot be made from slices of {settings[position].slice_shape}; '
@@ -151,15 +150,3 @@ def _parse(tensors: dict[str, Tensor], header: dict[str, str]) -> Compact:
         shapes = {name: shape for name, (generator, shape) in layers.items() if generator == position}
         tensors[f'{BANK}.{position}.{_EXTRA}'] = encode_signature(each, shapes)
     return Compact(tensors, settings, layers, source, header)
-
-
-def _in_range(position: Any, count: int) -> int:
-    if type(position) is not int or not 0 <= position < count:
-        raise ValueError(position)
-    return position
-
-
-def _weight_shape(shape: Any) -> Shape:
-    if len(shape) not in (3, 4, 5) or not all(type(size) is int and size > 0 for size in shape):
-        raise ValueError(shape)
-    return tuple(shape)

@@ -225,10 +225,6 @@ def _describe_densenet(tensors: Mapping[str, Tensor]) -> Description:
     return f'DenseNet-BC {depth}-{growth}', backbone, tensors['linear.weight'].shape[1]
 
 
-def _describe_mobilenet(tensors: Mapping[str, Tensor]) -> Description:
-    return 'MobileNetV2', dict(type='CIFARMobileNetV2'), 1280
-
-
 def _describe_shufflenet(tensors: Mapping[str, Tensor]) -> Description:
     widths = {48: 0.5, 116: 1.0, 176: 1.5}
     channels = 2 * len(tensors['layer1.0.bn5.weight'])
@@ -287,7 +283,7 @@ FAMILIES = (
             (r'layers\.(\d+)\.shortcut\.([01])', 'layers.{0}.shortcut.{1}'),
         ),
         kernel=1,
-        describe=_describe_mobilenet,
+        describe=lambda _: ('MobileNetV2', dict(type='CIFARMobileNetV2'), 1280),
     ),
     Family(signature='layer1.0.bn5.weight', rules=tuple(_shufflenet_rules()), kernel=1, describe=_describe_shufflenet),
     # Last, because its signature is part of the one before.
