@@ -16,7 +16,8 @@ with one_line_errors():
     from rich.progress import track
     from rich.table import Table
 
-    from csg_seg.mm.planned_config import build_dense, describe_layers, planned_config
+    from csg_seg.mm.plan_files.config import describe_layers, planned_config
+    from csg_seg.mm.plan_files.dense import build_dense
     from csg_seg.mm.running.configs import read_config
 
 

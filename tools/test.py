@@ -80,7 +80,7 @@ def main() -> None:
     args = parse_args()
     with one_line_errors():
         forbid_unpickling()
-        cfg = load_config(args)
+        cfg = load_config(args.config, args.cfg_options, work_dir=args.work_dir, launcher=args.launcher)
         check_file(args.checkpoint)
         build_model(cfg)  # a mistake shows here, before anything is written
         check_data(cfg, 'test')

@@ -66,7 +66,7 @@ def main() -> None:
     args = parse_args()
     with one_line_errors():
         forbid_unpickling()
-        cfg = load_config(args)
+        cfg = load_config(args.config, args.cfg_options, work_dir=args.work_dir, launcher=args.launcher)
         cfg.resume = args.resume
         if args.amp:
             use_amp(cfg)

@@ -1,4 +1,4 @@
-"""Pictures, written whole or not at all."""
+"""Save figures of matplotlib."""
 
 import os
 from pathlib import Path
@@ -10,10 +10,15 @@ from csg_seg.files import write_whole
 
 
 def save_figure(figure: Figure, path: str | os.PathLike, *, dpi: int = 150) -> None:
-    """Save a picture, and make the folder it goes to.
+    """Save a figure completely or not at all, and create its folder.
+
+    Args:
+        figure: the figure.
+        path: the file to write; its ending selects the format.
+        dpi: resolution in dots per inch.
 
     Raises:
-        CSGError: the path cannot be written, or its ending names no format.
+        CSGError: the file cannot be written, or its ending is not a format.
     """
     path = Path(path)
     try:
@@ -21,4 +26,4 @@ def save_figure(figure: Figure, path: str | os.PathLike, *, dpi: int = 150) -> N
     except CSGError:
         raise
     except ValueError as error:
-        raise CSGError(f'{path}: cannot be drawn ({error}); give a name that ends in .png') from None
+        raise CSGError(f'{path}: cannot be drawn ({error}); use a name that ends in .png') from None

@@ -1,4 +1,4 @@
-"""Per-class accuracy, as a table in the log and as a picture of the confusion matrix."""
+"""Accuracy of each class as a table in the log, and the confusion matrix as a picture."""
 
 import logging
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from .figures import save_figure
 
 @METRICS.register_module()
 class PerClassAccuracy(ConfusionMatrix):
-    """Accuracy of each class, in percent, and a picture of which are taken for which.
+    """Accuracy of each class, in percent, and a picture of the confusion matrix.
 
     Args:
-        out: file of the picture; by default ``confusion_matrix.png`` beside the log.
-        most: give figures of so many classes, the worst.
-        kwargs: as :class:`mmpretrain.evaluation.ConfusionMatrix`.
+        out: the picture to write; by default ``confusion_matrix.png`` in the folder of the log.
+        most: report at most this number of classes, those with the lowest accuracy.
+        kwargs: arguments of :class:`mmpretrain.evaluation.ConfusionMatrix`.
     """
 
     default_prefix = 'accuracy_of'
@@ -34,7 +34,7 @@ class PerClassAccuracy(ConfusionMatrix):
         self.most = most
 
     def compute_metrics(self, results: list) -> dict[str, float]:
-        """Return the accuracy of the ``most`` worst classes that have samples; called on the main process alone."""
+        """Return the accuracy of the worst classes that have samples; mmengine calls this in the main process only."""
         matrix = super().compute_metrics(results)['result'].cpu()
         names = _distinct((self.dataset_meta or {}).get('classes') or [str(i) for i in range(len(matrix))])
         samples = matrix.sum(1)
@@ -49,12 +49,14 @@ class PerClassAccuracy(ConfusionMatrix):
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Number names that several classes have; ImageNet's 'crane' is a bird and a machine."""
+    """Number the classes that share a name; ImageNet's 'crane' is a bird and a machine."""
     return [f'{name} ({i})' if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def _table(accuracy: dict[str, float], samples: dict[str, int], *, left_out: int) -> str:
-    table = Table('class', 'samples', 'accuracy', caption=f'{left_out} better classes left out' if left_out else None)
+    table = Table(
+        'class', 'samples', 'accuracy', caption=f'{left_out} better classes are not shown' if left_out else None
+    )
     for name, value in accuracy.items():
         table.add_row(name, str(samples[name]), f'{value:.2f}')
     console = Console(width=80)
@@ -64,11 +66,11 @@ def _table(accuracy: dict[str, float], samples: dict[str, int], *, left_out: int
 
 
 def draw_confusion(matrix: torch.Tensor, names: list[str]) -> Figure:
-    """Draw a confusion matrix, truth downwards, prediction to the right, each row in percent of its samples.
+    """Draw a confusion matrix with a row for each true class, in percent of the row's samples.
 
     Args:
-        matrix: ``(classes, classes)`` counts.
-        names: of the classes; written beside the axes while there is room.
+        matrix: counts ``(classes, classes)``.
+        names: names of the classes; shown for up to 30 classes.
     """
     share = 100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     few = len(names) <= 30

@@ -41,7 +41,7 @@ MM_ORDER = [
     {'patches'},
     {'teacher'},
     {'model'},
-    {'hooks'},
+    {'hooks', 'plan_files'},
     {'running'},
     {'deploy'},
     {'__init__'},

@@ -269,7 +269,7 @@ def test_the_tool_writes_a_config_that_stores_what_it_says(tmp_path, trained):
     summary = csg_seg.summarise(build_model(cfg))
     assert (summary.stored_params, summary.stored_bytes) == (told['stored_params'], told['stored_bytes'])
     assert summary.compression_ratio >= 3
-    assert cfg.custom_imports.imports == ['json', 'csg_seg']
+    assert cfg.custom_imports.imports == ['json', 'csg_seg.mm']
     assert cfg.default_hooks.csg.type == 'CSGHook'
     assert out.read_text().startswith(f'# {summary.stored_params:,} parameters for {summary.dense_params:,} dense')
     again = run_tool('plan.py', child, '--ratio', 3, '--out', out, check=False)

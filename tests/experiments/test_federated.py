@@ -156,5 +156,5 @@ def test_tool_compares_networks_and_draws(network, drawn, tmp_path):
 
 def test_picture_with_another_ending_is_refused(tmp_path):
     point = {'round': 1, 'bytes': 10, 'score': 1.0}
-    with pytest.raises(CSGError, match='give a name that ends in .png'):
+    with pytest.raises(CSGError, match='use a name that ends in .png'):
         draw_federated({'one': {'scores': [point, point]}}, tmp_path / 'curves.xyz', metric='mIoU')

@@ -122,7 +122,7 @@ def test_the_tool_measures_draws_and_prints(tmp_path, capsys):
 def test_a_picture_shows_what_was_measured(measured, tmp_path):
     load, networks = measured
     draw_speed(networks, load, tmp_path / 'new' / 'speed.png', title='ResNet-20')
-    with pytest.raises(CSGError, match='give a name that ends in .png'):
+    with pytest.raises(CSGError, match='use a name that ends in .png'):
         draw_speed(networks, load, tmp_path / 'speed.nothing', title='ResNet-20')
 
 

@@ -74,8 +74,8 @@ def test_the_real_npz_is_cifar10(real_data):
     [
         ({'y_train': None}, "no array 'y_train'; found x_train, x_test, y_test"),
         ({'x_train': np.zeros((12, 32, 32, 3), dtype=np.float32)}, 'x_train is float32'),
-        ({'x_train': np.zeros((12, 3, 32, 32), dtype=np.uint8)}, r'images are uint8 \(n, h, w, 3\)'),
-        ({'y_train': np.zeros(11, dtype=int)}, r'12 images need \(12,\) integers'),
+        ({'x_train': np.zeros((12, 3, 32, 32), dtype=np.uint8)}, r'images must be uint8 \(n, h, w, 3\)'),
+        ({'y_train': np.zeros(11, dtype=int)}, r'12 images need integers \(12,\)'),
         ({'y_train': np.zeros(12)}, 'y_train is float64'),
         ({'y_train': np.full(12, 10)}, 'labels from 10 to 10; 10 classes are numbered from 0'),
         ({'y_train': np.full(12, -1)}, 'labels from -1'),
@@ -107,7 +107,7 @@ def damaged(kind):
 @pytest.mark.parametrize('kind', ['empty', 'cut', 'text', 'npy', 'corrupt'])
 def test_an_npz_that_is_none_is_refused(kind, tmp_path):
     (tmp_path / 'cifar10-subset.npz').write_bytes(damaged(kind))
-    with pytest.raises(CSGError, match='damaged, no .npz file'):
+    with pytest.raises(CSGError, match='damaged, not an .npz file'):
         check_data(npz_config(tmp_path), 'train')
 
 

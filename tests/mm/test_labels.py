@@ -134,7 +134,7 @@ def test_a_damaged_mask_is_named(root):
     path = root / 'SegmentationClass' / 'train_00000.png'
     for content in (b'', b'text', path.read_bytes()[:60]):
         path.write_bytes(content)
-        with pytest.raises(CSGError, match=f'train data: {path}: no mask .*; copy it again'):
+        with pytest.raises(CSGError, match=f'train data: {path}: not a mask .*; copy it again'):
             check_data(read_config(DEMO, options(root)), 'train')
 
 
@@ -163,5 +163,5 @@ def test_a_class_of_an_image_that_the_classifier_lacks_is_named(tmp_path):
     cfg.train_dataloader.dataset = dict(
         type='CustomDataset', data_root=str(tmp_path), ann_file='list.txt', data_prefix='', pipeline=[]
     )
-    with pytest.raises(CSGError, match=r'x.png is of class 12, and model.head.num_classes is 10, which makes 0 to 9'):
+    with pytest.raises(CSGError, match=r'x.png has class 12, and model.head.num_classes is 10 \(0 to 9\)'):
         check_data(cfg, 'train')

@@ -63,7 +63,7 @@ def test_a_note_that_names_no_checkpoint_is_named(refused, run, content, says):
     assert message.endswith(f'; add --cfg-options load_from={run}/iter_2.pth')
     for path in run.glob('*.pth'):
         path.unlink()
-    assert refused().endswith('; delete it to start anew')
+    assert refused().endswith('; delete it to start from the beginning')
 
 
 def test_what_the_line_says_resumes(run, drawn):

@@ -189,7 +189,7 @@ def test_voc12aug_without_its_list(refused, drawn):
 
 def test_missing_config(refused):
     assert 'absent.py' in refused('train.py', CONFIGS / 'absent.py')
-    assert 'README.md: no config' in refused('report.py', ROOT / 'README.md')
+    assert 'README.md: not a config' in refused('report.py', ROOT / 'README.md')
 
 
 def test_dense_config_does_not_start_from_codes(drawn, files, tmp_path, refused):
@@ -200,7 +200,7 @@ def test_dense_config_does_not_start_from_codes(drawn, files, tmp_path, refused)
 @pytest.mark.parametrize(('launcher', 'says'), [('slurm', 'SLURM_PROCID'), ('pytorch', 'RANK'), ('mpi', 'RANK')])
 def test_launcher_without_its_environment(refused, drawn, launcher, says):
     message = refused('train.py', CSG, '--launcher', launcher, *small(drawn))
-    assert says in message and 'is not set; start it by' in message
+    assert says in message and 'is not set; start the run with' in message
 
 
 class Hostile:
@@ -238,8 +238,8 @@ def test_mixed_precision_in_a_config_without_gpu(refused, drawn, tmp_path, dtype
     }
     for tool, arguments in commands.items():
         message = refused(tool, *arguments)
-        assert 'without one, give --cfg-options optim_wrapper.type=OptimWrapper' in message, f'{tool}: {message}'
-        assert ('take dtype out of the config' in message) == (dtype is not None)
+        assert 'without one, use --cfg-options optim_wrapper.type=OptimWrapper' in message, f'{tool}: {message}'
+        assert ('remove dtype from the config' in message) == (dtype is not None)
 
 
 @pytest.mark.parametrize(

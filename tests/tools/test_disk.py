@@ -191,7 +191,7 @@ def test_a_result_that_does_not_fit_leaves_nothing(refused, tool, files, drawn, 
         message = refused(tool, *command, option, out)
     name = out / 'iter_1.pth' if tool == 'train.py' else out
     assert f'{name}: cannot be written (File too large); raise the limit' in message
-    assert ('--resume goes on' in message) == (tool == 'train.py')
+    assert ('use --resume to continue' in message) == (tool == 'train.py')
     assert not [path for path in tmp_path.rglob('*') if path.suffix in ('.pth', '.safetensors', '.partial')]
 
 

@@ -1,1 +1,1 @@
-"""Data sets, and checks of data before a run."""
+"""Data sets that the mm libraries lack, and checks of labels."""

@@ -1,4 +1,4 @@
-"""Labels that are no classes of the network."""
+"""Check that labels are classes of the network."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -11,24 +11,24 @@ from mmengine.registry import TRANSFORMS
 
 from csg_seg.errors import CSGError
 
-# Masks that are looked into before a run, from all over the data set; more would take long.
+# Number of masks to check before a run, spread over the data set; checking all would take too long.
 MASKS = 16
 
-# Whose transforms leave labels what they are, so that a mask as it is read tells what a loss will see.
+# Packages whose transforms do not change labels, so the loss sees the labels that a mask file contains.
 KNOWN = ('mmcv', 'mmengine', 'mmpretrain', 'mmseg')
 
 
 def check_labels(cfg: Config, split: str, dataset: BaseDataset, pipeline: list[Mapping[str, Any]]) -> None:
-    """Look into a few masks, or at the class of each image of a classifier, before a run.
+    """Check a few masks of a segmentation data set, or the class of each image of a classification data set.
 
     Args:
-        cfg: a whole config.
+        cfg: a complete config.
         split: 'train', 'val' or 'test'.
-        dataset: of this split, without its pipeline.
-        pipeline: of this split.
+        dataset: the data set of the split, built without its pipeline.
+        pipeline: the pipeline of the split.
 
     Raises:
-        CSGError: a label is none of the network's classes, or a file is no mask.
+        CSGError: a label is not a class of the network, or a file is not a mask.
     """
     classes = _class_count(cfg.model)
     if classes is None:
@@ -38,21 +38,21 @@ def check_labels(cfg: Config, split: str, dataset: BaseDataset, pipeline: list[M
             wrong = _wrong(np.asarray(sample.get('gt_label', 0)), classes, ignored=None)
             if wrong is not None:
                 raise CSGError(
-                    f'{split} data: {sample.get("img_path", "an image")} is of class {wrong}, and '
-                    f'model.head.num_classes is {classes}, which makes 0 to {classes - 1}; correct one of the two'
+                    f'{split} data: {sample.get("img_path", "an image")} has class {wrong}, and '
+                    f'model.head.num_classes is {classes} (0 to {classes - 1}); correct one of the two'
                 )
         return
     steps = [each for each in pipeline if str(each['type']).rpartition('.')[2] == 'LoadAnnotations']
     if not steps or not all(_is_known(each['type']) for each in pipeline):
-        return  # as the run itself reads masks, the guard below sees them
+        return  # LabelGuardHook checks the masks during the run
     load = TRANSFORMS.build(steps[0])
     samples = [sample for sample in dataset.data_list if sample.get('seg_map_path')]
     for index in np.unique(np.linspace(0, len(samples) - 1, MASKS).astype(int)) if samples else []:
         path = samples[index]['seg_map_path']
         try:
             mask = load(deepcopy(samples[index]))['gt_seg_map']
-        except Exception as error:  # what decoders raise of a damaged file is theirs
-            raise CSGError(f'{split} data: {path}: no mask ({type(error).__name__}); copy it again') from None
+        except Exception as error:  # decoding a damaged file may raise anything
+            raise CSGError(f'{split} data: {path}: not a mask ({type(error).__name__}); copy it again') from None
         check_mask(cfg, split, mask, path)
 
 
@@ -81,7 +81,7 @@ def _wrong(labels: np.ndarray, classes: int, ignored: int | None) -> int | None:
 
 
 def _class_count(model: Mapping[str, Any]) -> int | None:
-    """Return how many labels the network's last head takes."""
+    """Return the number of labels of the network's last head."""
     head = _head(model)
     if head.get('num_classes') is None:
         return None
@@ -89,7 +89,7 @@ def _class_count(model: Mapping[str, Any]) -> int | None:
 
 
 def _ignored(cfg: Config, split: str) -> int:
-    """Return the label that the loss, or the metric, leaves out."""
+    """Return the label that the loss or the metric ignores."""
     found = _head(cfg.model).get('ignore_index')
     if split != 'train':
         evaluators = cfg.get(f'{split}_evaluator') or {}

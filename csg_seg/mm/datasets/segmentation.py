@@ -1,4 +1,4 @@
-"""Data sets that mmsegmentation lacks."""
+"""Segmentation data sets that mmsegmentation lacks."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ class CamVidDataset(BaseSegDataset):
 
     Brostow et al., "Semantic object classes in video", Pattern Recognition
     Letters 2009; class grouping and colours of SegNet (Badrinarayanan et al., 2017).
-    Layout: ``images/{train,val,test}/*.jpg`` and ``labels/{train,val,test}/*.png``,
-    the latter grey with class ids 0 to 10 and 255 for void.
+    Layout: ``images/{train,val,test}/*.jpg`` and ``labels/{train,val,test}/*.png``.
+    Labels are grey images with class ids 0 to 10, and 255 for void.
     """
 
     METAINFO = {
@@ -33,12 +33,12 @@ class CamVidDataset(BaseSegDataset):
 
 @DATASETS.register_module()
 class COCOVOCDataset(BaseSegDataset):
-    """COCO with the 20 classes of Pascal VOC and background.
+    """COCO with background and the 20 classes of Pascal VOC.
 
     Lin et al., "Microsoft COCO: Common Objects in Context", ECCV 2014; classes
     and masks as in torchvision's segmentation reference.
-    Layout: COCO's own folder of images, and ``masks/*.png`` with ``list.txt``
-    as ``tools/dataset_converters/coco2voc.py`` writes them.
+    Layout: COCO's folder of images, and ``masks/*.png`` and ``list.txt`` written by
+    ``tools/dataset_converters/coco2voc.py``.
     """
 
     METAINFO = PascalVOCDataset.METAINFO

@@ -1,4 +1,4 @@
-"""The paper's networks as backbones, where mmpretrain's own do not do: another stem, or another start."""
+"""The paper's CIFAR-10 networks as backbones; mmpretrain's have other stems or start values."""
 
 from typing import Any
 
@@ -32,23 +32,23 @@ class CIFARMobileNetV2(models.CIFARMobileNetV2, BaseModule):
 
 @MODELS.register_module()
 class CIFARDenseNet(DenseNet):
-    """DenseNet-BC for 32 x 32 pixels: three blocks, a 3x3 conv for a stem.
+    """DenseNet-BC for images of 32 x 32 pixels, with three blocks and a 3x3 conv as stem.
 
     Huang et al., "Densely Connected Convolutional Networks", CVPR 2017.
 
     Args:
-        depth: ``6 n + 4``; each of three blocks has ``n`` bottlenecks.
-        growth_rate: channels that each bottleneck adds; the stem has twice as many.
-        kwargs: as :class:`mmpretrain.models.DenseNet`.
+        depth: number of layers, ``6 n + 4``; each of the three blocks has ``n`` bottlenecks.
+        growth_rate: number of channels that each bottleneck adds; the stem has twice as many.
+        kwargs: arguments of :class:`mmpretrain.models.DenseNet`.
 
     Raises:
-        CSGError: there is no network of such a depth.
+        CSGError: ``depth`` is not ``6 n + 4``.
     """
 
     def __init__(self, depth: int, growth_rate: int, **kwargs: Any):
         blocks, rest = divmod(depth - 4, 6)
         if rest or blocks < 1:
-            raise CSGError(f'depth {depth}: a CIFAR DenseNet-BC has 6 n + 4 layers; take 40 or 100')
+            raise CSGError(f'depth {depth}: a CIFAR DenseNet-BC has 6 n + 4 layers; use 40 or 100')
         stem = 2 * growth_rate
         super().__init__(arch=dict(growth_rate=growth_rate, depths=[blocks] * 3, init_channels=stem), **kwargs)
         self.stem = nn.Conv2d(3, stem, 3, padding=1, bias=False)
@@ -56,21 +56,21 @@ class CIFARDenseNet(DenseNet):
 
 @MODELS.register_module()
 class CIFARShuffleNetV2(ShuffleNetV2):
-    """ShuffleNetV2 for 32 x 32 pixels: a stem of stride 1, no pooling.
+    """ShuffleNetV2 for images of 32 x 32 pixels: the stem has stride 1 and no pooling.
 
-    Ma et al., "ShuffleNet V2", ECCV 2018. Convs start at Kaiming variance;
-    mmpretrain's start values, made for ImageNet, are small for this stem.
+    Ma et al., "ShuffleNet V2", ECCV 2018. Convs start with Kaiming variance, because
+    mmpretrain's start values for ImageNet are too small for this stem.
 
     Args:
-        kwargs: as :class:`mmpretrain.models.ShuffleNetV2`.
+        kwargs: arguments of :class:`mmpretrain.models.ShuffleNetV2`.
     """
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        stem = self.conv1
-        self.conv1 = ConvModule(3, stem.out_channels, 3, padding=1, norm_cfg=self.norm_cfg, act_cfg=self.act_cfg)
+        channels = self.get_submodule('conv1').out_channels
+        self.conv1 = ConvModule(3, channels, 3, padding=1, norm_cfg=self.norm_cfg, act_cfg=self.act_cfg)
         self.maxpool = nn.Identity()
 
     def init_weights(self) -> None:
-        """Let every conv start as mmcv does, and follow ``init_cfg``."""
+        """Initialise every conv as mmcv does, then apply ``init_cfg``."""
         BaseModule.init_weights(self)

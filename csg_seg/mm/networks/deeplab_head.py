@@ -1,4 +1,4 @@
-"""The head of the DeepLab that the method's authors compressed."""
+"""The DeepLabV3+ head of the paper, without separable convs."""
 
 from typing import Any
 
@@ -12,17 +12,16 @@ from torch.nn import functional
 
 @MODELS.register_module()
 class DeepLabV3PlusHead(ASPPHead):
-    """ASPP, and a decoder that adds low-level features, all of it dense 3x3 and 1x1 convs.
+    """ASPP, followed by a decoder that adds low-level features.
 
-    Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2018,
-    without the separable convs; the head of the DeepLab in Omidvar et al.,
-    AISTATS 2021. mmsegmentation has the variant with separable ones.
+    Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2018. As in Omidvar et al.,
+    AISTATS 2021, no conv is separable; mmsegmentation has the variant with separable convs.
 
     Args:
-        low_level_index: position of the low-level features in the backbone's outputs.
-        low_level_in_channels: their channels.
+        low_level_in_channels: channels of the low-level features.
+        low_level_index: their position in the backbone's outputs.
         low_level_channels: channels that they are reduced to.
-        kwargs: as mmsegmentation's ``ASPPHead``.
+        kwargs: arguments of mmsegmentation's ``ASPPHead``.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class DeepLabV3PlusHead(ASPPHead):
         )
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Map the backbone's feature maps to logits ``(n, num_classes, h, w)`` at the low-level resolution."""
+        """Return logits ``(n, num_classes, h, w)`` at the resolution of the low-level features."""
         low_level = self.low_level(inputs[self.low_level_index])
         features = self._forward_feature(inputs)
         features = functional.interpolate(

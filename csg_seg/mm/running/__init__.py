@@ -1,1 +1,1 @@
-"""From a command line to a Runner: configs, checks before a run, processes, comparisons."""
+"""Prepare and run training and testing: config files, checks before a run, the work folder, processes."""

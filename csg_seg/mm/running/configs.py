@@ -1,7 +1,6 @@
-"""Config files."""
+"""Read config files."""
 
 import os
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,28 @@ from csg_seg.errors import CSGError
 from csg_seg.files import check_folder
 
 
-def load_config(args: Namespace) -> Config:
-    """Read a config with the options that mmseg's tools share.
+def load_config(
+    path: str | os.PathLike,
+    options: Mapping[str, Any] | None = None,
+    *,
+    work_dir: str | None = None,
+    launcher: str = 'none',
+) -> Config:
+    """Read a config file for a run.
 
     Args:
-        args: ``config``, ``cfg_options``, ``work_dir`` and ``launcher``.
+        path: the config file.
+        options: settings to override, by dotted name.
+        work_dir: folder for logs and checkpoints; by default the config's, or ``work_dirs/CONFIG``.
+        launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CSGError: the file is not a config, or the work folder cannot be written to.
     """
-    cfg = read_config(args.config, args.cfg_options)
-    cfg.launcher = args.launcher
-    if args.work_dir is not None:
-        cfg.work_dir = args.work_dir
-    elif cfg.get('work_dir') is None:
-        cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
+    cfg = read_config(path, options)
+    cfg.launcher = launcher
+    cfg.work_dir = work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(path).stem)
     check_folder(cfg.work_dir, given=f'--work-dir {cfg.work_dir}')
     return cfg
 
@@ -32,41 +41,41 @@ def read_config(path: str | os.PathLike, options: Mapping[str, Any] | None = Non
     """Read a config file.
 
     Args:
-        path: of the file.
+        path: the config file.
         options: settings to override, by dotted name.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CSGError: it is no config.
+        CSGError: the file is not a config.
     """
     try:
         cfg = Config.fromfile(str(path))
     except FileNotFoundError as error:
         raise FileNotFoundError(f'{path}: no such config, or one of its bases is missing ({error})') from None
     except (OSError, SyntaxError) as error:
-        raise CSGError(f'{path}: no config ({error}); give a .py file such as those in configs/') from None
-    _leave_scope(cfg._cfg_dict)
+        raise CSGError(f'{path}: not a config ({error}); give a .py file such as those in configs/') from None
+    _remove_scope(cfg._cfg_dict)
     cfg.merge_from_dict(dict(options or {}))
     return cfg
 
 
-def _leave_scope(node: Any) -> None:
-    """Let what a config inherits from a 'csg_seg::' base be built in the config's own scope.
+def _remove_scope(node: Any) -> None:
+    """Remove the scope that mmengine adds to what is inherited from a 'csg_seg::' base.
 
-    csg_seg registers its parts at the root, and its configs use other packages' parts.
+    csg_seg has no registries of its own, and its configs use types of the config's default scope.
     """
     if isinstance(node, dict):
         if node.get('_scope_') == 'csg_seg':
             del node['_scope_']
         for each in node.values():
-            _leave_scope(each)
+            _remove_scope(each)
     elif isinstance(node, (list, tuple)):
         for each in node:
-            _leave_scope(each)
+            _remove_scope(each)
 
 
 def data_sets(dataset: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """Yield the data sets inside wrappers such as ConcatDataset and RepeatDataset."""
+    """Yield the data set configs inside wrappers such as ConcatDataset and RepeatDataset."""
     if dataset is None:
         return
     inner = dataset.get('datasets') or dataset.get('dataset')

@@ -1,4 +1,4 @@
-"""What is checked before a run."""
+"""Check data, optimizer and start weights before a run."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -20,21 +20,21 @@ from .configs import data_sets
 
 
 def check_data(cfg: Config, split: str) -> None:
-    """Find out before training whether every file of a split is there.
+    """Check that every file of a split exists and that its labels are classes of the network.
 
     Args:
-        cfg: a whole config.
+        cfg: a complete config.
         split: 'train', 'val' or 'test'.
 
     Raises:
-        CSGError: a folder, a list, an image or a mask is missing, or a label is none of the network's.
+        CSGError: a folder, a list, an image or a mask is missing, or a label is not a class of the network.
     """
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     remedy = f"see 'Prepare the data' in README.md, or set its data_root in {split}_dataloader"
     loader = cfg.get(f'{split}_dataloader')
     for dataset in data_sets(loader.dataset if loader else None):
         if dataset.get('backend_args') or '://' in str(dataset.get('data_root')):
-            continue  # not on this file system
+            continue  # not on a local disk
         root = Path(dataset.get('data_root') or '.')
         prefix = dataset.get('data_prefix') or {}
         prefixes = [prefix] if isinstance(prefix, str) else prefix.values()
@@ -51,11 +51,11 @@ def check_data(cfg: Config, split: str) -> None:
 
 
 def check_starts(cfg: Config) -> None:
-    """Find out before training whether the checkpoints it starts from are there and whole.
+    """Check that the checkpoints a training starts from exist and are complete.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CSGError: the file is cut short.
+        CSGError: a file is cut short, or a setting is not a path.
     """
     model = cfg.model
     paths = [cfg.get('load_from'), (model.get('teacher') or {}).get('checkpoint'), model.get('pretrained')]
@@ -66,20 +66,20 @@ def check_starts(cfg: Config) -> None:
         paths += [each.get('checkpoint') for each in (starts if isinstance(starts, (list, tuple)) else [starts])]
     for path in paths:
         if path and not isinstance(path, str):
-            raise CSGError(f'a start of the training is named by {path!r}; give the path of a checkpoint')
+            raise CSGError(f'{path!r} is not the path of a checkpoint to start from; give a path')
         if path and '://' not in path:
             check_file(path)
 
 
 def check_optimizer(cfg: Config, model: nn.Module) -> None:
-    """Find out before training whether mmengine builds the config's optimizer, on this machine.
+    """Check that mmengine can build and use the config's optimizer on this machine.
 
     Args:
-        cfg: a whole config.
-        model: its model.
+        cfg: a complete config.
+        model: the config's model.
 
     Raises:
-        CSGError: it does not.
+        CSGError: the optimizer cannot be built or used.
     """
     settings = cfg.get('optim_wrapper')
     if settings is None:
@@ -89,21 +89,20 @@ def check_optimizer(cfg: Config, model: nn.Module) -> None:
         for _, each in built.items() if isinstance(built, OptimWrapperDict) else [('', built)]:
             with each.optim_context(model):
                 pass
-    # What the classes that a config names make of the arguments it gives them.
-    except Exception as error:
+    except Exception as error:  # the classes named in a config may raise anything
         optimizer = (settings.get('optimizer') or {}).get('type')
         said = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
         raise CSGError(f'optim_wrapper (optimizer {optimizer}): {said}; {_optimizer_remedy(settings)}') from None
 
 
 def _optimizer_remedy(settings: Mapping[str, Any]) -> str:
-    """Say what to do about an optimizer that cannot be built."""
+    """Return what to do about an optimizer that cannot be built."""
     kind = settings.get('type', 'OptimWrapper')
     if str(getattr(kind, '__name__', kind)).rpartition('.')[2] != 'AmpOptimWrapper' or torch.cuda.is_available():
         return 'correct it in the config'
     own = [key for key in ('dtype', 'loss_scale', 'use_fsdp') if key in settings]
-    drop = f' and take {", ".join(own)} out of the config' if own else ''
-    return f'mixed precision needs a GPU; without one, give --cfg-options optim_wrapper.type=OptimWrapper{drop}'
+    drop = f' and remove {", ".join(own)} from the config' if own else ''
+    return f'mixed precision needs a GPU; without one, use --cfg-options optim_wrapper.type=OptimWrapper{drop}'
 
 
 def _build_dataset(split: str, dataset: Mapping[str, Any], remedy: str) -> BaseDataset:
@@ -111,14 +110,14 @@ def _build_dataset(split: str, dataset: Mapping[str, Any], remedy: str) -> BaseD
         return DATASETS.build({**dataset, 'pipeline': [], 'lazy_init': False, 'serialize_data': False})
     except CSGError as error:
         raise CSGError(f'{split} data: {error}') from None
-    except (AssertionError, OSError, RuntimeError, ValueError) as error:  # what the libraries' data sets raise
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:  # raised by the libraries' data sets
         raise CSGError(f'{split} data: {" ".join(str(error).split())}; {remedy}') from None
 
 
 def _check_samples(split: str, root: Path, dataset: BaseDataset, remedy: str) -> None:
     if len(dataset) == 0:
-        raise CSGError(f'{split} data: {root} holds no sample; {remedy}')
-    # Without a list, images are those that the folder holds.
+        raise CSGError(f'{split} data: {root} contains no sample; {remedy}')
+    # Without a list, the images are the files found in the folder, so they exist.
     keys = ('img_path', 'seg_map_path') if dataset.ann_file else ('seg_map_path',)
     paths = [Path(sample[key]) for sample in dataset.data_list for key in keys if sample.get(key)]
     missing = [path for path in paths if not path.exists()]

@@ -1,4 +1,4 @@
-"""Processes without GPUs."""
+"""Run several processes on a machine without GPUs."""
 
 import atexit
 import gc
@@ -14,9 +14,12 @@ from csg_seg.errors import CSGError
 
 
 def use_cpu_processes(cfg: Config) -> None:
-    """Prepare a multi-process launch on a machine without GPUs: gloo, BN for SyncBN.
+    """Prepare a multi-process run on a machine without GPUs: gloo as backend, and BN instead of SyncBN.
 
-    Does nothing where there is a GPU, or for a single process.
+    Does nothing if there is a GPU, or for a single process.
+
+    Raises:
+        CSGError: the launcher did not set an environment variable.
     """
     if cfg.launcher == 'none' or torch.cuda.is_available():
         return
@@ -24,11 +27,9 @@ def use_cpu_processes(cfg: Config) -> None:
         _export_slurm_ranks()
     missing = [name for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR') if name not in os.environ]
     if missing:
-        raise CSGError(
-            f'--launcher {cfg.launcher}: {missing[0]} is not set; start it by tools/dist_train.sh or the like'
-        )
+        raise CSGError(f'--launcher {cfg.launcher}: {missing[0]} is not set; start the run with tools/dist_train.sh')
     torch.distributed.init_process_group('gloo')
-    # Threads of gloo that still run at exit abort the process.
+    # If threads of gloo are still running at exit, the process aborts.
     atexit.register(_leave_process_group)
     cfg.env_cfg.dist_cfg = dict(backend='gloo')
     wrapper = dict(
@@ -38,12 +39,12 @@ def use_cpu_processes(cfg: Config) -> None:
     )
     cfg.model_wrapper_cfg = {**wrapper, **cfg.get('model_wrapper_cfg', {}), 'device_ids': None}
     if replace_sync_bn(cfg.model):
-        print_log('No GPU: SyncBN becomes BN, each process normalises its own batch.', logger='current')
+        print_log('No GPU: SyncBN is replaced with BN, and each process normalises its own batch.', logger='current')
 
 
 def _leave_process_group() -> None:
     if torch.distributed.is_initialized():
-        gc.collect()  # a wrapped model, in a cycle with its runner, keeps the group and its threads
+        gc.collect()  # a reference cycle of model and runner keeps the process group alive
         torch.distributed.destroy_process_group()
 
 
@@ -51,7 +52,7 @@ def _export_slurm_ranks() -> None:
     names = {'RANK': 'SLURM_PROCID', 'WORLD_SIZE': 'SLURM_NTASKS', 'LOCAL_RANK': 'SLURM_LOCALID'}
     missing = [name for name in names.values() if name not in os.environ]
     if missing:
-        raise CSGError(f'--launcher slurm: {missing[0]} is not set; start it by srun, or tools/slurm_train.sh')
+        raise CSGError(f'--launcher slurm: {missing[0]} is not set; start the run with srun or tools/slurm_train.sh')
     os.environ.update({ours: os.environ[slurms] for ours, slurms in names.items()})
     if 'MASTER_ADDR' not in os.environ:
         command = ['scontrol', 'show', 'hostnames', os.environ['SLURM_NODELIST']]
@@ -60,7 +61,7 @@ def _export_slurm_ranks() -> None:
 
 
 def replace_sync_bn(node: Any) -> int:
-    """Turn every SyncBN of a config into BN, in place; return how many."""
+    """Replace every SyncBN in a config with BN, in place, and return their number."""
     if isinstance(node, (list, tuple)):
         return sum(map(replace_sync_bn, node))
     if not isinstance(node, dict):

@@ -1,4 +1,4 @@
-"""Checkpoints in a work folder: written whole, and found again."""
+"""Write and find the checkpoints in a work folder."""
 
 import os
 from pathlib import Path
@@ -9,15 +9,15 @@ from mmengine.runner import Runner
 from csg_seg.errors import CSGError
 from csg_seg.files import NotWrittenError, writing
 
-RESUME = '; --resume goes on from the last checkpoint'
+RESUME = '; use --resume to continue from the last checkpoint'
 
 
 def guard_checkpoints(runner: Runner, *, after: str = '') -> None:
-    """Let a checkpoint that cannot be written end the run in one line, and leave no half of it.
+    """Make the runner raise a clear error and remove the partial file if a checkpoint cannot be written.
 
     Args:
-        runner: of a training.
-        after: what else to say.
+        runner: a runner that trains.
+        after: text to append to the error message.
     """
     save = runner.save_checkpoint
 
@@ -29,29 +29,29 @@ def guard_checkpoints(runner: Runner, *, after: str = '') -> None:
                 save(out_dir, filename, *args, **options)
         except NotWrittenError:
             if _written(path) != before:
-                path.unlink(missing_ok=True)  # mmengine leaves as much as there was room for
+                path.unlink(missing_ok=True)  # mmengine leaves a partial file
             raise
 
     runner.save_checkpoint = save_whole
 
 
 def _written(path: Path) -> int | None:
-    """Return when a file was last written to, None if there is none."""
+    """Return the time of the last write to a file, or None if it does not exist."""
     return path.stat().st_mtime_ns if path.exists() else None
 
 
 def latest_checkpoint(work_dir: str | os.PathLike) -> str | None:
-    """Return the checkpoint that a resumed run goes on from, None where there was no run.
+    """Return the checkpoint to resume from, or None if the folder contains no run.
 
     Raises:
-        CSGError: the folder's ``last_checkpoint``, mmengine's note of it, names none.
+        CSGError: mmengine's file ``last_checkpoint`` exists but does not name a checkpoint.
     """
     note = Path(work_dir, 'last_checkpoint')
     if not note.exists():
         return None
     steps = [path for path in Path(work_dir).glob('*.pth') if not path.name.startswith('best_')]
     newest = max(steps, key=lambda path: path.stat().st_mtime, default=None)
-    remedy = f'add --cfg-options load_from={newest}' if newest else 'delete it to start anew'
+    remedy = f'add --cfg-options load_from={newest}' if newest else 'delete it to start from the beginning'
     if not note.is_file():
         raise CSGError(f'{note}: a folder, not the name of the checkpoint to resume from; {remedy}')
     try:

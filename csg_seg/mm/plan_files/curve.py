@@ -1,4 +1,4 @@
-"""Draw how much error each size of a network costs."""
+"""Draw the predicted error of a network against its compression ratio."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -9,11 +9,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import nn
 
 from csg_seg.errors import CSGError
+from csg_seg.mm.figures import save_figure
 from csg_seg.planning.planner import Point, predict
 
-from .figures import save_figure
-
-# Omidvar et al., AISTATS 2021: for small and for large networks.
+# The settings for small and for large networks in Omidvar et al., AISTATS 2021.
 PAPER = {
     "paper's s12 d72": dict(slice_shape=(12, 12, 3, 3), code_dim=72),
     "paper's s16 d128": dict(slice_shape=(16, 16, 3, 3), code_dim=128),
@@ -21,7 +20,12 @@ PAPER = {
 
 
 def mark_settings(model: nn.Module, settings: Mapping[str, Any] = PAPER) -> dict[str, Point]:
-    """Return the points of fixed settings, those that fit the network and make it smaller."""
+    """Return a point for each of the given settings that fits the network and compresses it.
+
+    Args:
+        model: a dense network.
+        settings: csg dicts by the name to show.
+    """
     marks = {}
     for name, csg in settings.items():
         try:
@@ -34,13 +38,13 @@ def mark_settings(model: nn.Module, settings: Mapping[str, Any] = PAPER) -> dict
 
 
 def draw_curve(curve: Sequence[Point], marks: Mapping[str, Point], path: str | os.PathLike, *, title: str) -> None:
-    """Save a picture of compression ratio against predicted error.
+    """Save a picture of the predicted error against the compression ratio.
 
     Args:
-        curve: of a plan.
-        marks: points to set beside it, by name.
-        path: of the picture; its ending names the format.
-        title: the network's name.
+        curve: the curve of a plan.
+        marks: more points to show, by name.
+        path: the picture to write; its ending selects the format.
+        title: name of the network.
     """
     figure = Figure(figsize=(7, 4.5), layout='constrained')
     axis = figure.subplots()
