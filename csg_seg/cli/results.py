@@ -1,10 +1,11 @@
-"""Result files: options, command, versions."""
+"""Result files: the command, its figures, and the versions that made them."""
 
 import json
+import os
 import platform
 import shlex
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,38 +17,57 @@ from csg_seg.errors import CSGError
 from csg_seg.files import write_whole
 from csg_seg.version import __version__
 
-from .options import check_out
+from .options import add_json, add_out, add_overwrite, check_out
 
 
 def add_result_options(parser: ArgumentParser, *, picture: str = '') -> None:
-    """Add ``--out``, ``--overwrite`` and ``--json``; ``--picture`` too, if it is said what is drawn."""
+    """Add ``--out``, ``--overwrite`` and ``--json``, and ``--picture`` if ``picture`` says what it shows."""
     if picture:
         parser.add_argument('--picture', help=f'also draw {picture} (.png)')
-    parser.add_argument('--out', help='also write the result to this JSON file')
-    parser.add_argument('--overwrite', action='store_true', help='replace files that exist')
-    parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
+    add_out(parser, 'also write the result to this JSON file', required=False)
+    add_overwrite(parser, 'replace files that exist')
+    add_json(parser)
 
 
-def check_result_options(args: Namespace) -> None:
-    """Refuse, before anything is computed, to replace a result or its picture unasked.
+def check_result_options(
+    out: str | os.PathLike | None, *, overwrite: bool, picture: str | os.PathLike | None = None
+) -> None:
+    """Check that the result and its picture can be written, before anything is computed.
 
     Raises:
         CSGError: a file exists, or cannot be written.
     """
-    if args.out:
-        check_out(args.out, overwrite=args.overwrite)
-    if getattr(args, 'picture', None):
-        check_out(args.picture, overwrite=args.overwrite, option='--picture', endings=['.png'])
-        if args.out and Path(args.out).resolve() == Path(args.picture).resolve():
+    if out:
+        check_out(out, overwrite=overwrite)
+    if picture:
+        check_out(picture, overwrite=overwrite, option='--picture', endings=['.png'])
+        if out and Path(out).resolve() == Path(picture).resolve():
             raise CSGError('--out and --picture are one file; give each its own')
 
 
-def write_result(args: Namespace, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Put the command before the figures, and write both to the file that was asked for, if one was."""
-    result = {'command': shlex.join(['python', *sys.argv]), **figures}
-    if args.out:
-        write_whole(Path(args.out), lambda partial: partial.write_text(json.dumps(result, indent=2) + '\n'))
+def write_result(out: str | os.PathLike | None, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the command to the figures, and write them to a JSON file.
+
+    Args:
+        out: the file; None writes nothing.
+        figures: JSON-ready.
+
+    Returns:
+        the command and the figures.
+    """
+    result = {'command': typed_command(), **figures}
+    if out:
+        write_whole(Path(out), lambda partial: partial.write_text(json.dumps(result, indent=2) + '\n'))
     return result
+
+
+def typed_command() -> str:
+    """Return the command as the user typed it."""
+    program, *args = sys.argv
+    path = Path(program)
+    if path.name == '__main__.py':  # of a package, such as experiments/speed
+        return shlex.join(['python', '-m', '.'.join(path.absolute().parts[-3:-1]), *args])
+    return shlex.join(['python', program, *args])
 
 
 def made_with(*, seed: int) -> dict[str, Any]:

@@ -281,7 +281,7 @@ def test_the_tool_writes_a_config_that_stores_what_it_says(tmp_path, trained):
     [
         ('csg-s12-d72_' + RESNET20.name, ['--ratio', '3'], 'give the dense config'),
         (RESNET20.name, ['--ratio', '3', '--params', '1000'], 'exactly one budget'),
-        (RESNET20.name, ['--ratio', '3', '--out', 'plan.txt'], 'ends in .py'),
+        (RESNET20.name, ['--ratio', '3', '--out', 'plan.txt'], 'end in .py'),
     ],
 )
 def test_the_tool_refuses_in_one_line(tmp_path, config, options, message):

@@ -91,7 +91,7 @@ def test_a_file_that_is_not_smaller_is_not_left(tmp_path):
 @pytest.mark.parametrize(
     ('config', 'options', 'says'),
     [
-        (DEMO, ['--out', 'x.pth'], 'ends in .safetensors'),
+        (DEMO, ['--out', 'x.pth'], 'end in .safetensors'),
         (DEMO.with_name(DEMO.name.removeprefix('csg-s16-d128_')), ['--out', 'x.safetensors'], 'give a CSG config'),
         (CIFAR, ['--out', 'x.safetensors'], 'the checkpoint'),
     ],
