@@ -45,7 +45,7 @@ def main() -> None:
     numbers = {key: getattr(args, key) for key in ('workers', 'rounds', 'steps', 'test_every')}
     networks = {}
     with one_line_errors():
-        check_result_options(args)
+        check_result_options(args.out, overwrite=args.overwrite, picture=args.picture)
         configs = read_networks(args, numbers)
         for name, _, checkpoint, travels in args.network:
             options = dict(out=Path(args.work_dir, f'{name}.pth'), metric=args.metric)
@@ -54,7 +54,7 @@ def main() -> None:
             with redirect_stdout(sys.stderr), writing_into(args.work_dir):
                 networks[name] = federate(configs[name], checkpoint, travels, **numbers, **options)
         figures = {**numbers, 'metric': args.metric, 'networks': networks, 'made_with': made_with(seed=args.seed)}
-        result = write_result(args, figures)
+        result = write_result(args.out, figures)
         if args.picture:
             draw_federated(networks, args.picture, metric=args.metric)
     print(json.dumps(result)) if args.json else print_table(result)

@@ -59,7 +59,7 @@ def print_table(result: dict) -> None:
 def main() -> None:
     args = parse_args()
     with one_line_errors():
-        check_result_options(args)
+        check_result_options(args.out, overwrite=args.overwrite)
         check_ways(args.train)
         if args.train and not args.work_dir:
             raise CSGError('--train needs a folder for its runs; give --work-dir')
@@ -72,7 +72,7 @@ def main() -> None:
         if args.train:
             where = dict(layers=args.layers, tools=Path(__file__).parents[1])
             train_from_fits(cfg, args.checkpoint, figures, args.train, args.work_dir, **where)
-        result = write_result(args, {'images': args.images, **figures, 'made_with': made_with(seed=0)})
+        result = write_result(args.out, {'images': args.images, **figures, 'made_with': made_with(seed=0)})
     print(json.dumps(result)) if args.json else print_table(result)
 
 

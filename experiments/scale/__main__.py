@@ -43,14 +43,14 @@ def print_table(result: dict) -> None:
 def main() -> None:
     args = parse_args()
     with one_line_errors():
-        check_result_options(args)
+        check_result_options(args.out, overwrite=args.overwrite, picture=args.picture)
         cfgs = {Path(path).stem: read_config(path) for path in args.configs}
         if len(cfgs) < len(args.configs):
             raise CSGError('two of the configs have one name; give each its own')
         progress = partial(track, description='Networks', console=Console(stderr=True))
         with redirect_stdout(sys.stderr):  # mmengine prints notes, stdout is for the result
             networks = measure_scale(cfgs, track=progress)
-        result = write_result(args, {'networks': networks, 'made_with': made_with(seed=0)})
+        result = write_result(args.out, {'networks': networks, 'made_with': made_with(seed=0)})
         if args.picture:
             draw_scale(networks, args.picture)
     print(json.dumps(result)) if args.json else print_table(result)

@@ -65,7 +65,7 @@ def print_tables(result: dict) -> None:
 def main() -> None:
     args = parse_args()
     with one_line_errors():
-        check_result_options(args)
+        check_result_options(args.out, overwrite=args.overwrite, picture=args.picture)
         cfg = read_config(args.config, args.cfg_options)
         given = {key: value for key in ('batch_size', 'size') if (value := getattr(args, key)) is not None}
         wanted = {**training_load(cfg), **given}
@@ -79,7 +79,7 @@ def main() -> None:
         with redirect_stdout(sys.stderr):  # mmengine prints notes, stdout is for the result
             networks = measure_speed(cfg, load, track=progress)
         figures = {'load': asdict(load), 'summary': summarise_speed(networks, load), 'networks': networks}
-        result = write_result(args, {**figures, 'made_with': made_with(seed=0)})
+        result = write_result(args.out, {**figures, 'made_with': made_with(seed=0)})
         if args.picture:
             draw_speed(networks, load, args.picture, title=Path(args.config).stem)
     print(json.dumps(result)) if args.json else print_tables(result)
