@@ -15,7 +15,7 @@ from torch import nn
 
 from csg_seg.errors import CSGError, abridge
 from csg_seg.generators.settings import read_patterns
-from csg_seg.layers.bank import GeneratorBank, find_bank
+from csg_seg.layers.bank import GeneratorBank, bank_of
 from csg_seg.layers.conv import find_convs
 from csg_seg.layers.loading import check_reset
 from csg_seg.mm.checkpoints.reading import read_checkpoint
@@ -94,11 +94,9 @@ def retrofit_for_runner(
     generators_from: str | None = None,
     reset: str | Sequence[str] | None = None,
 ) -> nn.Module:
-    """Retrofit a model so that all ranks get the same fit when a Runner loads dense weights.
+    """Retrofit a model in place so that all ranks get the same fit when a Runner loads dense weights.
 
-    Args:
-        model: dense; changed in place.
-        csg: see :func:`CSGModel`, as for the other arguments.
+    The arguments are those of :func:`CSGModel`.
 
     Raises:
         CSGError: a setting is wrong or fits no layer, or a part of the model averages other layers by name.
@@ -109,8 +107,7 @@ def retrofit_for_runner(
                 f'{name}: a {type(module).__name__} averages the weights of other layers by name, and generated '
                 'layers have no weights; train this model dense, and retrofit the trained model'
             )
-    bank = find_bank(retrofit(model, csg))
-    assert bank is not None
+    bank = bank_of(retrofit(model, csg))
     if generators_from is not None:
         # Read when training begins, because tests do not need the file.
         bank.before_init = partial(_load_generators, path=generators_from)
@@ -181,8 +178,7 @@ def _load_generators(bank: GeneratorBank, path: str) -> None:
 
 
 def _log_reset(layers: Sequence[str]) -> None:
-    said = f'CSG: the checkpoint does not fit {abridge(layers, most=8)}, reset to start values'
-    print_log(said, logger='current')
+    print_log(f'CSG: the checkpoint does not fit {abridge(layers, most=8)}, reset to start values', logger='current')
 
 
 def _share_and_log_fit(bank: GeneratorBank) -> None:

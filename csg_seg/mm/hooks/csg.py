@@ -13,7 +13,7 @@ from torch import nn
 
 from csg_seg.errors import CSGError
 from csg_seg.generators.settings import Settings
-from csg_seg.layers.bank import GeneratorBank, find_bank
+from csg_seg.layers.bank import GeneratorBank, bank_of, find_bank
 from csg_seg.mm.checkpoints.reading import generator_names
 from csg_seg.mm.model import bare_model, retrofit_for_runner
 from csg_seg.report import summarise
@@ -73,9 +73,7 @@ class CSGHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Fit dense weights that are loaded from now on, also in a run that was resumed."""
-        bank = find_bank(bare_model(runner.model))
-        assert bank is not None
-        bank.fit_on_load = True
+        bank_of(bare_model(runner.model)).fit_on_load = True
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Refuse to resume from a dense checkpoint, which mmengine does when ``load_from`` names one."""
@@ -92,9 +90,7 @@ class CSGHook(Hook):
         if self.retrofit(model):
             _rewrap(runner)
         if runner._resume and (runner._load_from or find_latest_checkpoint(runner.work_dir)):
-            bank = find_bank(model)
-            assert bank is not None
-            bank.fit_on_load = False
+            bank_of(model).fit_on_load = False
         runner.logger.info(f'CSG: {summarise(model).headline()}')
         if self.save_compact and not any(isinstance(hook, CompactCheckpointHook) for hook in runner.hooks):
             runner.register_hook(CompactCheckpointHook())

@@ -32,21 +32,15 @@ class LabelGuardHook(Hook):
         if isinstance(error, Exception) and not isinstance(error, CSGError):
             self._check(self._batch, 'train')
 
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Keep the batch until the iteration has ended."""
-        self._batch = data_batch
+    def _before_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, mode: str = 'train') -> None:
+        if mode == 'train':
+            self._batch = data_batch
+        else:
+            self._check(data_batch, mode)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Release the batch."""
         self._batch = None
-
-    def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Check the batch's masks."""
-        self._check(data_batch, 'val')
-
-    def before_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Check the batch's masks."""
-        self._check(data_batch, 'test')
 
     def _check(self, batch: Any, split: str) -> None:
         for sample in _samples(batch.get('data_samples') if isinstance(batch, Mapping) else None):

@@ -6,7 +6,7 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 
 class ProgressBarHook(Hook):
@@ -23,6 +23,7 @@ class ProgressBarHook(Hook):
             redirect_stdout=sys.stdout.isatty(),
             redirect_stderr=False,
         )
+        self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> 'ProgressBarHook':
         if self._bars.console.is_terminal:
@@ -34,42 +35,23 @@ class ProgressBarHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Add training's bar."""
-        self._begin(runner, 'train', runner.max_iters)
+        self._add(runner, 'train', runner.max_iters)
 
-    def before_val_epoch(self, runner: Runner) -> None:
-        """Add validation's bar."""
-        self._begin(runner, 'validate', len(runner.val_dataloader))
+    def _before_epoch(self, runner: Runner, mode: str = 'train') -> None:
+        if mode != 'train':
+            self._add(runner, mode, len(getattr(runner, f'{mode}_dataloader')))
 
-    def before_test_epoch(self, runner: Runner) -> None:
-        """Add the test's bar."""
-        self._begin(runner, 'test', len(runner.test_dataloader))
-
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Advance training's bar."""
-        self._show('train', runner.iter + 1)
-
-    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Advance validation's bar."""
-        self._show('validate', batch_idx + 1)
-
-    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Advance the test's bar."""
-        self._show('test', batch_idx + 1)
+    def _after_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None, mode: str = 'train'
+    ) -> None:
+        if mode in self._tasks:
+            self._bars.update(self._tasks[mode], completed=(runner.iter if mode == 'train' else batch_idx) + 1)
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """Remove validation's bar."""
-        self._end('validate')
+        if 'val' in self._tasks:
+            self._bars.remove_task(self._tasks.pop('val'))
 
-    def _begin(self, runner: Runner, name: str, total: int) -> None:
+    def _add(self, runner: Runner, mode: str, total: int) -> None:
         if runner.rank == 0:
-            self._bars.add_task(name, total=total)
-
-    def _show(self, name: str, completed: int) -> None:
-        for task in self._bars.tasks:
-            if task.description == name:
-                self._bars.update(task.id, completed=completed)
-
-    def _end(self, name: str) -> None:
-        for task in list(self._bars.tasks):
-            if task.description == name:
-                self._bars.remove_task(task.id)
+            self._tasks[mode] = self._bars.add_task(mode, total=total)
