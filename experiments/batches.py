@@ -1,4 +1,4 @@
-"""Random batches, and what a training step holds: for measurements that need no data set."""
+"""Random batches, and the memory of a training step: for measurements without a data set."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ from csg_seg.errors import CSGError
 
 
 def random_batch(model: nn.Module, n: int, height: int, width: int, *, seed: int = 0) -> dict[str, Any]:
-    """Return what a segmentor or classifier takes to compute losses: ``model(**batch, mode='loss')``.
+    """Return a batch for ``model(**batch, mode='loss')`` of a segmentor or classifier.
 
     Args:
-        model: of mmseg or mmpretrain.
-        n: images.
-        height: in pixels.
-        width: in pixels.
-        seed: of images and labels.
+        model: mmseg or mmpretrain model.
+        n: number of images.
+        height: height in pixels.
+        width: width in pixels.
+        seed: seed of images and labels.
 
     Raises:
         CSGError: the model has no head with a number of classes.
@@ -41,7 +41,7 @@ def random_batch(model: nn.Module, n: int, height: int, width: int, *, seed: int
 
 
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Return what a model and its optimizer hold after a step, in bytes: parameters, gradients, optimizer state."""
+    """Return the bytes of parameters, gradients and optimizer state after a step."""
     parameters = list(model.parameters())
     states = [each for state in optimizer.state.values() for each in state.values()]
     return {

@@ -42,7 +42,7 @@ def measure(args: argparse.Namespace, cfg) -> dict:
         found |= logit_error(cfg, args.checkpoint, args.out, images=args.images)
     if args.test:
         with tempfile.TemporaryDirectory() as folder:
-            options = dict(tools=Path(__file__).parent, metric=args.test)
+            options = dict(metric=args.test)
             for name, path in (('score', args.checkpoint), ('compact_score', args.out)):
                 found[name] = evaluate(cfg, str(Path(path).resolve()), Path(folder, name), **options)['score']
     return found

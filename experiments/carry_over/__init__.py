@@ -1,1 +1,1 @@
-"""Ways from a trained dense network to a generated one."""
+"""Ways to train a generated network from a dense one."""

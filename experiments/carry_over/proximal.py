@@ -1,4 +1,4 @@
-"""Dense training that pulls weights to where a generator can follow."""
+"""ProximalHook: pull a dense network's weights towards weights that can be generated."""
 
 from copy import deepcopy
 from typing import Any
@@ -18,16 +18,19 @@ from csg_seg.retrofitting.surgery import CSG, retrofit
 
 @HOOKS.register_module()
 class ProximalHook(Hook):
-    """Pull a dense network's weights to the nearest generated ones while it trains.
+    """Pull a dense network's weights towards the nearest generated weights during training.
 
-    A proximal step after each optimizer step, decoupled from the learning rate; the
-    result is fitted with a smaller error and trained on as a generated network.
+    Each optimizer step is followed by a proximal step, decoupled from the learning rate.
+    Fitting a generator to the result leaves a smaller error.
 
     Args:
         csg: one dict of generator settings, or a list of them.
-        strength: share of the distance to the generated weight that a step goes at
+        strength: fraction of the distance to the generated weight that a step covers at
             the end of training; it grows linearly from zero.
-        interval: steps after which generators and codes are fitted anew, as at each epoch's start.
+        interval: steps between two fits of generators and codes; each epoch starts with a fit too.
+
+    Raises:
+        CSGError: an argument is out of range.
     """
 
     priority = 'LOW'
@@ -39,23 +42,23 @@ class ProximalHook(Hook):
         self._nearest: dict[str, Tensor] = {}
 
     def before_train(self, runner: Runner) -> None:
-        """Make the generated twin whose weights are the nearest."""
+        """Make the generated counterpart that supplies the nearest weights."""
         self._twin = retrofit(deepcopy(bare_model(runner.model)), self.csg)
         bank = find_bank(self._twin)
         assert bank is not None
         bank.after_fit = share_fit
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Fit anew at the next step, so that a run that is resumed from an epoch's end goes on as an unbroken one."""
+        """Fit again at the next step, so that a run resumed from an epoch's end equals an uninterrupted one."""
         self._nearest = {}
 
     def after_train(self, runner: Runner) -> None:
-        """Let go of the twin."""
+        """Free the counterpart."""
         del self._twin
         self._nearest = {}
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Go part of the way to the nearest generated weights."""
+        """Move the weights towards the nearest generated weights."""
         model, bank = bare_model(runner.model), find_bank(self._twin)
         assert bank is not None
         if runner.iter % self.interval == 0 or not self._nearest:

@@ -1,4 +1,4 @@
-"""Several ways from a trained dense network to a generated one, at equal training steps."""
+"""Ways to train a generated network from a dense one, with equal numbers of training steps."""
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -10,14 +10,14 @@ from mmengine.config import Config, ConfigDict
 from csg_seg.errors import CSGError
 from csg_seg.files import check_folder
 from csg_seg.mm.model import build_model
-from csg_seg.mm.planned_config import build_dense
+from csg_seg.mm.plan_files.dense import build_dense
 from csg_seg.mm.running.preflight import check_optimizer
 from csg_seg.mm.teacher import match_layers
 from csg_seg.planning.planner import Plan, plan
 from csg_seg.report import summarise
-from experiments.runs.runner import benchmark, check_counts, evaluate
+from experiments.runs.runner import check_counts, evaluate, train_and_test
 
-# What the teacher of each way compares; without one, a network is on its own.
+# Arguments of the teacher of each way; an empty dict means no teacher.
 LOGITS = dict(labels=0.0, logits=0.1)
 FEATURES = dict(labels=0.0, logits=0.1, features=3.0)
 WAYS: dict[str, dict[str, Any]] = {
@@ -29,13 +29,11 @@ WAYS: dict[str, dict[str, Any]] = {
     'features, fast generator': FEATURES,
     'features+labels': {**FEATURES, 'labels': 1.0},
     'features+labels+channels': {**FEATURES, 'labels': 1.0, 'channels': 0.1},
-    'anneal': {**FEATURES, 'anneal': 0.6},
-    'anneal logits': {**LOGITS, 'anneal': 0.6},
     'proximal': FEATURES,
-    # An untrained network learns more from a larger factor, which would break a fitted start.
+    # A larger factor suits an untrained network; it would destroy a fitted initialisation.
     'narrow': {**LOGITS, 'logits': 1.0},
 }
-# What a way sets for parameters whose names hold a key: those of generators, and codes.
+# Optimizer settings of a way for parameters whose names contain a key: generators and codes.
 PARAMWISE: dict[str, dict[str, Any]] = {
     'features, no decay': {'csg.': dict(decay_mult=0.0), '.code': dict(decay_mult=0.0)},
     'features, fast generator': {'csg.': dict(lr_mult=3.0)},
@@ -53,31 +51,31 @@ def carry_over(
     seeds: Sequence[int] = (0,),
     **options: Any,
 ) -> dict[str, Any]:
-    """Plan a network for each ratio and train it in each way, for as long as the config says.
+    """Plan a network for each ratio and train it in each way, with the schedule of the config.
 
     Args:
         dense: the trained network's config, with the schedule of the fine-tuning.
         checkpoint: its weights.
         ratios: dense over stored parameters.
-        ways: of :data:`WAYS`; None for all that the config allows.
-        work_dir: a folder for each run goes into it.
-        layers: what ways with features compare, see :class:`csg_seg.mm.teacher.Teacher`.
-        seeds: of data order, augmentation and start values; the first phase of the
-            proximal way has the first of them alone.
-        options: ``tools``, ``metric`` and ``jobs`` of :func:`csg_seg.mm.benchmark.benchmark`.
+        ways: keys of :data:`WAYS`; None for all that the config allows.
+        work_dir: folder that gets one folder for each run.
+        layers: layers whose outputs are compared, see :class:`csg_seg.mm.teacher.Teacher`.
+        seeds: seeds of data order, augmentation and initial values; the first phase of the
+            proximal way runs only with the first.
+        options: ``metric`` and ``jobs`` of :func:`experiments.runs.runner.train_and_test`.
 
     Returns:
-        the dense network's score; and for each ratio the settings, the score
-        after the fit alone, and what ``benchmark`` returns of each way.
+        the dense network's score; for each ratio the settings, the score after the fit,
+        and the result of ``train_and_test`` for each way.
 
     Raises:
         CSGError: a ratio is out of reach, a way is unknown, or a run failed.
     """
-    possible = _possible_ways(dense)
+    possible = possible_ways(dense)
     ways = possible if ways is None else ways
     unknown = [way for way in ways if way not in possible]
     if unknown:
-        raise CSGError(f'the way {unknown[0]!r} is not possible here; take some of {", ".join(possible)}')
+        raise CSGError(f'the way {unknown[0]!r} is not possible here; choose from {", ".join(possible)}')
     work_dir, checkpoint = Path(work_dir), str(Path(checkpoint).resolve())
     check_folder(work_dir, given=f'--work-dir {work_dir}')
     check_counts(seeds, options.get('jobs', 1))
@@ -90,18 +88,21 @@ def carry_over(
         planned = plan(network, ratio=ratio)
         folder = work_dir / f'{ratio:g}x'
         start = folder.resolve() / 'proximal start' / f'seed{seeds[0]}' / f'epoch_{_first_epochs(dense)}.pth'
-        configs = {way: _config(way, dense, checkpoint, planned, layers, start) for way in ways}
+        configs = {way: way_config(way, dense, checkpoint, planned, layers, start) for way in ways}
         if 'proximal' in configs:
-            first_phase = _proximal_start(dense, checkpoint, planned, layers)
-            benchmark({'proximal start': first_phase}, seeds[:1], folder, **options)
+            first_phase = proximal_start(dense, checkpoint, planned, layers)
+            train_and_test({'proximal start': first_phase}, seeds[:1], folder, **options)
         fitted = evaluate(_generated(dense, planned.csg), checkpoint, folder / 'fitted', **options)
-        trained = benchmark(configs, seeds, folder, **options)
+        trained = train_and_test(configs, seeds, folder, **options)
         result['ratios'][f'{ratio:g}'] = {'csg': planned.csg, 'fitted': fitted, **trained}
     return result
 
 
-def _possible_ways(dense: Config) -> list[str]:
-    """Leave out what needs a segmentation network, a schedule by epochs, or a width that can be set."""
+def possible_ways(dense: Config) -> list[str]:
+    """Return the ways that a config allows.
+
+    Some need a segmentation network, a schedule in epochs, or a network with adjustable width.
+    """
     needs = {
         'features+labels+channels': 'decode_head' in dense.model,
         'proximal': dense.train_cfg.get('max_epochs', 0) > 1 and _ends_with_cosine(dense),
@@ -115,8 +116,17 @@ def _ends_with_cosine(dense: Config) -> bool:
     return isinstance(schedulers, list) and schedulers[-1].type == 'CosineAnnealingLR'
 
 
-def _config(way: str, dense: Config, checkpoint: str, planned: Plan, layers: Sequence[str], start: Path) -> Config:
-    """Return the config of one way."""
+def way_config(way: str, dense: Config, checkpoint: str, planned: Plan, layers: Sequence[str], start: Path) -> Config:
+    """Return the config of one way.
+
+    Args:
+        way: key of :data:`WAYS`.
+        dense: config of the dense network, with the schedule.
+        checkpoint: its weights.
+        planned: settings of the generators.
+        layers: layers whose outputs the teacher compares.
+        start: checkpoint of the first phase of the proximal way.
+    """
     teacher = {'checkpoint': checkpoint, **WAYS[way]}
     if 'features' in teacher:
         teacher['layers'] = list(layers)
@@ -137,12 +147,12 @@ def _config(way: str, dense: Config, checkpoint: str, planned: Plan, layers: Seq
 
 
 def taught_from(start: Path, dense: Config, csg: Sequence[Mapping[str, Any]], teacher: Mapping[str, Any]) -> Config:
-    """Return the config of a generated network that starts from other weights than its teacher's.
+    """Return the config of a generated network that starts from weights other than its teacher's.
 
     Args:
-        start: dense checkpoint.
+        start: dense checkpoint to start from.
         dense: the teacher's config, with the schedule.
-        csg: for :func:`csg_seg.retrofit`.
+        csg: settings of the generators.
         teacher: arguments of :class:`csg_seg.mm.teacher.Teacher`.
     """
     cfg = _generated(dense, csg)
@@ -157,12 +167,17 @@ def _generated(dense: Config, csg: Sequence[Mapping[str, Any]]) -> Config:
     return cfg
 
 
-def _proximal_start(dense: Config, checkpoint: str, planned: Plan, layers: Sequence[str]) -> Config:
-    """Return the first two thirds of the proximal way: the dense network, pulled to where a generator can follow."""
+def proximal_start(dense: Config, checkpoint: str, planned: Plan, layers: Sequence[str]) -> Config:
+    """Return the config of the first phase of the proximal way, two thirds of the epochs.
+
+    It trains the dense network and pulls its weights towards weights that can be generated.
+    """
     cfg = deepcopy(dense)
     teacher = {'checkpoint': checkpoint, 'model': dense.model.to_dict(), 'layers': list(layers), **FEATURES}
     start = dict(type='Pretrained', checkpoint=checkpoint)
     cfg.model = ConfigDict(dense.model, type='TaughtModel', base_type=dense.model.type, teacher=teacher, init_cfg=start)
+    imports = [*(cfg.get('custom_imports') or {}).get('imports', []), 'experiments.carry_over.proximal']
+    cfg.custom_imports = dict(imports=imports)
     cfg.default_hooks.proximal = dict(type='ProximalHook', csg=list(planned.csg))
     _shorten(cfg, _first_epochs(dense))
     return cfg
@@ -173,14 +188,14 @@ def _first_epochs(dense: Config) -> int:
 
 
 def _shorten(cfg: Config, epochs: int) -> None:
-    """Let a config train for fewer epochs, its last scheduler ending with them."""
+    """Train for fewer epochs, and let the last scheduler end with them."""
     cfg.train_cfg.max_epochs = epochs
     last = cfg.param_scheduler[-1]
     last.update(end=epochs, T_max=epochs - last.get('begin', 0))
 
 
 def _narrower(dense: Config, teacher: Mapping[str, Any], params: int) -> Config:
-    """Return a dense network of fewer channels, the widest of at most so many parameters."""
+    """Return the config of the widest dense network with at most this many parameters."""
     cfg = deepcopy(dense)
     for base_channels in range(16, 0, -1):
         cfg.model.backbone.base_channels = base_channels

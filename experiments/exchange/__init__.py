@@ -1,1 +1,1 @@
-"""What workers exchange in a training step."""
+"""Bytes that workers exchange in a training step."""

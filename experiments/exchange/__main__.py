@@ -1,4 +1,4 @@
-"""Count what workers hold and exchange in a training step, dense against CSG; time steps over a slow link."""
+"""Count the bytes that workers hold and exchange in a training step, dense and CSG; time steps over a slow link."""
 
 import argparse
 import json
@@ -18,17 +18,17 @@ with one_line_errors():
     from csg_seg.errors import CSGError
     from csg_seg.mm.running.configs import read_config
 
-    from .measure import HOOKS, Measurement, measure_exchange, summarise_seconds
+    from .workers import HOOKS, Measurement, measure_exchange, summarise_seconds
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('configs', nargs='+', help='config files; the first is what the others are compared with')
+    parser.add_argument('configs', nargs='+', help='config files; the others are compared with the first')
     parser.add_argument('--processes', type=int, default=2, help='ranks, on gloo (default: 2)')
     parser.add_argument('--links', nargs='+', default=[], metavar='RATE', help='such as 100mbit 1gbit; needs root')
-    parser.add_argument('--hooks', nargs='+', default=['none'], help=f'some of {", ".join(HOOKS)} (default: none)')
+    parser.add_argument('--hooks', nargs='+', default=['none'], help=f'choose from {", ".join(HOOKS)} (default: none)')
     parser.add_argument('--rounds', type=int, default=3, help='steps of each network, hook and link (default: 3)')
-    parser.add_argument('--batch-size', type=int, default=2, help='images of a rank (default: 2)')
+    parser.add_argument('--batch-size', type=int, default=2, help='images per rank (default: 2)')
     parser.add_argument('--size', type=int, nargs=2, default=[64, 64], help='height and width (default: 64 64)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings of all: key=value ...')
     add_result_options(parser)
@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def print_tables(result: dict) -> None:
-    """Print what a rank holds and hands over, and the steps over each link."""
+    """Print the bytes that a rank holds and exchanges, and the steps over each link."""
     console = Console(width=None if sys.stdout.isatty() else 130)
     names = ('parameters', 'gradients', 'optimizer state', 'all-reduced a step')
     named = Column('network', overflow='fold')
@@ -61,15 +61,15 @@ def print_tables(result: dict) -> None:
 def main() -> None:
     args = parse_args()
     with one_line_errors():
-        check_result_options(args)
+        check_result_options(args.out, overwrite=args.overwrite)
         cfgs = {Path(path).stem: read_config(path, args.cfg_options) for path in args.configs}
         if len(cfgs) < len(args.configs):
-            raise CSGError('two of the configs have one name; give each its own')
+            raise CSGError('two of the configs have one name; rename one')
         settings = {key: getattr(args, key) for key in ('processes', 'hooks', 'rounds', 'batch_size')}
         measurement = Measurement(**settings, rates=args.links, size=tuple(args.size))
         with redirect_stdout(sys.stderr):  # mmengine prints notes, stdout is for the result
             figures = measure_exchange(cfgs, measurement)
-        result = write_result(args, {**asdict(measurement), **figures, 'made_with': made_with(seed=0)})
+        result = write_result(args.out, {**asdict(measurement), **figures, 'made_with': made_with(seed=0)})
     print(json.dumps(result)) if args.json else print_tables(result)
 
 

@@ -1,4 +1,4 @@
-"""A network of a chosen speed between two processes of one machine: Linux network namespaces and a token bucket."""
+"""A network link of a given speed between two processes of one machine: Linux namespaces and a token bucket."""
 
 import ctypes
 import os
@@ -23,55 +23,55 @@ SLOWEST, FASTEST = 1e4, 1e11
 
 @dataclass(frozen=True)
 class End:
-    """One end of a link: the namespace that a process enters, its interface, its address."""
+    """One end of a link: its network namespace, interface and address."""
 
     namespace: str
     interface: str
     address: str
 
     def enter(self) -> None:
-        """Move this process, as far as it has opened no socket yet, into the namespace."""
+        """Move this process into the namespace; sockets that are already open stay outside."""
         with (NAMESPACES / self.namespace).open() as file:
-            # os.setns is there from Python 3.12 on.
+            # os.setns needs Python 3.12.
             if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), CLONE_NEWNET):
                 raise OSError(ctypes.get_errno(), f'cannot enter the network namespace {self.namespace}')
 
     def sent(self) -> int:
-        """Return the bytes that this process's end has sent, headers included."""
+        """Return the number of bytes sent from this end, headers included."""
         fields = re.search(rf'^\s*{self.interface}:(.*)$', Path('/proc/thread-self/net/dev').read_text(), re.MULTILINE)
         assert fields is not None
         return int(fields[1].split()[8])
 
 
 def parse_rate(rate: str) -> float:
-    """Return the bits a second of a rate such as '100mbit' or '1gbit'.
+    """Return the bits per second of a rate such as '100mbit' or '1gbit'.
 
     Raises:
-        CSGError: it is none.
+        CSGError: it is not a rate, or out of range.
     """
     found = re.fullmatch(r'(\d+(?:\.\d+)?)(kbit|mbit|gbit)', rate)
     bits = float(found[1]) * UNITS[found[2]] if found else 0.0
     if not SLOWEST <= bits <= FASTEST:
-        raise CSGError(f'{rate!r} is no rate of a link; give one from 10kbit to 100gbit, such as 100mbit or 1gbit')
+        raise CSGError(f'{rate!r} is not a rate; give one from 10kbit to 100gbit, such as 100mbit or 1gbit')
     return bits
 
 
 def _check_machine() -> None:
-    """Refuse a machine on which no link can be made.
+    """Check that this machine can create a link.
 
     Raises:
-        CSGError: says what is missing.
+        CSGError: a program or the rights are missing.
     """
     lacking = [program for program in ('ip', 'tc') if shutil.which(program) is None]
     if lacking:
-        raise CSGError(f"links need Linux with iproute2, and there is no '{lacking[0]}' here; leave --links out")
+        raise CSGError(f"links need Linux with iproute2, but '{lacking[0]}' is not installed; leave --links out")
     if os.geteuid() != 0:
-        raise CSGError('links are network namespaces, which root alone can make; run it as root, or leave --links out')
+        raise CSGError('links are network namespaces, which need root; run as root, or leave --links out')
 
 
 @contextmanager
 def link() -> Iterator[tuple[End, End]]:
-    """Join two new network namespaces, and remove them at the end.
+    """Create two linked network namespaces, and remove them at the end.
 
     Raises:
         CSGError: the machine does not allow it.
@@ -80,7 +80,7 @@ def link() -> Iterator[tuple[End, End]]:
     _sweep()
     tag = f'csg{os.getpid()}-'
     ends = End(f'{tag}a', 'linka', '10.91.0.1'), End(f'{tag}b', 'linkb', '10.91.0.2')
-    # A program that is asked to end removes them too.
+    # Remove them on SIGTERM too.
     before = signal.signal(signal.SIGTERM, _end)
     try:
         for end in ends:
@@ -106,7 +106,7 @@ def _end(number: int, frame: Any) -> None:
 
 
 def _sweep() -> None:
-    """Remove what processes left that were killed."""
+    """Remove namespaces of processes that were killed."""
     for path in NAMESPACES.glob('csg*-?'):
         process = re.fullmatch(r'csg(\d+)-[ab]', path.name)
         if process and not Path('/proc', process[1]).exists():
@@ -114,11 +114,11 @@ def _sweep() -> None:
 
 
 def limit(ends: Sequence[End], rate: str) -> None:
-    """Hold both directions of a link to a rate such as '100mbit'.
+    """Limit both directions of a link to a rate such as '100mbit'.
 
-    Its queue is so long that nothing is dropped: how TCP recovers is not what is measured.
+    The queue is long enough to drop nothing, so TCP's recovery does not affect the measurement.
     """
-    # What passes at once, after a pause: 1 ms' worth, and no less than a few packets.
+    # Bytes that pass at once after a pause: 1 ms of the rate, but at least a few packets.
     burst = max(round(parse_rate(rate) / 8 / 1000), 8 * 1024)
     for end in ends:
         shape = ('tbf', 'rate', rate, 'burst', f'{burst}b', 'latency', '1s')
@@ -129,4 +129,4 @@ def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         said = ' '.join(done.stderr.split()) or f'exit status {done.returncode}'
-        raise CSGError(f"this machine makes no link: '{' '.join(command)}' says: {said}; leave --links out")
+        raise CSGError(f"cannot create a link on this machine: '{' '.join(command)}' failed: {said}; leave --links out")

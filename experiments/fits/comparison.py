@@ -18,13 +18,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from csg_seg.errors import CSGError
 from csg_seg.files import check_folder, write_tensors
 from csg_seg.generators.settings import Settings
-from csg_seg.mm.planned_config import build_dense
+from csg_seg.mm.plan_files.dense import build_dense
 from csg_seg.report import summarise
 from csg_seg.retrofitting.selection import choose_layers
 from csg_seg.retrofitting.surgery import retrofit
 from csg_seg.retrofitting.weights import fit
 from experiments.carry_over.ways import FEATURES, taught_from
-from experiments.runs.runner import benchmark
+from experiments.runs.runner import train_and_test
 
 from .methods import FITS, Layer, Layers, fit_by, output_energies
 
@@ -119,7 +119,7 @@ def train_from_fits(
             start = _start(folder, text, way).resolve()
             _check_start(cfg, start, csg, f'{text} {way}')
             configs[f'{text} {way}'] = taught_from(start, cfg, [csg], teacher)
-    trained = benchmark(configs, [0], Path(folder, 'runs'), **options)['networks']
+    trained = train_and_test(configs, [0], Path(folder, 'runs'), **options)['networks']
     for text, found in result['settings'].items():
         for way in ways:
             found['ways'][way]['accuracy_trained'] = trained[f'{text} {way}']['mean']

@@ -1,4 +1,4 @@
-"""Train configs with several seeds through train.py and test.py, and print what they store and score."""
+"""Train and test configs with several seeds; print parameters and scores."""
 
 import argparse
 import json
@@ -16,16 +16,16 @@ with one_line_errors():
     from csg_seg.errors import CSGError
     from csg_seg.mm.running.configs import read_config
 
-    from .runner import benchmark
+    from .runner import train_and_test
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('configs', nargs='+', help='config files; the first is what the others are compared with')
+    parser.add_argument('configs', nargs='+', help='config files; the others are compared with the first')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='(default: 0 1 2)')
-    parser.add_argument('--work-dir', required=True, help='folder for the runs; finished ones are not repeated')
-    parser.add_argument('--metric', default='accuracy/top1', help='score to gather (default: %(default)s)')
-    parser.add_argument('--jobs', type=int, default=1, help='runs at a time; they share the cores (default: 1)')
+    parser.add_argument('--work-dir', required=True, help='folder for the runs; finished runs are not repeated')
+    parser.add_argument('--metric', default='accuracy/top1', help='score to report (default: %(default)s)')
+    parser.add_argument('--jobs', type=int, default=1, help='number of runs at a time (default: 1)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings of all: key=value ...')
     add_result_options(parser)
     return parser.parse_args()
@@ -46,16 +46,16 @@ def print_table(result: dict) -> None:
 def main() -> None:
     args = parse_args()
     with one_line_errors():
-        check_result_options(args)
+        check_result_options(args.out, overwrite=args.overwrite)
         configs: dict[str, Config] = {}
         for path in args.configs:
             name = Path(path).stem
             if name in configs:
                 raise CSGError(f'two configs are named {name}; rename one')
             configs[name] = read_config(path, args.cfg_options)
-        options = dict(tools=Path(__file__).parent, metric=args.metric, jobs=args.jobs)
-        figures = benchmark(configs, args.seeds, args.work_dir, **options)
-        result = write_result(args, figures)
+        options = dict(metric=args.metric, jobs=args.jobs)
+        figures = train_and_test(configs, args.seeds, args.work_dir, **options)
+        result = write_result(args.out, figures)
     print(json.dumps(result)) if args.json else print_table(result)
 
 

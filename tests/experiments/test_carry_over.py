@@ -1,4 +1,4 @@
-"""Ways from a trained dense network to a generated one, compared by the tool."""
+"""Ways to train a generated network from a dense one."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from csg_seg.errors import CSGError
 from csg_seg.mm.model import build_model
 from csg_seg.planning.planner import plan
 from csg_seg.report import summarise
-from experiments.carry_over.ways import PARAMWISE, WAYS, _config, _possible_ways, _proximal_start, carry_over
+from experiments.carry_over.ways import PARAMWISE, WAYS, carry_over, possible_ways, proximal_start, way_config
 from experiments.runs.runner import evaluate
 
 SHORT = ROOT / 'configs' / 'cifar10' / 'resnet20_b64-3e_cifar10-npz.py'
@@ -66,9 +66,7 @@ def test_the_tool_gathers_the_score_of_each_way(dense, tmp_path):
 def test_a_way_that_the_config_does_not_allow_is_refused(way, says, dense, tmp_path):
     config, checkpoint = dense
     with pytest.raises(CSGError, match=says):
-        carry_over(
-            Config.fromfile(config), str(checkpoint), [3], [way], tmp_path, layers=[], tools=ROOT / 'tools', jobs=1
-        )
+        carry_over(Config.fromfile(config), str(checkpoint), [3], [way], tmp_path, layers=[])
     assert not list(tmp_path.iterdir())
 
 
@@ -79,9 +77,9 @@ def configs():
     cfg.model.backbone.depth = 8
     planned = plan(build_model(cfg), ratio=3)
     ways = {
-        way: _config(way, cfg, 'dense.pth', planned, ['backbone.layer*.*'], 'near.pth') for way in _possible_ways(cfg)
+        way: way_config(way, cfg, 'dense.pth', planned, ['backbone.layer*.*'], 'near.pth') for way in possible_ways(cfg)
     }
-    return cfg, planned, ways, _proximal_start(cfg, 'dense.pth', planned, ['backbone.layer*.*'])
+    return cfg, planned, ways, proximal_start(cfg, 'dense.pth', planned, ['backbone.layer*.*'])
 
 
 def test_all_ways_train_for_as_many_epochs(configs):
@@ -117,10 +115,8 @@ def test_each_way_starts_and_learns_as_its_name_says(configs):
     taught = {way for way, each in ways.items() if each.model.get('teacher')}
     assert taught == set(ways) - {'scratch', 'fine-tune'}
     compares = {way for way in taught if ways[way].model.teacher.get('features')}
-    assert compares == {'features', 'features+labels', 'anneal', 'proximal', *PARAMWISE}
-    fades = {way for way in taught if ways[way].model.teacher.get('anneal')}
-    assert fades == {'anneal', 'anneal logits'}
-    assert all(ways[way].model.teacher.checkpoint == 'dense.pth' for way in taught)
+    assert compares == {'features', 'features+labels', 'proximal', *PARAMWISE}
+    assert {ways[way].model.teacher.checkpoint for way in taught} == {'dense.pth'}
     assert 'csg' not in ways['narrow'].model
 
 
@@ -147,9 +143,9 @@ def test_other_weights_under_the_same_name_are_not_taken_for_these(dense, tmp_pa
     config, checkpoint = dense
     cfg, weights = Config.fromfile(config), tmp_path / 'dense.pth'
     shutil.copy(checkpoint, weights)
-    first = evaluate(cfg, str(weights), tmp_path / 'run', tools=ROOT / 'tools')
-    assert evaluate(cfg, str(weights), tmp_path / 'run', tools=ROOT / 'tools') == first
+    first = evaluate(cfg, str(weights), tmp_path / 'run')
+    assert evaluate(cfg, str(weights), tmp_path / 'run') == first
     torch.manual_seed(1)
     torch.save({'state_dict': build_model(cfg).state_dict()}, weights)
-    with pytest.raises(CSGError, match='holds a run of other settings'):
-        evaluate(cfg, str(weights), tmp_path / 'run', tools=ROOT / 'tools')
+    with pytest.raises(CSGError, match='holds a run with other settings'):
+        evaluate(cfg, str(weights), tmp_path / 'run')

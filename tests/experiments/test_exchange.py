@@ -1,8 +1,7 @@
-"""What workers exchange is what is stored: counted in buckets, and on the wire."""
+"""Workers exchange what is stored: counted in buckets and on the wire."""
 
 import json
 import os
-import runpy
 
 import pytest
 import torch
@@ -13,8 +12,9 @@ from csg_seg.errors import CSGError
 from csg_seg.mm.model import build_model
 from csg_seg.mm.running.configs import read_config
 from experiments.batches import random_batch
+from experiments.exchange.__main__ import print_tables
 from experiments.exchange.links import NAMESPACES, link, parse_rate
-from experiments.exchange.measure import Measurement, measure_exchange, summarise_seconds
+from experiments.exchange.workers import Measurement, measure_exchange, summarise_seconds
 
 DENSE = ROOT / 'configs' / 'cifar10' / 'resnet20_b192-200e_cifar10.py'
 CSG = DENSE.with_name(f'csg-s12-d72_{DENSE.name}')
@@ -113,9 +113,9 @@ def test_ratios_are_those_of_the_same_rounds():
 @pytest.mark.parametrize(
     ('change', 'said'),
     [
-        ({'hooks': ['zip']}, "there is no hook 'zip'; take some of none, fp16, powersgd"),
-        ({'rates': ['fast']}, "'fast' is no rate of a link; give one from 10kbit to 100gbit, such as 100mbit or 1gbit"),
-        ({'rates': ['0mbit']}, "'0mbit' is no rate"),
+        ({'hooks': ['zip']}, "there is no hook 'zip'; choose from none, fp16, powersgd"),
+        ({'rates': ['fast']}, "'fast' is not a rate; give one from 10kbit to 100gbit, such as 100mbit or 1gbit"),
+        ({'rates': ['0mbit']}, "'0mbit' is not a rate"),
         ({'rates': ['1gbit'], 'processes': 4}, 'a link has two ends; take 2 processes, not 4'),
         ({'processes': 0}, 'processes=0'),
         ({'batch_size': 1}, 'batch_size 2, because of batch norm'),
@@ -135,8 +135,7 @@ def test_the_tool_counts_in_four_processes_and_prints(tmp_path, capsys):
     dense, csg = result['networks'].values()
     assert dense['all_reduced_bytes'] / csg['all_reduced_bytes'] == pytest.approx(269_722 / 115_426)
     times = {'none': {'seconds': [1.5], 'sent': [5_000_000]}}
-    tool = runpy.run_path(str(ROOT / 'tools' / 'analysis_tools' / 'exchange.py'))
-    tool['print_tables']({**result, 'links': {'1gbit': {'dense': times, 'csg': times}}})
+    print_tables({**result, 'links': {'1gbit': {'dense': times, 'csg': times}}})
     printed = capsys.readouterr().out
     assert all(each in printed for each in ('1.08', '0.5*', '1gbit', '1.50', '1.00x', '5.0'))
 
@@ -144,7 +143,7 @@ def test_the_tool_counts_in_four_processes_and_prints(tmp_path, capsys):
 @pytest.mark.parametrize(
     ('arguments', 'said'),
     [
-        ([CSG, '--links', 'fast'], "'fast' is no rate of a link"),
+        ([CSG, '--links', 'fast'], "'fast' is not a rate"),
         ([CSG, CSG], 'two of the configs have one name'),
         ([CSG, '--cfg-options', 'model.csg.code_dim=0'], 'code_dim must be an integer'),
     ],

@@ -1,4 +1,4 @@
-"""What workers of one training hold and exchange, and how long a step takes over a link of a given speed."""
+"""Bytes that workers of a training hold and exchange, and seconds of a step over a link of a given speed."""
 
 import os
 import statistics
@@ -33,23 +33,23 @@ from experiments.batches import held_bytes, random_batch
 from .links import End, limit, link, parse_rate
 
 HOOKS = ('none', 'fp16', 'powersgd')
-# Steps before anything is noted: DDP orders its buckets after the first, PowerSGD begins with its third.
+# Steps before the measurement: DDP orders its buckets after the first, PowerSGD starts with the third.
 WARM_UP = 3
 POWERSGD_RANK = 4
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What :func:`measure_exchange` does with the networks.
+    """Settings of :func:`measure_exchange`.
 
     Attributes:
-        processes: ranks of the training; 2 for ``rates``.
-        hooks: of :data:`HOOKS`: 'none' for DDP's own all-reduce, 'fp16' and 'powersgd' for PyTorch's.
+        processes: number of ranks; 2 if there are ``rates``.
+        hooks: keys of :data:`HOOKS`: 'none' is DDP's all-reduce, 'fp16' and 'powersgd' are PyTorch's hooks.
         rates: speeds of a link between two ranks, such as '100mbit'; in each round every network takes a
-            step with every hook. Without any, bytes are counted and nothing is timed.
-        rounds: of steps at each rate.
-        batch_size: images of each rank.
-        size: height and width of them, in pixels.
+            step with every hook. Without rates, bytes are counted and nothing is timed.
+        rounds: number of steps at each rate.
+        batch_size: images per rank.
+        size: height and width of the images, in pixels.
 
     Raises:
         CSGError: a value is out of range.
@@ -65,26 +65,26 @@ class Measurement:
     def __post_init__(self) -> None:
         unknown = [hook for hook in self.hooks if hook not in HOOKS]
         if unknown:
-            raise CSGError(f'there is no hook {unknown[0]!r}; take some of {", ".join(HOOKS)}')
+            raise CSGError(f'there is no hook {unknown[0]!r}; choose from {", ".join(HOOKS)}')
         if min(self.processes, self.rounds, *self.size) < 1 or self.batch_size < 2:
             raise CSGError(
                 f'cannot measure with processes={self.processes}, rounds={self.rounds}, batch_size={self.batch_size}, '
-                f'size={tuple(self.size)}: each is at least 1, and batch_size 2, because of batch norm'
+                f'size={tuple(self.size)}: each must be at least 1, and batch_size 2, because of batch norm'
             )
         for rate in self.rates:
             parse_rate(rate)
         if self.rates and self.processes != 2:
-            raise CSGError(f'a link has two ends; take 2 processes, not {self.processes}')
+            raise CSGError(f'a link has two ends; use 2 processes, not {self.processes}')
 
 
 @dataclass
 class CountingHook:
-    """A communication hook of DDP that hands buckets to one of PyTorch's, and notes what DDP gave it.
+    """A DDP communication hook that records the buckets and passes them to one of PyTorch's hooks.
 
     Attributes:
-        generator: identities of the generators' parameters.
-        hook: of :data:`HOOKS`, used for the next step.
-        buckets: bytes of each bucket of the last step, in their order, and whether a generator is in it.
+        generator: ids of the generators' parameters.
+        hook: key of :data:`HOOKS` for the next step.
+        buckets: bytes of each bucket of the last step, in order, and whether it contains a generator.
     """
 
     generator: set[int]
@@ -103,8 +103,8 @@ class CountingHook:
         if self.hook == 'fp16':
             return fp16_compress_hook(None, bucket)
         if self.hook == 'powersgd':
-            # It exchanges more than once, from callbacks, in an order that gloo does not keep across
-            # buckets and ranks: one bucket at a time.
+            # PowerSGD exchanges several times, from callbacks. On gloo their order differs between ranks,
+            # so we exchange one bucket at a time.
             future = powerSGD_hook(self._power_sgd, bucket)
             future.wait()
             return future
@@ -112,7 +112,7 @@ class CountingHook:
 
 
 class Trainee:
-    """A network under DDP, with its optimizer and a batch of random images of this rank's own."""
+    """A network in DDP with its optimizer and a batch of random images; each rank has its own images."""
 
     def __init__(self, cfg: Config, measurement: Measurement):
         torch.manual_seed(0)
@@ -125,7 +125,7 @@ class Trainee:
         self.optimizer = build_optim_wrapper(self.model, cfg.optim_wrapper).optimizer
 
     def step(self, hook: str) -> float:
-        """Train one step; return the seconds until all ranks have done it."""
+        """Train one step; return the seconds until all ranks have finished."""
         self.hook.hook = hook
         self.optimizer.zero_grad()
         dist.barrier()
@@ -134,12 +134,12 @@ class Trainee:
         loss.backward()
         self.optimizer.step()
         seconds = torch.tensor(time.perf_counter() - start)
-        # One rank may wait yet for the last of what the other has sent.
+        # One rank may still be waiting for data from the other.
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         return seconds.item()
 
     def figures(self) -> dict[str, Any]:
-        """Return what a rank holds, and hands to be all-reduced in a step, in bytes."""
+        """Return the bytes that a rank holds and all-reduces in a step."""
         return {
             **held_bytes(self.model, self.optimizer),
             'all_reduced_bytes': sum(each['bytes'] for each in self.hook.buckets),
@@ -148,23 +148,23 @@ class Trainee:
 
 
 def measure_exchange(cfgs: Mapping[str, Config], measurement: Measurement) -> dict[str, Any]:
-    """Train several networks by turns in processes that exchange gradients through gloo, on random images.
+    """Train several networks in turn, on random images, in processes that exchange gradients through gloo.
 
     Args:
-        cfgs: config of each network, by name, of mmseg or mmpretrain.
-        measurement: how.
+        cfgs: mmseg or mmpretrain config of each network, by name.
+        measurement: settings.
 
     Returns:
-        JSON-ready: ``networks``, by name what one rank holds and hands over (:meth:`Trainee.figures`); ``links``,
-        by rate, network and hook the ``seconds`` of each step, until both ranks have done it, and the bytes that
-        the first rank ``sent``, by the interface's count. The rate 'none' is the same link, unlimited.
+        JSON-ready: ``networks``, the bytes of one rank by network (:meth:`Trainee.figures`); ``links``,
+        by rate, network and hook: the ``seconds`` of each step, until both ranks have finished, and the bytes
+        that the first rank ``sent``, counted by the interface. The rate 'none' is the same link without a limit.
 
     Raises:
-        CSGError: a network cannot be trained so, or this machine makes no link.
+        CSGError: a network cannot be trained, or this machine cannot create a link.
     """
     for cfg in cfgs.values():
         replace_sync_bn(cfg.model)
-        model = build_model(cfg)  # a mistake in a config shows here, in one line
+        model = build_model(cfg)  # finds mistakes in a config
         check_optimizer(cfg, model)
         random_batch(model, 1, 1, 1)
     with link() if measurement.rates else nullcontext() as ends, TemporaryDirectory() as folder:
@@ -185,7 +185,7 @@ def measure_exchange(cfgs: Mapping[str, Config], measurement: Measurement) -> di
 
 
 def summarise_seconds(seconds: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
-    """Return the median of steps, and that of the ratios to steps of the same rounds."""
+    """Return the median of the seconds, and the median ratio to the reference of the same round."""
     ratios = [one / other for one, other in zip(seconds, reference, strict=True)]
     return {'seconds': statistics.median(seconds), 'ratio': statistics.median(ratios)}
 
@@ -198,12 +198,12 @@ def _work(
     store: Path,
     results: Any,
 ) -> None:
-    """Do one rank's part; the first gives back what is found."""
+    """Run one rank; the first puts the results into the queue."""
     torch.set_num_threads(1)
     if ends is not None:
         ends[rank].enter()
         os.environ['GLOO_SOCKET_IFNAME'] = ends[rank].interface
-    # Ranks of one machine need no host name, which may lead elsewhere.
+    # The host name may resolve to another interface.
     os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')
     dist.init_process_group('gloo', f'file://{store}', rank=rank, world_size=measurement.processes)
     try:
@@ -229,7 +229,7 @@ def _time(
 ) -> dict[str, Any]:
     first = dist.get_rank() == 0
     links: dict[str, Any] = {}
-    # The first turn is not noted: connections have yet to learn how fast a link is.
+    # The first turn does not count: TCP still adapts to the link.
     turns = [(rate, turn) for rate in ('none', *measurement.rates) for turn in range(measurement.rounds + 1)]
     console = Console(stderr=True)
     for rate, turn in track(turns, 'Timing', console=console, disable=not first):
