@@ -43,7 +43,7 @@ def names(folder, ending):
     return {path.stem for path in folder.glob(f'*.{ending}')}
 
 
-def test_compact_files_come_and_go_with_their_checkpoints(runner, tmp_path):
+def test_compact_files_are_written_and_deleted_with_their_checkpoints(runner, tmp_path):
     runner(6, max_keep_ckpts=2).train()
     assert names(tmp_path, 'pth') == names(tmp_path, 'safetensors') == {'iter_4', 'iter_6'}
 
@@ -65,7 +65,7 @@ def test_a_run_killed_between_two_deletions_leaves_no_orphan_once_resumed(runner
     assert not [*tmp_path.glob('.*.partial')]
 
 
-def test_what_a_user_keeps_of_a_run_that_deletes_nothing_stays(runner, tmp_path):
+def test_compact_files_without_a_checkpoint_stay_if_mmengine_deletes_none(runner, tmp_path):
     runner(4, save_best='mIoU').train()
     (best,) = names(tmp_path, 'pth') - {'iter_2', 'iter_4'}
     assert best.startswith('best_mIoU_iter_') and best in names(tmp_path, 'safetensors')
@@ -77,7 +77,7 @@ def test_what_a_user_keeps_of_a_run_that_deletes_nothing_stays(runner, tmp_path)
     assert left == {'iter_2', 'iter_4', 'iter_6'}
 
 
-def test_a_run_that_starts_anew_deletes_nothing(runner, tmp_path):
+def test_a_run_that_starts_from_scratch_deletes_nothing(runner, tmp_path):
     runner(2, max_keep_ckpts=1).train()
     for name in ('iter_2.pth', 'last_checkpoint'):
         (tmp_path / name).unlink()

@@ -1,4 +1,4 @@
-"""The model door and the hook door, inside mmengine's Runner."""
+"""CSGModel (the model door) and CSGHook (the hook door) in mmengine's Runner."""
 
 import copy
 
@@ -42,7 +42,7 @@ def test_cfg_options_reach_the_generator(small):
 
 
 @pytest.mark.parametrize('csg', [None, SETTINGS])
-def test_model_door_says_what_is_missing(csg):
+def test_model_door_names_the_missing_argument(csg):
     with pytest.raises(CSGError, match='base_type={{_base_.model.type}}'):
         MODELS.build(dict(type='CSGModel', csg=csg))
 
@@ -98,7 +98,7 @@ def test_hook_without_settings_reports_or_refuses(small):
         train(small(DENSE, **{'default_hooks.csg': dict(type='CSGHook')}))
 
 
-def test_ema_averages_codes_and_generator_and_is_what_the_compact_file_holds(small, tmp_path):
+def test_ema_averages_codes_and_generator_and_the_compact_file_holds_the_average(small, tmp_path):
     ema = dict(type='EMAHook', momentum=0.5)
     cfg = small(CSG, iters=3, custom_hooks=[ema], **{'default_hooks.checkpoint.interval': 3})
     runner = train(cfg)
@@ -113,13 +113,7 @@ def test_ema_averages_codes_and_generator_and_is_what_the_compact_file_holds(sma
         assert all(torch.equal(stored[name], tensor) for name, tensor in averaged.items())
 
 
-def test_compact_files_go_with_their_checkpoints(small, tmp_path):
-    train(small(CSG, iters=4, **{'default_hooks.checkpoint.interval': 1, 'default_hooks.checkpoint.max_keep_ckpts': 2}))
-    assert {path.stem for path in tmp_path.glob('*.safetensors')} == {'iter_3', 'iter_4'}
-    assert {path.stem for path in tmp_path.glob('*.pth')} == {'iter_3', 'iter_4'}
-
-
-def test_compact_files_go_with_their_checkpoints_after_a_resume_too(small, tmp_path):
+def test_a_resumed_run_deletes_the_compact_files_of_deleted_checkpoints(small, tmp_path):
     options = {'default_hooks.checkpoint.interval': 1, 'default_hooks.checkpoint.max_keep_ckpts': 2}
     train(small(CSG, iters=2, **options))
     cfg = small(CSG, iters=4, **options)
@@ -128,7 +122,7 @@ def test_compact_files_go_with_their_checkpoints_after_a_resume_too(small, tmp_p
     assert {path.stem for path in tmp_path.glob('*.safetensors')} == {'iter_3', 'iter_4'}
 
 
-def test_compact_file_of_a_checkpoint_that_is_replaced(small, tmp_path):
+def test_a_replaced_checkpoint_gets_a_new_compact_file(small, tmp_path):
     options = {'default_hooks.checkpoint.interval': 1, 'default_hooks.checkpoint.filename_tmpl': 'latest.pth'}
     train(small(CSG, iters=3, **options))
     ours = read_checkpoint(tmp_path / 'latest.pth')['state_dict']
@@ -136,7 +130,7 @@ def test_compact_file_of_a_checkpoint_that_is_replaced(small, tmp_path):
     assert all(torch.equal(ours[name], compact[name]) for name in ours)
 
 
-def test_hook_of_other_settings_is_refused(small):
+def test_a_hook_with_other_settings_than_the_model_is_refused(small):
     other = dict(type='CSGHook', csg={**SETTINGS, 'code_dim': 64})
     with pytest.raises(CSGError, match='drop one of the two'):
         train(small(CSG, **{'default_hooks.csg': other}))
@@ -174,7 +168,7 @@ def test_sync_bn_conversion_keeps_generated_convs(small):
     assert isinstance(model.backbone.layer1[0].conv1, CSGConv)
 
 
-def test_checkpoint_of_other_settings_is_refused_before_it_is_loaded(small, tmp_path):
+def test_a_checkpoint_made_with_other_settings_is_refused(small, tmp_path):
     train(small(CSG))
     for options, mistake in (
         ({'model.csg.code_dim': 64}, 'code_dim=128'),

@@ -1,4 +1,4 @@
-"""Going on from a CSG checkpoint in mmengine: to other classes, and from runs of earlier versions."""
+"""Training from a CSG checkpoint in mmengine: other classes, learning rates, and runs of earlier versions."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ def trained(drawn, tmp_path_factory):
 
 
 @pytest.mark.parametrize(('door', 'suffix'), [('model', '.safetensors'), ('hook', '.pth')])
-def test_training_goes_on_with_other_classes(drawn, trained, tmp_path, door, suffix, caplog):
+def test_training_continues_with_other_classes(drawn, trained, tmp_path, door, suffix, caplog):
     path = str(trained / f'iter_3{suffix}')
     still = {'optim_wrapper.optimizer.lr': 0.0, 'param_scheduler.0.eta_min': 0.0, 'model.backbone.norm_eval': True}
     cfg = config(drawn, tmp_path, door, classes=CLASSES, reset=HEADS, load_from=path, **EMA, **still)
@@ -58,13 +58,13 @@ def test_training_goes_on_with_other_classes(drawn, trained, tmp_path, door, suf
     assert (tmp_path / 'iter_3.safetensors').is_file()
     (log,) = tmp_path.glob('*/*.log')
     assert 'does not fit decode_head.conv_seg, auxiliary_head.conv_seg' in log.read_text()
-    # What was trained is whole: it is tested without the option that it began with, and the average too.
+    # The result is complete: it is tested without the reset that training needed, and so is the average.
     testing = config(drawn, tmp_path, door, classes=CLASSES, load_from=str(tmp_path / 'iter_3.pth'), **EMA)
     assert 'mIoU' in Runner.from_cfg(testing).test()
 
 
 @pytest.mark.parametrize('door', ['model', 'hook'])
-def test_a_test_starts_no_layer_anew(drawn, trained, tmp_path, door):
+def test_a_test_resets_no_layer(drawn, trained, tmp_path, door):
     cfg = config(drawn, tmp_path, door, classes=CLASSES, reset=HEADS, load_from=str(trained / 'iter_3.pth'))
     with pytest.raises(CSGError, match='conv_seg'):
         Runner.from_cfg(cfg).test()
@@ -128,13 +128,13 @@ def warnings_of(runner_cfg, recwarn):
         ('hook', {'csg': dict(lr_mult=0.0)}, 'its learning rate is 0'),
     ],
 )
-def test_rates_of_layers_that_a_generator_overrules_are_told_once(drawn, tmp_path, recwarn, door, keys, says):
+def test_rates_that_the_generator_overrides_are_warned_about_once(drawn, tmp_path, recwarn, door, keys, says):
     options = {'optim_wrapper.paramwise_cfg': dict(custom_keys=keys)}
     (told,) = warnings_of(config(drawn, tmp_path, door, **options), recwarn)
     assert says in told and 'backbone.layer1' in told
 
 
-def test_stages_that_freeze_in_train_are_told(drawn, tmp_path, recwarn):
+def test_stages_that_freeze_in_train_are_warned_about(drawn, tmp_path, recwarn):
     cfg = config(drawn, tmp_path, 'model')
     runner = Runner.from_cfg(cfg)
     runner.model.backbone.frozen_stages = 2  # ResNet freezes these whenever it is set to train
@@ -144,7 +144,7 @@ def test_stages_that_freeze_in_train_are_told(drawn, tmp_path, recwarn):
     assert 'frozen: backbone.stem.3, backbone.stem.6, backbone.layer1.0.conv1' in told and 'learning rate' not in told
 
 
-def test_plain_training_tells_nothing(drawn, tmp_path, recwarn):
+def test_plain_training_warns_of_nothing(drawn, tmp_path, recwarn):
     heads = {'optim_wrapper.paramwise_cfg': dict(custom_keys={'head': dict(lr_mult=10.0)})}
     assert not warnings_of(config(drawn, tmp_path, 'model', **heads), recwarn)
 

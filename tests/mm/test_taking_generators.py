@@ -1,4 +1,4 @@
-"""Generators that one network has learned serve another."""
+"""One network starts with the trained generators of another."""
 
 import copy
 import math
@@ -79,7 +79,7 @@ def test_another_architecture_is_fitted_by_a_frozen_generator_of_the_first():
 
 
 @pytest.mark.parametrize('kind', [{}, {'generator': 'mlp', 'hidden': 8}, {'generator': 'tensor_ring', 'rank': 3}])
-def test_a_fit_keeps_what_was_taken_over_though_it_will_train(kind):
+def test_a_fit_keeps_loaded_generators_though_they_will_train(kind):
     csg = {'slice_shape': (12, 20, 3, 3), 'code_dim': 24} | kind
     first = retrofit(Net(seed=1), csg)
     nn.init.normal_(find_bank(first)[0].weight, std=0.3)
@@ -146,7 +146,7 @@ def frozen(drawn, tmp_path, path, door: str):
 
 
 @pytest.mark.parametrize('door', ['model', 'hook'])
-def test_codes_alone_train_upon_a_generator_from_elsewhere(drawn, tmp_path, elsewhere, door):
+def test_only_codes_train_with_a_frozen_generator_from_elsewhere(drawn, tmp_path, elsewhere, door):
     cfg = frozen(drawn, tmp_path, elsewhere, door)
     runner = train(cfg)
     generator = read_checkpoint(elsewhere)['state_dict']['csg.0.weight']
@@ -163,7 +163,7 @@ def test_codes_alone_train_upon_a_generator_from_elsewhere(drawn, tmp_path, else
     assert torch.equal(find_bank(again.model)[0].weight, generator)
 
 
-def test_a_file_of_the_path_is_in_no_compact_checkpoint(drawn, tmp_path, elsewhere):
+def test_compact_checkpoints_do_not_contain_the_path(drawn, tmp_path, elsewhere):
     cfg = frozen(drawn, tmp_path, elsewhere, 'model')
     assert 'elsewhere' not in str(describe(cfg))
     assert find_bank(build_model(cfg)) is not None
