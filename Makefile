@@ -1,4 +1,4 @@
-# make demo    set up, train a CSG DeepLabV3 and its dense twin on drawn data, print the comparison, look at an image
+# make demo    set up, train a CSG DeepLabV3 and its dense counterpart on drawn data, print the comparison, look at an image
 # make test    set up and run the tests; CSG_SEG_DATA=FOLDER adds those on real images
 # make check-full   the long checks too
 # make lint    ruff and mypy
@@ -40,5 +40,5 @@ $(VENV)/mm.installed: setup.py constraints.txt
 	touch $@
 
 $(VENV)/dev.installed: $(VENV)/mm.installed
-	$(PIP_INSTALL) -e '.[mm,onnx,dev]'
+	$(PIP_INSTALL) -e '.[mm,data,onnx,dev]'
 	touch $@

@@ -5,11 +5,11 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 # The maintained line of OpenMMLab's packages; import names mmcv, mmengine, mmseg, mmpretrain.
-MM = ['onedl-mmcv', 'onedl-mmengine', 'onedl-mmsegmentation', 'onedl-mmpretrain', 'matplotlib', 'rich', 'scipy']
+MM = ['onedl-mmcv', 'onedl-mmengine', 'onedl-mmsegmentation', 'onedl-mmpretrain']
 
 setup(
     name='csg_seg',
-    version='0.2.0',
+    version='0.3.0',
     description='Model compression for segmentation networks with a Convolutional Slice Generator',
     long_description=Path(__file__).with_name('README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
@@ -19,9 +19,10 @@ setup(
     package_data={'csg_seg': ['.mim/model-index.yml', '.mim/configs/**/*', '.mim/tools/**/*']},
     entry_points={'console_scripts': ['csg-seg = csg_seg.cli.main:main']},
     python_requires='>=3.10,<3.13',
-    install_requires=['torch>=2.6', 'torchvision', 'numpy', 'pillow', 'pycocotools', 'safetensors'],
+    install_requires=['torch>=2.6', 'numpy', 'safetensors'],
     extras_require={
-        'mm': MM,
+        'mm': [*MM, 'torchvision', 'pillow', 'matplotlib', 'rich', 'scipy'],
+        'data': ['pillow', 'pycocotools', 'rich'],
         'onnx': ['onnx', 'onnxruntime', 'onnxscript'],
         'dev': ['setuptools', 'pytest', 'pytest-xdist', 'ruff', 'mypy', 'timm'],
     },

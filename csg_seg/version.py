@@ -1,3 +1,3 @@
-"""The version of this package; setup.py has it too."""
+"""The version of this package; setup.py repeats it."""
 
-__version__ = '0.2.0'
+__version__ = '0.3.0'

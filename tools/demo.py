@@ -1,25 +1,24 @@
-"""Let a trained network look at an image: classes drawn upon it, shares or scores printed."""
+"""Let a trained network look at an image: draw the classes on it, and print shares or scores."""
 
 import argparse
-import json
 
+from csg_seg.cli import console, options
 from csg_seg.cli.errors import one_line_errors
-from csg_seg.cli.options import check_out
 
 with one_line_errors():
     from csg_seg.errors import CSGError
-    from csg_seg.mm.deploy.inference import add_network_options, draw, load_network, name_classes, predict, save_picture
+    from csg_seg.mm.deploy.inference import draw, load_network, name_classes, predict, save_picture
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('image', help='JPEG or PNG file')
-    add_network_options(parser)
+    options.add_network_options(parser)
     parser.add_argument('--out', default='demo.png', help='picture to write (default: demo.png)')
     parser.add_argument('--opacity', type=float, default=0.5, help='of the colours (default: 0.5)')
     parser.add_argument('--scale', type=int, default=1, help='of the picture, for names to be read (default: 1)')
-    parser.add_argument('--overwrite', action='store_true', help='replace OUT when it exists')
-    parser.add_argument('--json', action='store_true', help='print JSON')
+    options.add_overwrite(parser)
+    options.add_json(parser, 'print JSON')
     return parser.parse_args()
 
 
@@ -27,7 +26,7 @@ def main() -> None:
     args = parse_args()
     with one_line_errors():
         read = [args.image, args.config, args.checkpoint]
-        check_out(args.out, overwrite=args.overwrite, endings=['.png', '.jpg'], inputs=read)
+        options.check_out(args.out, overwrite=args.overwrite, endings=['.png', '.jpg'], inputs=read)
         if not 0 < args.opacity <= 1:
             raise CSGError(f'--opacity {args.opacity} is not above 0 and at most 1')
         if args.scale < 1:
@@ -36,13 +35,13 @@ def main() -> None:
         prediction = predict(network, args.image)
         picture = draw(network, args.image, prediction, opacity=args.opacity, scale=args.scale)
         save_picture(picture, args.out)
-    found = name_classes(network, prediction)
-    if args.json:
-        print(json.dumps(found))
-        return
-    for name, percent in found.items():
-        print(f'{percent:6.2f} %  {name}')
-    print(f'drawn: {args.out}')
+
+    def print_lines(found: dict) -> None:
+        for name, percent in found.items():
+            print(f'{percent:6.2f} %  {name}')
+        print(f'drawn: {args.out}')
+
+    console.print_result(name_classes(network, prediction), print_lines, as_json=args.json)
 
 
 if __name__ == '__main__':

@@ -3,13 +3,11 @@
 import argparse
 import json
 import os
-import sys
-from contextlib import redirect_stdout
 
+from csg_seg.cli import console, options
 from csg_seg.cli.errors import one_line_errors
 
 with one_line_errors():
-    from mmengine.config import DictAction
     from mmengine.runner import Runner
 
     from csg_seg.errors import CSGError
@@ -26,18 +24,17 @@ with one_line_errors():
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint of training (.pth) or compact checkpoint (.safetensors)')
+    options.add_config(parser)
+    options.add_checkpoint(parser)
     parser.add_argument('--work-dir', help='folder for the metrics (default: work_dirs/CONFIG)')
     parser.add_argument('--out', help='folder to save predictions in, for offline evaluation')
     parser.add_argument('--show', action='store_true', help='show predictions in a window')
     parser.add_argument('--show-dir', help='folder to save painted images in')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds to show each window (default: 2)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings: key=value ...')
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
-    parser.add_argument('--json', action='store_true', help='print the scores as JSON, the log to stderr')
+    options.add_cfg_options(parser)
+    options.add_launcher(parser)
+    options.add_json(parser, 'print the scores as JSON, the log to stderr')
     parser.add_argument('--tta', action='store_true', help='test time augmentation')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args
@@ -86,9 +83,7 @@ def main() -> None:
         check_data(cfg, 'test')
         apply_options(cfg, args)
         use_cpu_processes(cfg)
-        # With --json, the log goes to stderr: stdout is for the scores alone.
-        output = sys.stderr if args.json else sys.stdout
-        with writing_into(cfg.work_dir), redirect_stdout(output), ProgressBarHook() as bars:
+        with writing_into(cfg.work_dir), console.notes_to_stderr(when=args.json), ProgressBarHook() as bars:
             runner = Runner.from_cfg(cfg)
             runner.register_hook(CheckpointGuardHook())
             runner.register_hook(bars)

@@ -3,11 +3,11 @@
 import argparse
 import os
 
+from csg_seg.cli import options
 from csg_seg.cli.errors import one_line_errors
 
 with one_line_errors():
     import torch
-    from mmengine.config import DictAction
     from mmengine.registry import RUNNERS
     from mmengine.runner import Runner
 
@@ -26,13 +26,12 @@ with one_line_errors():
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
+    options.add_config(parser)
     parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/CONFIG)')
     parser.add_argument('--resume', action='store_true', help='go on from the latest checkpoint in the work folder')
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision (needs a GPU)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings: key=value ...')
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    options.add_cfg_options(parser)
+    options.add_launcher(parser)
     args = parser.parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args

@@ -1,4 +1,4 @@
-"""Look at the installation: versions, the mm packages' line, devices, what does not go together and what to do."""
+"""Examine the installation: versions, devices, incompatible packages, and what to do about them."""
 
 import platform
 import sys
@@ -12,17 +12,28 @@ import torch
 
 from csg_seg.version import __version__
 
-from .errors import EXTRAS, ONNX_PACKAGES
+from .errors import EXTRAS
 
-# Import name, its distribution of the maintained line, and OpenMMLab's.
+# Import name, the distribution that we install, and the distribution of OpenMMLab.
 MM = (
     ('mmengine', 'onedl-mmengine', 'mmengine'),
     ('mmcv', 'onedl-mmcv', 'mmcv'),
     ('mmseg', 'onedl-mmsegmentation', 'mmsegmentation'),
     ('mmpretrain', 'onedl-mmpretrain', 'mmpretrain'),
 )
-REQUIRED = ('torchvision', 'numpy', 'pillow', 'pycocotools', 'safetensors')
-OPTIONAL = (*ONNX_PACKAGES, 'timm')
+REQUIRED = ('numpy', 'safetensors')
+# Distribution, its import name, and what it is for.
+OPTIONAL = (
+    ('torchvision', 'torchvision', 'its networks by name, and the mm packages'),
+    ('pillow', 'PIL', 'data sets: draw_voc and coco2voc'),
+    ('pycocotools', 'pycocotools', 'coco2voc'),
+    ('rich', 'rich', 'tables and progress bars of the tools'),
+    ('matplotlib', 'matplotlib', 'figures'),
+    ('onnx', 'onnx', 'export_onnx'),
+    ('onnxruntime', 'onnxruntime', 'export_onnx'),
+    ('onnxscript', 'onnxscript', 'export_onnx'),
+    ('timm', 'timm', 'its networks by name'),
+)
 
 
 @dataclass(frozen=True)
@@ -30,9 +41,9 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        name: what was looked at.
-        state: its version, or what was found.
-        remedy: what to do about it; empty if nothing is wrong.
+        name: the package or device.
+        state: its version, or what is wrong with it.
+        remedy: what to do; empty if nothing is wrong.
     """
 
     name: str
@@ -41,8 +52,8 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Return what is installed, and what is wrong with it."""
-    return [*_basics(), *_mm_packages(), *_extras(), *_devices()]
+    """Return the findings on all packages and devices."""
+    return [*_basics(), *_mm_packages(), *_optional_packages(), *_devices()]
 
 
 def _basics() -> Iterator[Finding]:
@@ -53,9 +64,8 @@ def _basics() -> Iterator[Finding]:
     number = tuple(int(part) for part in torch.__version__.split('.')[:2])
     yield Finding('torch', torch.__version__, '' if number >= (2, 6) else "pip install 'torch>=2.6'")
     for name in REQUIRED:
-        yield from _package(name, remedy=f'pip install {name}')
-    if _installed('torchvision'):
-        yield from _importing('torchvision', 'install the torchvision that was built for this torch')
+        installed = _installed(name)
+        yield Finding(name, installed or 'not installed', '' if installed else f'pip install {name}')
 
 
 def _mm_packages() -> Iterator[Finding]:
@@ -76,10 +86,12 @@ def _mm_packages() -> Iterator[Finding]:
         yield Finding('mm packages', 'of two lines', "take all from one line, onedl-* or OpenMMLab's")
 
 
-def _extras() -> Iterator[Finding]:
-    for name in OPTIONAL:
-        extra = f"'.[{EXTRAS[name]}]' in csg_seg's folder" if name in EXTRAS else name
-        yield Finding(name, _installed(name) or f'not installed; optional: pip install {extra}')
+def _optional_packages() -> Iterator[Finding]:
+    for name, module, purpose in OPTIONAL:
+        extra = f"'.[{EXTRAS[module]}]' in csg_seg's folder" if module in EXTRAS else name
+        yield Finding(name, _installed(name) or f'not installed; optional, for {purpose}: pip install {extra}')
+    if _installed('torchvision'):
+        yield from _importing('torchvision', 'install the torchvision that was built for this torch')
 
 
 def _devices() -> Iterator[Finding]:
@@ -90,16 +102,11 @@ def _devices() -> Iterator[Finding]:
         yield Finding('GPU', f'none; runs on the CPU, {torch.get_num_threads()} threads')
 
 
-def _package(name: str, *, remedy: str) -> Iterator[Finding]:
-    found = _installed(name)
-    yield Finding(name, found or 'not installed', '' if found else remedy)
-
-
 def _importing(module: str, remedy: str) -> Iterator[Finding]:
-    """Yield a finding only if a module that is installed does not import."""
+    """Yield a finding if an installed module cannot be imported."""
     try:
         import_module(module)
-    except Exception as error:  # whatever stops it is what the user has to know
+    except Exception as error:  # any error is worth reporting
         yield Finding(module, f'does not import ({type(error).__name__}: {_first_line(error)})', remedy)
 
 

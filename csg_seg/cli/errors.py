@@ -1,4 +1,4 @@
-"""Errors of command-line tools, in one line."""
+"""Errors of command-line tools: one line, without a traceback."""
 
 import sys
 from collections.abc import Iterator
@@ -7,16 +7,19 @@ from contextlib import contextmanager
 from csg_seg.errors import CSGError
 from csg_seg.files import describe
 
-MM_PACKAGES = ('mmcv', 'mmengine', 'mmseg', 'mmpretrain')
-
-ONNX_PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
-
-EXTRAS = dict.fromkeys(MM_PACKAGES, 'mm') | dict.fromkeys(ONNX_PACKAGES, 'mm,onnx')
+# Import names of optional packages, and the extra that installs each.
+EXTRAS = {
+    'PIL': 'data',
+    'pycocotools': 'data',
+    'rich': 'data',
+    **dict.fromkeys(('mmcv', 'mmengine', 'mmseg', 'mmpretrain', 'torchvision', 'matplotlib', 'scipy', 'cv2'), 'mm'),
+    **dict.fromkeys(('onnx', 'onnxruntime', 'onnxscript'), 'mm,onnx'),
+}
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the program with one line, and exit status 1, on a mistake the user can mend."""
+    """Exit with one line and a non-zero status if the error in the ``with`` block is one that the user can correct."""
     try:
         yield
     except CSGError as error:

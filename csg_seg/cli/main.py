@@ -16,7 +16,7 @@ TOOLS = Path(__file__).parents[1] / '.mim' / 'tools'
 
 
 def tools() -> dict[str, Path]:
-    """Return the Python tools by name, with the folder's before it where two have one."""
+    """Return the tools by name. If two have the same name, the second is prefixed with its folder."""
     paths = sorted(TOOLS.glob('**/*.py'), key=lambda path: (len(path.parts), path))
     named: dict[str, Path] = {}
     for path in paths:
@@ -25,7 +25,7 @@ def tools() -> dict[str, Path]:
 
 
 def doctor(*, as_json: bool) -> int:
-    """Print what is installed; return 1 if something is to be mended."""
+    """Print what is installed; return 1 if something must be corrected."""
     findings = examine()
     if as_json:
         print(json.dumps([asdict(each) for each in findings]))

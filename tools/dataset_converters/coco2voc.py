@@ -1,21 +1,19 @@
 """Turn COCO's instance annotations into masks of Pascal VOC's 20 classes, for COCOVOCDataset.
 
 Other categories are background; where instances overlap and in crowd regions the mask is 255, ignored.
-Stopped half-way, the same command goes on where it was.
+If interrupted, run the command again to resume.
 """
 
 import argparse
-import json
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
-
+from csg_seg.cli import console, options
 from csg_seg.cli.errors import one_line_errors
-from csg_seg.data.coco import make_masks
+
+with one_line_errors():
+    from csg_seg.data.coco import make_masks
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,24 +37,25 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--jobs', type=int, default=os.cpu_count(), metavar='N', help='processes at a time, each of about half a GB'
     )
-    parser.add_argument('--json', action='store_true', help='print the counts as JSON alone')
+    options.add_json(parser, 'print the counts as JSON alone')
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    bar = partial(track, console=Console(stderr=True))
     with one_line_errors():
+        bar = console.progress_bar()
         try:
             counts = make_masks(
                 args.annotations, args.images, args.out, min_area=args.min_area, jobs=args.jobs, progress=bar
             )
         except KeyboardInterrupt:
-            sys.exit('stopped; the same command goes on from here')
-    if args.json:
-        print(json.dumps({'out': str(args.out), **counts}))
-    else:
-        print('{kept} of {images} images have a mask, {made} of them made now, in'.format(**counts), args.out)
+            sys.exit('interrupted; run the command again to resume')
+
+    def print_line(result: dict) -> None:
+        print('{kept} of {images} images have a mask, {made} of them made now, in {out}'.format(**result))
+
+    console.print_result({'out': str(args.out), **counts}, print_line, as_json=args.json)
 
 
 if __name__ == '__main__':

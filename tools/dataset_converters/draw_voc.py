@@ -2,14 +2,13 @@
 
 import argparse
 import inspect
-import json
-from functools import partial
 from pathlib import Path
 
-from rich.progress import track
-
+from csg_seg.cli import console, options
 from csg_seg.cli.errors import one_line_errors
-from csg_seg.data.drawn import draw_dataset
+
+with one_line_errors():
+    from csg_seg.data.drawn import draw_dataset
 
 
 def parse_args() -> argparse.Namespace:
@@ -23,20 +22,18 @@ def parse_args() -> argparse.Namespace:
         ('seed', 'S', 'other seeds, other images'),
     ):
         parser.add_argument(f'--{option}', type=int, default=defaults[option], metavar=metavar, help=text)
-    parser.add_argument('--json', action='store_true', help='print the result as JSON alone')
+    options.add_json(parser, 'print the result as JSON alone')
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
     settings = {name: getattr(args, name) for name in ('train', 'val', 'size', 'seed')}
-    progress = None if args.json else partial(track, description='Drawing')
     with one_line_errors():
+        progress = None if args.json else console.progress_bar('Drawing')
         home = draw_dataset(args.out, **settings, progress=progress)
-    if args.json:
-        print(json.dumps({'data_root': str(home), **settings}))
-    else:
-        print(f'{args.train} images to train on and {args.val} to evaluate on lie in {home}')
+    text = f'{args.train} images to train on and {args.val} to evaluate on lie in {home}'
+    console.print_result({'data_root': str(home), **settings}, lambda _: print(text), as_json=args.json)
 
 
 if __name__ == '__main__':

@@ -1,11 +1,10 @@
 """Convert a CIFAR-10 checkpoint that the method's authors (or akamaster) released, and write its config."""
 
 import argparse
-import json
 from pathlib import Path
 
+from csg_seg.cli import console, options
 from csg_seg.cli.errors import one_line_errors
-from csg_seg.cli.options import check_out
 from csg_seg.files import write_tensors, write_whole
 
 with one_line_errors():
@@ -18,12 +17,12 @@ LIKE = Path(__file__).parents[2] / 'configs' / 'cifar10' / 'resnet20_b192-200e_c
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('file', help='released checkpoint (.t7, .th); network and settings are read from its tensors')
-    parser.add_argument('--out', required=True, help='checkpoint to write (.pth); the config goes beside it (.py)')
+    options.add_out(parser, 'checkpoint to write (.pth); the config goes beside it (.py)')
     parser.add_argument(
         '--like', default=LIKE, help='config whose data and schedule to take (default: CIFAR-10 in full)'
     )
-    parser.add_argument('--overwrite', action='store_true', help='replace files that exist')
-    parser.add_argument('--json', action='store_true', help='print JSON instead of lines')
+    options.add_overwrite(parser, 'replace files that exist')
+    options.add_json(parser, 'print JSON instead of lines')
     return parser.parse_args()
 
 
@@ -32,8 +31,8 @@ def main() -> None:
     checkpoint = Path(args.out)
     config = checkpoint.with_suffix('.py')
     with one_line_errors():
-        check_out(checkpoint, overwrite=args.overwrite, endings=['.pth'], inputs=[args.file])
-        check_out(config, overwrite=args.overwrite, inputs=[args.like])
+        options.check_out(checkpoint, overwrite=args.overwrite, endings=['.pth'], inputs=[args.file])
+        options.check_out(config, overwrite=args.overwrite, inputs=[args.like])
         converted = convert_released(args.file, read_config(args.like))
         write_whole(config, lambda partial_path: partial_path.write_text(converted.config.pretty_text))
         write_tensors(checkpoint, {'meta': {}, 'state_dict': converted.state_dict})
@@ -50,15 +49,16 @@ def main() -> None:
         'checkpoint': str(checkpoint),
         'config': str(config),
     }
-    if args.json:
-        print(json.dumps(result))
-        return
-    print(f'network: {released.network}, {"dense" if not csg else "CSG"}')
-    if csg:
-        print(f'slice shape: {csg["slice_shape"]}, code length: {csg["code_dim"]}')
-    print(summary.headline())
-    print(f'stored accuracy: {"none" if released.accuracy is None else f"{released.accuracy:.2f} %"}')
-    print(f'test it: python tools/test.py {config} {checkpoint}')
+
+    def print_lines(_: dict) -> None:
+        print(f'network: {released.network}, {"CSG" if csg else "dense"}')
+        if csg:
+            print(f'slice shape: {csg["slice_shape"]}, code length: {csg["code_dim"]}')
+        print(summary.headline())
+        print(f'stored accuracy: {"none" if released.accuracy is None else f"{released.accuracy:.2f} %"}')
+        print(f'test it: python tools/test.py {config} {checkpoint}')
+
+    console.print_result(result, print_lines, as_json=args.json)
 
 
 if __name__ == '__main__':
