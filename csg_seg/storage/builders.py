@@ -61,7 +61,7 @@ def check_source(source: Source) -> None:
 
 
 def encode_source(source: Source) -> str:
-    """Encode a source as JSON; tuples become ``{"tuple": [...]}``, since some networks tell them from lists.
+    """Encode a source as JSON; tuples become ``{"tuple": [...]}``, since some networks distinguish them from lists.
 
     Raises:
         CSGError: a value is not plain.

@@ -120,7 +120,7 @@ def contents(path):
 
 @pytest.mark.parametrize('csg', CSGS.values(), ids=CSGS)
 @pytest.mark.parametrize('into', ['dense', 'retrofitted'])
-def test_a_model_comes_back_whole(tmp_path, csg, into):
+def test_loading_restores_every_entry_and_output(tmp_path, csg, into):
     model = trained(csg)
     save_compact(model, tmp_path / 'model.safetensors')
     twin = Net(seed=1)
@@ -139,13 +139,13 @@ def test_a_model_comes_back_whole(tmp_path, csg, into):
 
 
 @pytest.mark.parametrize('csg', CSGS.values(), ids=CSGS)
-def test_a_model_loaded_twice_is_saved_the_same(tmp_path, csg):
+def test_saving_a_loaded_model_gives_the_same_file(tmp_path, csg):
     save_compact(trained(csg), tmp_path / 'one')
     save_compact(load_compact(tmp_path / 'one', Net(seed=1)), tmp_path / 'two')
     assert contents(tmp_path / 'one') == contents(tmp_path / 'two')
 
 
-def test_a_loaded_dense_network_knows_what_stayed_dense(saved):
+def test_a_loaded_network_reports_what_stayed_dense(saved):
     summary = summarise(load_compact(saved, Net()))
     assert {layer.name for layer in summary.layers if layer.left_dense} == {'stem'}
     assert [layer.name for layer in summary.layers if layer.generator == 0] == ['body.0', 'body.3']
@@ -183,7 +183,7 @@ def test_a_half_precision_file_takes_half_the_bytes(tmp_path):
     assert (tmp_path / 'half').stat().st_size == pytest.approx((tmp_path / 'float').stat().st_size / 2, rel=0.02)
 
 
-def test_a_state_dict_and_notes_of_the_callers_are_kept(tmp_path):
+def test_write_compact_keeps_its_state_dict_and_metadata(tmp_path):
     model = trained()
     average = {name: tensor * 2 if name.endswith('code') else tensor for name, tensor in model.state_dict().items()}
     write_compact(model, average, tmp_path / 'model', metadata={'classes': 'sky, bicyclist', 'über': '\u2713'})
@@ -242,7 +242,7 @@ def test_the_generator_is_in_the_file_once(saved):
     assert shapes.count([24, 2160]) == 1
 
 
-def test_a_saved_model_is_left_as_it_was(tmp_path):
+def test_saving_does_not_change_the_model(tmp_path):
     model = trained()
     kept = snapshot(model)
     save_compact(model, tmp_path / 'model')
@@ -350,7 +350,7 @@ def test_a_missing_file_is_named(tmp_path):
     assert_refused(tmp_path / 'no folder' / 'none', Net(), 'no such file', FileNotFoundError)
 
 
-def test_a_folder_is_no_file(tmp_path):
+def test_loading_a_folder_is_refused(tmp_path):
     assert_refused(tmp_path, Net(), 'a folder, not a compact checkpoint; give a file in it')
 
 
@@ -401,7 +401,7 @@ def test_another_width_within_the_same_grid_is_refused(tmp_path, wrap, width):
     assert_refused(tmp_path / 'model', wrap(Plain(width)), 'load it into the (dense )?network it was made from')
 
 
-def test_a_grouped_conv_is_not_the_files(tmp_path):
+def test_a_grouped_conv_in_place_of_an_ungrouped_one_is_refused(tmp_path):
     csg = CSG | {'slice_shape': (16, 16, 3, 3)}
     save_compact(retrofit(Plain(), csg), tmp_path / 'model')
     other = Plain()

@@ -1,3 +1,5 @@
+"""The arithmetic of frontiers, against trying all ways."""
+
 import itertools
 
 import pytest
@@ -24,7 +26,7 @@ def best_by_trying(ways):
 
 
 @pytest.mark.parametrize('seed', range(5))
-def test_either_keeps_what_nothing_beats(seed):
+def test_either_keeps_exactly_the_undominated_ways(seed):
     a, b = draw('a', 30, seed), draw('b', 17, seed + 100)
     assert points(either([a, b])) == best_by_trying(points(a) + points(b))
 
@@ -39,7 +41,7 @@ def test_together_is_the_best_of_all_pairs(seed):
     assert points(together([a, b, c])) == best_by_trying(sums)
 
 
-def test_choices_go_with_their_points():
+def test_choices_stay_with_their_sizes_and_errors():
     a, b = either([draw('a', 20, 1)]), either([draw('b', 20, 2)])
     price = {choice: point for each in (a, b) for (choice,), point in zip(each.choices, points(each), strict=True)}
     both = together([a, b])

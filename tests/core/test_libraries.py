@@ -69,7 +69,7 @@ def test_two_generators_take_3x3_and_1x1():
     assert summary.compression_ratio > 5
 
 
-def test_convs_that_standardise_their_weights_are_generated_and_do_so():
+def test_convs_that_standardise_their_weights_still_do_when_generated():
     torch.manual_seed(0)
     model = retrofit(timm.create_model('resnetv2_50x1_bit'), CONV3).eval()
     conv = model.stages[0].blocks[0].conv2

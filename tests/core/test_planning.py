@@ -1,3 +1,5 @@
+"""Plans: budgets are met, errors are those of a fit, the tools write what was planned."""
+
 import copy
 import json
 import math
@@ -145,7 +147,7 @@ def test_a_plan_loses_less_than_the_papers_settings_of_equal_size(name, csg):
     assert planned.relative_error <= fixed.relative_error
 
 
-def test_slices_of_few_directions_are_found_out():
+def test_slices_that_span_few_dimensions_are_recognised():
     dense = build('resnet20')
     directions = torch.randn(5, 8 * 8 * 9)
     for conv in [each for each in dense.modules() if isinstance(each, nn.Conv2d)][1:]:
@@ -177,12 +179,12 @@ def test_the_overhang_is_free():
     assert 0 < predict(dense, csg).layers['1'] < ((weight - fitted).norm() / weight.norm()).item()
 
 
-def test_shapes_that_are_given_are_tried_however_large():
+def test_given_shapes_are_tried_however_large():
     planned = csg_seg.plan(build('resnet20'), ratio=1.4, slice_shapes=[(16, 16, 3, 3)])
     assert planned.compression_ratio >= 1.4 and planned.csg[0]['slice_shape'] == [16, 16, 3, 3]
 
 
-def test_a_default_device_is_no_obstacle():
+def test_the_default_device_does_not_matter():
     dense = build('resnet20')
     planned = csg_seg.plan(dense, ratio=3, slice_shapes=SHAPES[:1])
     with torch.device('meta'):
@@ -199,7 +201,7 @@ def test_a_conv_in_two_places_is_planned_for_once():
 
 
 @pytest.mark.parametrize('budget', ['params', 'bytes'])
-def test_the_floor_is_named_and_can_be_had(budget):
+def test_the_smallest_size_is_named_and_can_be_reached(budget):
     dense = build('resnet20')
     with pytest.raises(CSGError, match='out of reach: the smallest this network can be is') as refusal:
         csg_seg.plan(dense, **{budget: 1}, slice_shapes=SHAPES)
@@ -239,7 +241,7 @@ def spoilt(value):
         (lambda: nn.Sequential(nn.Linear(5, 5)), {'ratio': 2}, 'nothing to plan'),
     ],
 )
-def test_mistakes_are_named(model, budget, message):
+def test_wrong_budgets_and_models_are_refused_in_one_line(model, budget, message):
     with pytest.raises(CSGError, match=message) as refusal:
         csg_seg.plan(model(), **{'slice_shapes': SHAPES[:1], **budget})
     assert '\n' not in str(refusal.value)
@@ -302,7 +304,7 @@ def test_the_documented_commands_run(tmp_path, trained):
     assert (tmp_path / 'resnet20.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_a_curve_is_drawn_of_trained_weights_alone(tmp_path):
+def test_drawing_a_curve_needs_trained_weights(tmp_path):
     done = run_tool('report.py', RESNET20, '--curve', tmp_path / 'curve.png', check=False)
     assert done.returncode == 1 and '--curve needs trained weights; give --checkpoint' in done.stderr
     assert not any(tmp_path.iterdir())
