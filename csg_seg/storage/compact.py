@@ -40,7 +40,7 @@ def save_compact(
         dtype: precision of codes, generators, and weights of convs and linear layers: 'float32' (unchanged),
             'float16', 'bfloat16', or 'int8' with a scale for each row. Norm layers, biases and buffers are unchanged.
         source: how to build the dense network, so that the file is sufficient on its own:
-            ``dict(builder='torchvision', name='resnet18', num_classes=10)``, or with builder='timm', or your own builder
+            ``dict(builder='torchvision', name='resnet18', num_classes=10)``, also 'timm' or your own builder
             (:func:`csg_seg.register_builder`).
 
     Raises:
