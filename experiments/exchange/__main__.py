@@ -1,19 +1,14 @@
 """Count the bytes that workers hold and exchange in a training step, dense and CSG; time steps over a slow link."""
 
 import argparse
-import json
-import sys
-from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
+from csg_seg.cli.console import notes_to_stderr, print_result, print_table
 from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.options import add_cfg_options
 
 with one_line_errors():
-    from mmengine.config import DictAction
-    from rich.console import Console
-    from rich.table import Column, Table
-
     from csg_seg.cli.results import add_result_options, check_result_options, made_with, write_result
     from csg_seg.errors import CSGError
     from csg_seg.mm.running.configs import read_config
@@ -30,32 +25,32 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--rounds', type=int, default=3, help='steps of each network, hook and link (default: 3)')
     parser.add_argument('--batch-size', type=int, default=2, help='images per rank (default: 2)')
     parser.add_argument('--size', type=int, nargs=2, default=[64, 64], help='height and width (default: 64 64)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings of all: key=value ...')
+    add_cfg_options(parser, 'override settings of all: key=value ...')
     add_result_options(parser)
     return parser.parse_args()
 
 
 def print_tables(result: dict) -> None:
     """Print the bytes that a rank holds and exchanges, and the steps over each link."""
-    console = Console(width=None if sys.stdout.isatty() else 130)
     names = ('parameters', 'gradients', 'optimizer state', 'all-reduced a step')
-    named = Column('network', overflow='fold')
-    table = Table(named, *(f'{name}, MB' for name in names), 'buckets, MB (* holds a generator)')
+    columns = ('network', *(f'{name}, MB' for name in names), 'buckets, MB (* holds a generator)')
+    rows = []
     for name, each in result['networks'].items():
         keys = ('parameter_bytes', 'gradient_bytes', 'optimizer_bytes', 'all_reduced_bytes')
         buckets = ' '.join(f'{one["bytes"] / 1e6:.1f}{"*" * one["generator"]}' for one in each['buckets'])
-        table.add_row(name, *(f'{each[key] / 1e6:.2f}' for key in keys), buckets)
-    console.print(table)
+        rows.append((name, *(f'{each[key] / 1e6:.2f}' for key in keys), buckets))
+    print_table(columns, rows, width=130)
     if result['links']:
-        table = Table('link', named.copy(), 'hook', 'seconds a step', 'against the first', 'MB sent a step')
+        columns = ('link', 'network', 'hook', 'seconds per step', 'ratio to the first', 'MB sent per step')
+        rows = []
         for rate, networks in result['links'].items():
             first = next(iter(next(iter(networks.values())).values()))
             for name, hooks in networks.items():
                 for hook, each in hooks.items():
                     found = summarise_seconds(each['seconds'], first['seconds'])
                     numbers = (f'{found["seconds"]:.2f}', f'{found["ratio"]:.2f}x', f'{each["sent"][-1] / 1e6:.1f}')
-                    table.add_row(rate, name, hook, *numbers)
-        console.print(table)
+                    rows.append((rate, name, hook, *numbers))
+        print_table(columns, rows, width=130)
 
 
 def main() -> None:
@@ -67,10 +62,10 @@ def main() -> None:
             raise CSGError('two of the configs have one name; rename one')
         settings = {key: getattr(args, key) for key in ('processes', 'hooks', 'rounds', 'batch_size')}
         measurement = Measurement(**settings, rates=args.links, size=tuple(args.size))
-        with redirect_stdout(sys.stderr):  # mmengine prints notes, stdout is for the result
+        with notes_to_stderr():
             figures = measure_exchange(cfgs, measurement)
         result = write_result(args.out, {**asdict(measurement), **figures, 'made_with': made_with(seed=0)})
-    print(json.dumps(result)) if args.json else print_tables(result)
+    print_result(result, print_tables, as_json=args.json)
 
 
 if __name__ == '__main__':

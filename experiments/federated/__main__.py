@@ -1,41 +1,35 @@
-"""Train networks by federated averaging on disjoint parts of the data; compare what they score and send."""
+"""Train networks by federated averaging on disjoint parts of the data; compare their scores and bytes sent."""
 
 import argparse
-import json
-import sys
-from contextlib import redirect_stdout
-from functools import partial
 from pathlib import Path
 
+from csg_seg.cli.console import notes_to_stderr, print_result, print_table, progress_bar
 from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.options import add_cfg_options
 from csg_seg.files import writing_into
 
 with one_line_errors():
-    from mmengine.config import DictAction
-    from rich.console import Console
-    from rich.progress import track
-    from rich.table import Table
-
     from csg_seg.cli.results import add_result_options, check_result_options, made_with, write_result
     from csg_seg.mm.checkpoints.unpickling import forbid_unpickling
 
-    from .averaging import draw_federated, federate, read_networks
+    from .averaging import federate, read_networks
+    from .picture import draw_federated
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     four = dict(nargs=4, metavar=('NAME', 'CONFIG', 'CHECKPOINT', 'TRAVELS'))
-    what = "CHECKPOINT is the start of all workers, TRAVELS a pattern such as '*' or '*.code' of what is trained"
-    parser.add_argument('--network', **four, action='append', required=True, help=f'{what} and exchanged; repeatable')
+    what = "CHECKPOINT is the start of all workers, TRAVELS a pattern such as '*' or '*.code' of the tensors to train"
+    parser.add_argument('--network', **four, action='append', required=True, help=f'{what} and exchange; repeatable')
     parser.add_argument('--workers', type=int, default=4, help='parts of the training data (default: 4)')
-    parser.add_argument('--rounds', type=int, default=10, help='of averaging (default: 10)')
-    parser.add_argument('--steps', type=int, default=10, help="of each worker's training in a round (default: 10)")
+    parser.add_argument('--rounds', type=int, default=10, help='rounds of averaging (default: 10)')
+    parser.add_argument('--steps', type=int, default=10, help='training steps of each worker in a round (default: 10)')
     parser.add_argument('--test-every', type=int, default=1, help='rounds between two tests (default: 1)')
-    parser.add_argument('--metric', default='mIoU', help='score to gather (default: %(default)s)')
-    parser.add_argument('--seed', type=int, default=0, help='of data order and augmentation (default: 0)')
-    parser.add_argument('--work-dir', required=True, help='folder for logs, and for NAME.pth of each network')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings of all: key=value ...')
-    add_result_options(parser, picture='score against rounds and bytes')
+    parser.add_argument('--metric', default='mIoU', help='score to report (default: %(default)s)')
+    parser.add_argument('--seed', type=int, default=0, help='seed of data order and augmentation (default: 0)')
+    parser.add_argument('--work-dir', required=True, help='folder for logs and NAME.pth of each network')
+    add_cfg_options(parser, 'override settings of all: key=value ...')
+    add_result_options(parser, picture='the score over rounds and bytes')
     return parser.parse_args()
 
 
@@ -46,28 +40,29 @@ def main() -> None:
     networks = {}
     with one_line_errors():
         check_result_options(args.out, overwrite=args.overwrite, picture=args.picture)
-        configs = read_networks(args, numbers)
+        shared = dict(seed=args.seed, cfg_options=args.cfg_options, overwrite=args.overwrite)
+        configs = read_networks(args.network, args.work_dir, **shared, **numbers)
         for name, _, checkpoint, travels in args.network:
             options = dict(out=Path(args.work_dir, f'{name}.pth'), metric=args.metric)
-            options['track'] = partial(track, description=name, console=Console(stderr=True))
-            # mmengine prints notes, stdout is for the result.
-            with redirect_stdout(sys.stderr), writing_into(args.work_dir):
+            options['track'] = progress_bar(name)
+            with notes_to_stderr(), writing_into(args.work_dir):
                 networks[name] = federate(configs[name], checkpoint, travels, **numbers, **options)
         figures = {**numbers, 'metric': args.metric, 'networks': networks, 'made_with': made_with(seed=args.seed)}
         result = write_result(args.out, figures)
         if args.picture:
             draw_federated(networks, args.picture, metric=args.metric)
-    print(json.dumps(result)) if args.json else print_table(result)
+    print_result(result, print_scores, as_json=args.json)
 
 
-def print_table(result: dict) -> None:
+def print_scores(result: dict) -> None:
     """Print a row for each network and test."""
-    table = Table('network', 'travels', 'bytes of one exchange', 'round', 'MB in all', result['metric'])
+    columns = ('network', 'travels', 'bytes of one exchange', 'round', 'MB in all', result['metric'])
+    rows = []
     for name, each in result['networks'].items():
         for point in each['scores']:
             total, score = f'{point["bytes"] / 1e6:.1f}', f'{point["score"]:.2f}'
-            table.add_row(name, each['travels'], f'{each["bytes"]:,}', str(point['round']), total, score)
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+            rows.append((name, each['travels'], f'{each["bytes"]:,}', str(point['round']), total, score))
+    print_table(columns, rows)
 
 
 if __name__ == '__main__':

@@ -1,7 +1,6 @@
-"""Federated averaging: workers on disjoint parts of the data exchange codes, or whole networks."""
+"""Federated averaging: workers with disjoint parts of the data exchange codes, or whole networks."""
 
 import os
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from fnmatch import fnmatchcase
@@ -9,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner
@@ -20,7 +17,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from csg_seg.cli.options import check_out
 from csg_seg.errors import CSGError, abridge
 from csg_seg.files import check_folder, write_tensors
-from csg_seg.mm.figures import save_figure
 from csg_seg.mm.hooks.checkpoint_guard import CheckpointGuardHook
 from csg_seg.mm.hooks.label_guard import LabelGuardHook
 from csg_seg.mm.model import build_model
@@ -43,30 +39,29 @@ def federate(
 ) -> dict[str, Any]:
     """Train by federated averaging (McMahan et al., AISTATS 2017).
 
-    In each round every worker takes over the shared tensors, trains them on its own
-    part of the training data with an optimizer of its own, and returns them; their
-    plain mean, since the parts are of one size, is shared next. What does not travel
-    stays as the checkpoint has it.
+    In each round every worker loads the shared tensors, trains them on its part of the
+    training data with its own optimizer, and returns them. Their mean is shared in the
+    next round; it needs no weights, since all parts have the same size. All other
+    tensors keep the values of the checkpoint.
 
     Args:
         cfg: config of the network, dense or CSG; its schedulers are not used.
-        checkpoint: where all begin.
-        travels: pattern of the names in the state dict that are trained and exchanged.
-            Frozen parameters never are.
-        workers: parts that the training data are cut into, in their own order.
-        rounds: of averaging.
-        steps: that each worker trains in a round.
-        out: takes the checkpoint of the last mean, for the test tool and others.
-        test_every: rounds between two tests; there is one before the first and after the last.
-        metric: score to gather.
+        checkpoint: initial weights of all workers.
+        travels: pattern of state dict names to train and exchange, frozen parameters excepted.
+        workers: number of parts of the training data; neighbouring images stay together.
+        rounds: rounds of averaging.
+        steps: training steps of each worker in a round.
+        out: file for the checkpoint of the last mean.
+        test_every: rounds between two tests; the start and the last round are always tested.
+        metric: name of the score.
         track: wraps the sequence of all turns of workers, to show progress.
 
     Returns:
         JSON-ready: ``tensors`` and ``bytes`` that one worker sends in a round, and ``scores``: ``round``, the
-        ``bytes`` that have gone to and from all workers by then, ``score``.
+        ``bytes`` sent to and from all workers so far, ``score``.
 
     Raises:
-        CSGError: a number is out of range, nothing trained matches ``travels``, or there is no such metric.
+        CSGError: a number is out of range, nothing trained matches ``travels``, or the metric does not exist.
     """
     _check_numbers(workers=workers, rounds=rounds, steps=steps, test_every=test_every)
     cfg = deepcopy(cfg)
@@ -95,31 +90,42 @@ def federate(
     return {'travels': travels, 'tensors': len(shared), 'bytes': _bytes(shared.values()), 'scores': scores}
 
 
-def read_networks(args: Namespace, numbers: Mapping[str, int]) -> dict[str, Config]:
+def read_networks(
+    networks: Sequence[tuple[str, str, str, str]],
+    work_dir: str,
+    *,
+    seed: int = 0,
+    cfg_options: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    **numbers: int,
+) -> dict[str, Config]:
     """Read the configs of a comparison, and find mistakes before any network is trained.
 
     Args:
-        args: ``network``, a list of name, config, checkpoint and pattern of what travels; ``work_dir``, ``seed``,
-            ``cfg_options`` and ``overwrite``.
-        numbers: of workers, rounds, steps, and rounds between tests.
+        networks: name, config, checkpoint and ``travels`` of each network.
+        work_dir: folder for logs and checkpoints.
+        seed: seed of data order and augmentation.
+        cfg_options: overridden settings of all configs.
+        overwrite: whether existing checkpoints may be replaced.
+        numbers: ``workers``, ``rounds``, ``steps`` and ``test_every`` of :func:`federate`.
 
     Returns:
         the config of each network, by name.
 
     Raises:
         FileNotFoundError: a file is missing.
-        CSGError: says what is wrong.
+        CSGError: a config, checkpoint or number is wrong.
     """
     _check_numbers(**numbers)
-    check_folder(args.work_dir, given=f'--work-dir {args.work_dir}')
+    check_folder(work_dir, given=f'--work-dir {work_dir}')
     configs: dict[str, Config] = {}
-    for name, config, checkpoint, travels in args.network:
+    for name, config, checkpoint, travels in networks:
         if name in configs or '/' in name:
-            raise CSGError(f'--network {name}: give each network a name of its own, without a slash')
-        out = Path(args.work_dir, f'{name}.pth')
-        check_out(out, overwrite=args.overwrite, option='--work-dir', inputs=[checkpoint])
-        options = {'randomness.seed': args.seed, 'work_dir': args.work_dir, 'experiment_name': name}
-        cfg = configs[name] = read_config(config, options | (args.cfg_options or {}) | {'load_from': checkpoint})
+            raise CSGError(f'--network {name}: give each network its own name, without a slash')
+        out = Path(work_dir, f'{name}.pth')
+        check_out(out, overwrite=overwrite, option='--work-dir', inputs=[checkpoint])
+        options = {'randomness.seed': seed, 'work_dir': work_dir, 'experiment_name': name}
+        cfg = configs[name] = read_config(config, {**options, **(cfg_options or {}), 'load_from': checkpoint})
         for split in ('train', 'test'):
             check_data(cfg, split)
         check_starts(cfg)
@@ -133,38 +139,11 @@ def read_networks(args: Namespace, numbers: Mapping[str, int]) -> dict[str, Conf
 def _check_numbers(**numbers: int) -> None:
     if min(numbers.values()) < 1:
         given = ', '.join(f'{key}={value}' for key, value in numbers.items())
-        raise CSGError(f'cannot work with {given}: each is at least 1')
-
-
-def draw_federated(networks: Mapping[str, Mapping[str, Any]], path: str | os.PathLike, *, metric: str) -> None:
-    """Save a picture of score against rounds, and against bytes.
-
-    Args:
-        networks: what :func:`federate` returned, by name.
-        path: of the picture; its ending names the format.
-        metric: the score's name.
-    """
-    figure = Figure(figsize=(9, 4), layout='constrained')
-    by_round, by_bytes = figure.subplots(1, 2, sharey=True)
-    for (name, each), marker in zip(networks.items(), 'os^Dv*' * len(networks), strict=False):
-        scores = [point['score'] for point in each['scores']]
-        by_round.plot([point['round'] for point in each['scores']], scores, marker=marker, label=name)
-        # The start, before anything was sent, has no place on a logarithmic axis.
-        megabytes = [point['bytes'] / 1e6 for point in each['scores']]
-        by_bytes.plot(megabytes[1:], scores[1:], marker=marker, label=name)
-    by_round.set_xlabel('rounds')
-    by_round.xaxis.set_major_locator(MaxNLocator(integer=True))
-    by_round.set_ylabel(metric)
-    by_bytes.set_xlabel('MB sent and received by all workers')
-    by_bytes.set_xscale('log')
-    for axis in (by_round, by_bytes):
-        axis.grid(which='both', alpha=0.3)
-    by_round.legend(loc='lower right')
-    save_figure(figure, path)
+        raise CSGError(f'cannot work with {given}: each must be at least 1')
 
 
 def _shared(model: nn.Module, travels: str) -> dict[str, Tensor]:
-    """Return copies of what is trained and exchanged, and freeze every other parameter."""
+    """Return copies of the tensors to train and exchange, and freeze all other parameters."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     chosen = [name for name in _tensors(model) if fnmatchcase(name, travels) and name not in frozen]
     parameters = dict(model.named_parameters())
@@ -172,12 +151,12 @@ def _shared(model: nn.Module, travels: str) -> dict[str, Tensor]:
         parameter.requires_grad_(name in chosen)
     if not parameters.keys() & set(chosen):
         some = abridge([name for name, parameter in model.named_parameters() if name not in frozen])
-        raise CSGError(f'{travels!r} names nothing that is trained; that would be {some}')
+        raise CSGError(f'{travels!r} matches nothing that is trained; trained are {some}')
     return {name: tensor.clone() for name, tensor in _tensors(model).items() if name in chosen}
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a state dict that can be averaged; they share the model's memory."""
+    """Return the floating-point tensors of the state dict; they share memory with the model."""
     state_dict = model.state_dict().items()
     return {name: each for name, each in state_dict if isinstance(each, Tensor) and each.is_floating_point()}
 
@@ -198,10 +177,10 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _loaders(cfg: Config, workers: int) -> list[dict[str, Any]]:
-    """Return a data loader's settings for each worker, with neighbouring images in one part."""
+    """Return the settings of each worker's data loader; neighbouring images stay together."""
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     if len(dataset) < workers:
-        raise CSGError(f'{len(dataset)} training images are too few for {workers} workers; take fewer workers')
+        raise CSGError(f'{len(dataset)} training images are too few for {workers} workers; use fewer workers')
     bounds = [len(dataset) * worker // workers for worker in range(workers + 1)]
     loaders = []
     for first, last in zip(bounds, bounds[1:], strict=False):
@@ -213,7 +192,7 @@ def _loaders(cfg: Config, workers: int) -> list[dict[str, Any]]:
 
 
 def _train(runner: Runner, shared: Mapping[str, Tensor], batches: Iterable[Any]) -> None:
-    """Train a worker's turn, with an optimizer that has no past."""
+    """Train one worker for its turn, with a new optimizer."""
     model = runner.model.train()
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and f'{name}.running_mean' not in shared:

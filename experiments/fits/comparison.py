@@ -28,7 +28,7 @@ from experiments.runs.runner import train_and_test
 
 from .methods import FITS, Layer, Layers, fit_by, output_energies
 
-# Relative error that float32 leaves.
+# Relative error due to float32.
 EXACT = 1e-4
 
 
@@ -41,24 +41,24 @@ def compare_fits(
     folder: str | Path | None = None,
     track: Callable = iter,
 ) -> dict[str, Any]:
-    """Fit a trained classifier in all ways and say what is left of it.
+    """Fit a trained classifier in all ways and measure errors and accuracy.
 
     Args:
         cfg: its dense config.
         checkpoint: its weights.
         texts: settings, as for :func:`read_settings`.
-        images: of the train split, without augmentation, to calibrate on.
-        folder: the fitted networks go into it, for :func:`train_from_fits`.
+        images: number of calibration images from the train split, not augmented.
+        folder: folder for the fitted networks, for :func:`train_from_fits`.
         track: wraps the sequence of fits, to show progress.
 
     Returns:
-        JSON-ready: test accuracy of the dense network, and for each setting what it
-        stores and, for each way, ``weight_error`` and ``output_error`` (relative, mean
+        JSON-ready: test accuracy of the dense network; for each setting its parameter
+        counts and, for each way, ``weight_error`` and ``output_error`` (relative, mean
         over layers, outputs for dense inputs), ``accuracy``, and ``accuracy_bn`` after
-        the statistics of BatchNorm are taken again from the calibration images.
+        recomputing BatchNorm statistics on the calibration images.
 
     Raises:
-        CSGError: a setting, the number of images or the network does not do.
+        CSGError: a setting, the number of images or the network is unsuitable.
     """
     cfg = deepcopy(cfg)
     if folder is not None:
@@ -96,20 +96,20 @@ def train_from_fits(
     layers: Sequence[str],
     **options: Any,
 ) -> None:
-    """Train on from fits, the dense network as teacher, and write ``accuracy_trained`` into the result.
+    """Train from fits, with the dense network as teacher, and add ``accuracy_trained`` to the result.
 
     Args:
         cfg: the dense network's config, with the schedule.
         checkpoint: its weights.
-        result: of :func:`compare_fits`.
-        ways: of :data:`csg_seg.mm.fit_on_load.FITS`, those whose weights one generator makes
-            and finds again: without permutation or scale, and without overhang.
-        folder: the one given to :func:`compare_fits`; the runs go there too.
-        layers: whose outputs are compared, see :class:`csg_seg.mm.teacher.Teacher`.
-        options: of :func:`csg_seg.mm.benchmark.benchmark`.
+        result: result of :func:`compare_fits`.
+        ways: keys of :data:`experiments.fits.methods.FITS` whose weights one generator can
+            reproduce: without permutation or scale, and without overhang.
+        folder: the folder given to :func:`compare_fits`; it gets the runs too.
+        layers: layers whose outputs are compared, see :class:`csg_seg.mm.teacher.Teacher`.
+        options: options of :func:`experiments.runs.runner.train_and_test`.
 
     Raises:
-        CSGError: what a way made is not what training would start from, or a run failed.
+        CSGError: training would start from other weights than a way's, or a run failed.
     """
     teacher = {'checkpoint': str(Path(checkpoint).resolve()), **FEATURES, 'layers': list(layers)}
     configs = {}
@@ -126,25 +126,25 @@ def train_from_fits(
 
 
 def _check_start(cfg: Config, start: Path, csg: Mapping[str, Any], name: str) -> None:
-    """Refuse a start that the generator, fitted to it again, does not meet."""
+    """Check that a generator fitted to the start reproduces it."""
     network = build_dense(cfg, start)
     worst = max(fit(retrofit(deepcopy(network), csg), network.state_dict()).values())
     if worst > EXACT:
         raise CSGError(
-            f'{name}: no generator of these settings makes these weights (relative error {worst:.3f}), so training '
+            f'{name}: no generator with these settings makes these weights (relative error {worst:.3f}), so training '
             'would start elsewhere; leave it out of --train'
         )
 
 
 def check_ways(ways: Iterable[str]) -> None:
-    """Refuse ways that do not exist.
+    """Check that all ways exist.
 
     Raises:
-        CSGError: names the first.
+        CSGError: one does not.
     """
     for way in ways:
         if way not in FITS:
-            raise CSGError(f'there is no way {way!r}; take some of {", ".join(map(repr, FITS))}')
+            raise CSGError(f'there is no way {way!r}; choose from {", ".join(map(repr, FITS))}')
 
 
 def _start(folder: str | Path, text: str, way: str) -> Path:
@@ -156,19 +156,19 @@ def _build_classifier(cfg: Config, checkpoint: str) -> nn.Module:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     network = build_dense(cfg, checkpoint).eval()
     if not isinstance(network, ImageClassifier):
-        raise CSGError(f'fits are compared by accuracy, and {type(network).__name__} is no ImageClassifier')
+        raise CSGError(f'fits are compared by accuracy; {type(network).__name__} is not an ImageClassifier')
     return network
 
 
 def read_settings(text: str, network: nn.Module) -> dict[str, Any]:
-    """Read settings such as 's12-d72' or 's8x16-2.3x': slices of 3x3, and a code length or a compression ratio.
+    """Read settings such as 's12-d72' or 's8x16-2.3x': 3x3 slices, and a code length or a compression ratio.
 
     Raises:
-        CSGError: it is not so written, or the ratio is out of reach.
+        CSGError: the text has another form, or the ratio is out of reach.
     """
     found = re.fullmatch(r's(\d+)(?:x(\d+))?-(?:d(\d+)|(\d+(?:\.\d+)?)x)', text)
     if found is None:
-        raise CSGError(f'{text!r} are no settings; write them as s12-d72, or as s8x16-2.3x')
+        raise CSGError(f'{text!r}: write settings as s12-d72 or s8x16-2.3x')
     s_out, s_in, length, ratio = found.groups()
     csg: dict[str, Any] = {'slice_shape': [int(s_out), int(s_in or s_out), 3, 3]}
     if length is not None:
@@ -190,7 +190,7 @@ def _counts(network: nn.Module, csg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_layers(network: nn.Module, names: list[str], moments: Mapping[str, Tensor]) -> Layers:
-    """Gather what the ways need of the named convs.
+    """Return what the ways need to know of the named convs.
 
     Raises:
         CSGError: a layer's outputs are all zero.
@@ -200,7 +200,7 @@ def read_layers(network: nn.Module, names: list[str], moments: Mapping[str, Tens
         weight = network.get_submodule(name).weight.detach().double()
         layers[name] = Layer(weight, moments[name].double(), _reader(network, name))
         if not output_energies(weight, layers[name]).any():
-            raise CSGError(f'{name} gives zero for all images; take a checkpoint of a network that is trained')
+            raise CSGError(f'{name} is zero for all images; use a checkpoint of a trained network')
     return layers
 
 
@@ -222,7 +222,7 @@ def weight_error(fitted: Tensor, layer: Layer) -> float:
 
 
 def output_error(fitted: Tensor, layer: Layer) -> float:
-    """Return the relative error of a layer's outputs, its inputs being those of the dense network."""
+    """Return the relative error of a layer's outputs for the inputs that it gets in the dense network."""
     left = output_energies(layer.weight - fitted, layer).sum()
     return (left / output_energies(layer.weight, layer).sum()).sqrt().item()
 
@@ -235,7 +235,7 @@ def input_moments(network: nn.Module, batches: list[Tensor]) -> dict[str, Tensor
 
     def gather(name: str) -> Callable:
         def hook(conv: nn.Conv2d, inputs: tuple[Tensor]) -> None:
-            # One image at a time: all patches at once take nine times the memory of the input.
+            # One image at a time: patches take nine times the memory of the input.
             for image in inputs[0]:
                 patches = F.unfold(image[None], conv.kernel_size, conv.dilation, conv.padding, conv.stride)[0]
                 totals[name] = totals.get(name, 0) + patches @ patches.T
@@ -263,7 +263,7 @@ def with_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module
 
 @torch.no_grad()
 def renormalised(network: nn.Module, batches: list[Tensor]) -> nn.Module:
-    """Return a copy whose BatchNorm statistics are those of the given images, as PreciseBN takes them."""
+    """Return a copy with BatchNorm statistics of the given images, computed as PreciseBN does."""
     twin = deepcopy(network).eval()
     for module in twin.modules():
         if isinstance(module, _BatchNorm):
@@ -284,9 +284,9 @@ def accuracy(network: nn.Module, loader: Any) -> float:
 
 
 def _calibration(cfg: Config, network: nn.Module, images: int) -> list[Tensor]:
-    """Return batches of train images as the test pipeline gives them, drawn by seed 0."""
+    """Return batches of train images through the test pipeline, drawn with seed 0."""
     if images < 1:
-        raise CSGError(f'--images {images}: fits are weighed by what layers see of train images; give at least 1')
+        raise CSGError(f'--images {images}: fits need calibration images; give at least 1')
     loader = deepcopy(cfg.train_dataloader)
     loader.dataset.pipeline = cfg.test_dataloader.dataset.pipeline
     loader.update(batch_size=min(images, 100), sampler=dict(type='DefaultSampler', shuffle=False))

@@ -1,8 +1,9 @@
-"""Ways to fit one linear generator to trained weights, compared: that of csg_seg.fit, and others beside it.
+"""Ways to fit one linear generator to trained weights: the way of csg_seg.fit, and others.
 
-All of them store the same: a way only decides which error is made small. A scale for
-each slice is not among them, because a code absorbs it; one for each filter is, which
-the BatchNorm behind a conv absorbs. Weights are in float64, as in :mod:`csg_seg.fit`.
+All store the same number of parameters and differ in the error that they minimise. A
+scale for each filter is included because the BatchNorm after a conv absorbs it; a scale
+for each slice is not, because the code absorbs it. Weights are in float64, as in
+:mod:`csg_seg.fitting`.
 """
 
 import math
@@ -15,25 +16,26 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from csg_seg.fitting import fit_generator, gram
-from csg_seg.generators.registry import build_generator
+from csg_seg.generators.linear import build_generator
 from csg_seg.generators.settings import Settings
 from csg_seg.generators.slices import join, split
 
 ROUNDS = 5
-# Of conjugate gradients, in each round; they go on from the round before.
+# Steps of conjugate gradients in each round; each round starts from the result of the last.
 STEPS = 5
-# Added to the moments, in parts of their mean: a channel that is always zero must not get any weight at all.
+# Added to the diagonal of the moments, relative to its mean. Without it, the weights of a channel that is
+# always zero would be arbitrary.
 RIDGE = 1e-3
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What a way may know of a layer.
+    """What a way knows about a layer.
 
     Attributes:
         weight: ``(out, in, kh, kw)``, dense.
         moments: ``(in * kh * kw, in * kh * kw)``, mean outer product of the input's patches.
-        reader: name of the only other layer that reads its outputs and may see them in another order.
+        reader: name of the next layer, if it alone reads the outputs, so that channels can be permuted.
     """
 
     weight: Tensor
@@ -47,11 +49,11 @@ Fit = Callable[[Layers, Settings], Weights]
 Map = Callable[[Tensor], Tensor]
 
 
-# --- which error is made small ---
+# --- errors to minimise ---
 
 
 def with_zeros(layers: Layers, settings: Settings) -> Weights:
-    """Truncated SVD of all slices; what hangs over a weight's edge counts as zeros to be met."""
+    """Truncated SVD of all slices; the overhang counts as zeros."""
     basis = _truncated_svd(layers, settings)
     fitted = {}
     for name, layer in layers.items():
@@ -62,7 +64,7 @@ def with_zeros(layers: Layers, settings: Settings) -> Weights:
 
 
 def with_free_overhang(layers: Layers, settings: Settings) -> Weights:
-    """Alternating least squares from the truncated SVD on, free where slices hang over: ``csg_seg.fit`` as it is."""
+    """Alternating least squares after the truncated SVD, ignoring the overhang, as ``csg_seg.fit`` does."""
     generator = build_generator(settings, torch.Generator().manual_seed(settings.seed)).double()
     codes = fit_generator(generator, [layer.weight for layer in layers.values()])
     with torch.no_grad():
@@ -71,7 +73,7 @@ def with_free_overhang(layers: Layers, settings: Settings) -> Weights:
 
 
 def with_input_energies(layers: Layers, settings: Settings) -> Weights:
-    """Weigh each weight's error by its input channel's mean square, each layer by its output's; overhang is free."""
+    """Weight errors by the mean square of input channels, layers by that of their outputs, ignoring the overhang."""
     diagonal = {}
     for name, layer in layers.items():
         kernel = math.prod(layer.weight.shape[2:])
@@ -81,9 +83,9 @@ def with_input_energies(layers: Layers, settings: Settings) -> Weights:
 
 
 def with_input_moments(layers: Layers, settings: Settings) -> Weights:
-    """Make the relative error of outputs small, as far as the channels of one slice add up to it; overhang is free.
+    """Minimise the relative error of outputs, ignoring the overhang.
 
-    What two slices of a row add to the same output counts as if it were uncorrelated.
+    Contributions of different slices to the same output count as uncorrelated.
     """
     groups = list(_groups(layers, settings))
     basis = _truncated_svd(at_unit_norm(layers)[0], settings).unflatten(1, (settings.slice_shape[0], -1))
@@ -99,52 +101,52 @@ def with_input_moments(layers: Layers, settings: Settings) -> Weights:
 
 
 def with_permuted_channels(layers: Layers, settings: Settings) -> Weights:
-    """Put hidden channels in the order that makes slices alike, then fit with free overhang.
+    """Order hidden channels so that slices become similar, then fit, ignoring the overhang.
 
-    The channels between two convs that only norm and activation lie between may come
-    in any order. Start: by norm. Then in turn a truncated SVD, and for each pair of
-    convs the assignment of channels to places that comes nearest to what it made.
+    Channels between two convs can be permuted if only norm and activation are between
+    them. The first order is by norm. Then a truncated SVD alternates with the assignment
+    of channels to places that is nearest to the generated weights.
     """
     dense = {name: layer.weight for name, layer in layers.items()}
     pairs = [name for name, layer in layers.items() if layer.reader in layers]
     orders = {name: _hidden_channels(layers, name, dense).norm(dim=1).argsort() for name in pairs}
     for _ in range(ROUNDS):
-        made = with_zeros(_permuted(layers, orders), settings)
+        made = with_zeros(permuted(layers, orders), settings)
         orders = {name: _assign(layers, name, made) for name in orders}
-    made = with_free_overhang(_permuted(layers, orders), settings)
-    # Back in the old order, the network computes the same.
+    made = with_free_overhang(permuted(layers, orders), settings)
+    # In the original order again, so that the network computes the same.
     back = {name: order.argsort() for name, order in orders.items()}
     fitted = {name: replace(layers[name], weight=weight) for name, weight in made.items()}
-    return {name: layer.weight for name, layer in _permuted(fitted, back).items()}
+    return {name: layer.weight for name, layer in permuted(fitted, back).items()}
 
 
-# --- what layers or filters are scaled to first; the way back is exact ---
+# --- scales of layers or filters before the fit; undone exactly afterwards ---
 
 Scaled = tuple[Layers, dict[str, Tensor]]
 
 
 def as_they_are(layers: Layers) -> Scaled:
-    """Scale nothing: large weights count most."""
+    """Do not scale: large weights count most."""
     return _scaled(layers, lambda layer: torch.ones((), dtype=torch.float64))
 
 
 def at_unit_norm(layers: Layers) -> Scaled:
-    """Scale each layer to norm 1, which its codes absorb: relative errors count, all layers alike."""
+    """Scale each layer to norm 1: relative errors count, equally for all layers. Codes absorb the scale."""
     return _scaled(layers, lambda layer: layer.weight.norm())
 
 
 def at_unit_mean_square(layers: Layers) -> Scaled:
-    """Scale each layer to mean square 1, which its codes absorb: relative errors count, layers by their size."""
+    """Scale each layer to mean square 1: relative errors count, by layer size. Codes absorb the scale."""
     return _scaled(layers, lambda layer: layer.weight.square().mean().sqrt())
 
 
 def with_unit_filters(layers: Layers) -> Scaled:
-    """Scale each filter to norm 1, which the BatchNorm behind it absorbs."""
+    """Scale each filter to norm 1. The BatchNorm after it absorbs the scale."""
     return _scaled(layers, lambda layer: layer.weight.flatten(1).norm(dim=1).view(-1, 1, 1, 1))
 
 
 def with_unit_outputs(layers: Layers) -> Scaled:
-    """Scale each filter to an output of mean square 1, which the BatchNorm behind it absorbs."""
+    """Scale each filter to outputs of mean square 1. The BatchNorm after it absorbs the scale."""
     return _scaled(layers, lambda layer: output_energies(layer.weight, layer).sqrt().view(-1, 1, 1, 1))
 
 
@@ -163,7 +165,7 @@ FITS: dict[str, tuple[Callable[[Layers], Scaled], Fit]] = {
 
 
 def fit_by(way: str, layers: Layers, settings: Settings) -> Weights:
-    """Return the weight of each layer that one of :data:`FITS` fits."""
+    """Return the fitted weight of each layer, by one of :data:`FITS`."""
     scale, fit = FITS[way]
     scaled, factors = scale(layers)
     return {name: weight * factors[name] for name, weight in fit(scaled, settings).items()}
@@ -174,13 +176,14 @@ def fit_by(way: str, layers: Layers, settings: Settings) -> Weights:
 
 @dataclass(frozen=True)
 class _Group:
-    """Slices of a layer that read the same inputs and are cropped alike, one below the other.
+    """A column of slices of a layer with the same inputs and the same crop.
 
     Attributes:
-        rows: of the layer's weight that they fill.
-        columns: likewise, in input channels.
-        target: ``(n, kept_out, kept_in * kh * kw)``, what they should be.
-        moments: of their inputs, over the energy of the layer's outputs.
+        layer: name of the layer.
+        rows: output channels that the slices cover.
+        columns: input channels that they cover.
+        target: ``(n, kept_out, kept_in * kh * kw)``, the dense weights.
+        moments: second moments of their inputs, divided by the energy of the layer's outputs.
     """
 
     layer: str
@@ -214,7 +217,7 @@ def _groups(layers: Layers, settings: Settings) -> Iterator[_Group]:
 
 
 def _encode(group: _Group, basis: Tensor) -> Tensor:
-    """Return the codes ``(n, code_dim)`` that are best for a basis ``(code_dim, s_out, s_in * kh * kw)``."""
+    """Return the optimal codes ``(n, code_dim)`` for a basis ``(code_dim, s_out, s_in * kh * kw)``."""
     kept = group.kept(basis)
     weighed = (kept @ group.moments).flatten(1)
     # A cropped slice may have fewer values than a code.
@@ -223,9 +226,9 @@ def _encode(group: _Group, basis: Tensor) -> Tensor:
 
 
 def _improve(basis: Tensor, groups: Sequence[_Group], codes: Sequence[Tensor]) -> Tensor:
-    """Bring a basis nearer to the best for given codes, by conjugate gradients.
+    """Improve a basis for given codes by conjugate gradients.
 
-    Preconditioned by the inverse of all codes' second moments on one side, of all inputs' on the other.
+    The preconditioner is the inverse second moments of codes on one side, of inputs on the other.
     """
     squares = [code.T @ code for code in codes]
 
@@ -251,12 +254,12 @@ def _improve(basis: Tensor, groups: Sequence[_Group], codes: Sequence[Tensor]) -
 
 
 def _conjugate_gradients(apply: Map, precondition: Map, wanted: Tensor, *, start: Tensor) -> Tensor:
-    """Go :data:`STEPS` steps towards the ``x`` for which ``apply(x)`` is what is wanted."""
+    """Take :data:`STEPS` steps towards the solution of ``apply(x) == wanted``."""
     residual = wanted - apply(start)
     direction = steepest = precondition(residual)
     size = (residual * steepest).sum()
     for _ in range(STEPS):
-        if size == 0:  # it is there
+        if size == 0:  # solved
             break
         change = apply(direction)
         length = size / (direction * change).sum()
@@ -267,7 +270,7 @@ def _conjugate_gradients(apply: Map, precondition: Map, wanted: Tensor, *, start
     return start
 
 
-# --- small parts ---
+# --- helpers ---
 
 
 def _truncated_svd(layers: Layers, settings: Settings) -> Tensor:
@@ -277,7 +280,7 @@ def _truncated_svd(layers: Layers, settings: Settings) -> Tensor:
 
 
 def output_energies(weight: Tensor, layer: Layer) -> Tensor:
-    """Return the mean square ``(out,)`` of each channel that a weight makes of a layer's inputs."""
+    """Return the mean square ``(out,)`` of each output channel for a weight and a layer's inputs."""
     filters = weight.flatten(1)
     return ((filters @ layer.moments) * filters).sum(1)
 
@@ -289,8 +292,8 @@ def _scaled(layers: Layers, measure: Callable[[Layer], Tensor]) -> Scaled:
     return scaled, factors
 
 
-def _permuted(layers: Layers, orders: Mapping[str, Tensor]) -> Layers:
-    """Put hidden channels in another order, in the weights of both convs; moments stay as they are."""
+def permuted(layers: Layers, orders: Mapping[str, Tensor]) -> Layers:
+    """Permute hidden channels in the weights of both convs. The moments stay unchanged."""
     permuted = dict(layers)
     for name, order in orders.items():
         reader = cast(str, layers[name].reader)
@@ -300,13 +303,13 @@ def _permuted(layers: Layers, orders: Mapping[str, Tensor]) -> Layers:
 
 
 def _hidden_channels(layers: Layers, name: str, weights: Weights) -> Tensor:
-    """Return ``(channels, values)``: the filter of each hidden channel, and what the next layer makes of it."""
+    """Return ``(channels, values)``: each hidden channel's weights in this conv and the next."""
     reader = cast(str, layers[name].reader)
     return torch.cat([weights[name].flatten(1), weights[reader].transpose(0, 1).flatten(1)], dim=1)
 
 
 def _assign(layers: Layers, name: str, made: Weights) -> Tensor:
-    """Return the order of hidden channels that comes nearest to the weights that were made."""
+    """Return the order of hidden channels that is nearest to the generated weights."""
     dense = {each: layer.weight for each, layer in layers.items()}
     channels, places = (_hidden_channels(layers, name, weights) for weights in (dense, made))
     channel, place = linear_sum_assignment(torch.cdist(channels, places).square().numpy())

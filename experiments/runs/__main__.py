@@ -1,16 +1,14 @@
 """Train and test configs with several seeds; print parameters and scores."""
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
+from csg_seg.cli.console import print_result, print_table
 from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.options import add_cfg_options
 
 with one_line_errors():
-    from mmengine.config import Config, DictAction
-    from rich.console import Console
-    from rich.table import Table
+    from mmengine.config import Config
 
     from csg_seg.cli.results import add_result_options, check_result_options, write_result
     from csg_seg.errors import CSGError
@@ -26,21 +24,22 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--work-dir', required=True, help='folder for the runs; finished runs are not repeated')
     parser.add_argument('--metric', default='accuracy/top1', help='score to report (default: %(default)s)')
     parser.add_argument('--jobs', type=int, default=1, help='number of runs at a time (default: 1)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings of all: key=value ...')
+    add_cfg_options(parser, 'override settings of all: key=value ...')
     add_result_options(parser)
     return parser.parse_args()
 
 
-def print_table(result: dict) -> None:
+def print_scores(result: dict) -> None:
     """Print a row for each network."""
-    table = Table('network', 'parameters stored', 'compression', result['metric'], 'against the first')
+    columns = ('network', 'parameters stored', 'compression', result['metric'], 'difference to the first')
+    rows = []
     first = next(iter(result['networks'].values()))
     for name, each in result['networks'].items():
         spread = '' if each['std'] is None else f' +- {each["std"]:.2f}'
         difference = f'{each["mean"] - first["mean"]:+.2f}'
         ratio = f'{each["compression_ratio"]:.2f}x'
-        table.add_row(name, f'{each["stored_params"]:,}', ratio, f'{each["mean"]:.2f}{spread}', difference)
-    Console(width=None if sys.stdout.isatty() else 130).print(table)
+        rows.append((name, f'{each["stored_params"]:,}', ratio, f'{each["mean"]:.2f}{spread}', difference))
+    print_table(columns, rows, width=130)
 
 
 def main() -> None:
@@ -56,7 +55,7 @@ def main() -> None:
         options = dict(metric=args.metric, jobs=args.jobs)
         figures = train_and_test(configs, args.seeds, args.work_dir, **options)
         result = write_result(args.out, figures)
-    print(json.dumps(result)) if args.json else print_table(result)
+    print_result(result, print_scores, as_json=args.json)
 
 
 if __name__ == '__main__':

@@ -26,7 +26,6 @@ from csg_seg.mm.running.preflight import check_optimizer
 from csg_seg.mm.running.work_dir import latest_checkpoint
 from csg_seg.report import summarise
 
-
 ROOT = Path(__file__).parents[2]
 
 

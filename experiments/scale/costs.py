@@ -1,7 +1,6 @@
-"""What retrofitting, fitting, saving and loading cost in time and memory, from small networks to the largest."""
+"""Time and memory of retrofitting, fitting, saving and loading, from small networks to large ones."""
 
 import multiprocessing
-import os
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,13 +12,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from mmengine.config import Config
 from torch import nn
 
 from csg_seg.errors import CSGError
 from csg_seg.layers.bank import find_bank
-from csg_seg.mm.figures import save_figure
 from csg_seg.mm.model import build_model
 from csg_seg.mm.running.processes import replace_sync_bn
 from csg_seg.report import summarise
@@ -34,23 +31,23 @@ PHASES = ('build', 'retrofit', 'fit', 'save', 'load')
 def measure_scale(
     cfgs: Mapping[str, Config], *, track: Callable[..., Iterable[tuple[str, Config]]]
 ) -> dict[str, dict[str, Any]]:
-    """Take each network through all phases on the CPU, with a generator for each kernel size, in a process of its own.
+    """Measure all phases of each network on the CPU, with a generator for each kernel size, in its own process.
 
     Args:
-        cfgs: dense configs of mmseg or mmpretrain, by name.
+        cfgs: dense mmseg or mmpretrain configs, by name.
         track: wraps the networks, to show progress.
 
     Returns:
         JSON-ready, by name: ``params`` of the dense network and ``stored_params``; ``seconds`` of each of
-        :data:`PHASES`; ``dense_bytes`` and ``compact_bytes``; ``peak_bytes`` of memory while it is retrofitted,
-        fitted and saved, beyond the dense network and the weights that are fitted.
+        :data:`PHASES`; ``dense_bytes`` and ``compact_bytes``; ``peak_bytes`` of memory during retrofit, fit
+        and save, beyond the dense network and the weights to fit.
 
     Raises:
-        CSGError: a config is not dense, no conv of it would cost less generated, or a process was ended.
+        CSGError: a config is not dense, generating would not shrink any conv, or a process was killed.
     """
     for name, cfg in cfgs.items():
         if 'csg' in cfg.model:
-            raise CSGError(f'{name}: give the dense config; its convs are retrofitted here')
+            raise CSGError(f'{name}: give the dense config; it is retrofitted here')
     context = multiprocessing.get_context('spawn')
     results = {}
     for name, cfg in track(list(cfgs.items())):
@@ -58,7 +55,7 @@ def measure_scale(
             try:
                 results[name] = pool.submit(_measure, name, cfg).result()
             except BrokenProcessPool:
-                raise CSGError(f'{name}: its process was ended, perhaps for want of memory') from None
+                raise CSGError(f'{name}: its process was killed, perhaps because memory ran out') from None
     return results
 
 
@@ -75,10 +72,10 @@ def _measure(name: str, cfg: Config) -> dict[str, Any]:
     with timed('build'):
         model = _build(cfg)
     if find_bank(model) is not None:
-        raise CSGError(f'{name}: give the dense config; its convs are retrofitted here')
+        raise CSGError(f'{name}: give the dense config; it is retrofitted here')
     csg = settings_for(model)
     if not csg:
-        raise CSGError(f'{name}: no conv would cost less generated')
+        raise CSGError(f'{name}: generating would not shrink any conv')
     weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     before = _peak_bytes()
     with timed('retrofit'):
@@ -110,32 +107,5 @@ def _build(cfg: Config) -> nn.Module:
 
 
 def _peak_bytes() -> int:
-    """Return the most memory that this process has held."""
+    """Return the peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def draw_scale(results: Mapping[str, Mapping[str, Any]], path: str | os.PathLike) -> None:
-    """Save a picture of seconds and memory against parameters.
-
-    Args:
-        results: of :func:`measure_scale`.
-        path: of the picture; its ending names the format.
-    """
-    figure = Figure(figsize=(10, 4), layout='constrained')
-    times, memory = figure.subplots(1, 2)
-    rows = sorted(results.values(), key=lambda row: row['params'])
-    millions = [row['params'] / 1e6 for row in rows]
-    for phase, marker in zip(PHASES, 'os^Dv', strict=True):
-        times.plot(millions, [row['seconds'][phase] for row in rows], marker, label=phase)
-    for key, marker in (('peak_bytes', 'o'), ('dense_bytes', 's'), ('compact_bytes', '^')):
-        memory.plot(millions, [row[key] / 1e6 for row in rows], marker, label=key.replace('_', ' '))
-    for axis, label, start in ((times, 'seconds', 0.05), (memory, 'MB', 4)):
-        if len(rows) > 1:
-            axis.plot(millions, [start * each for each in millions], '--', color='gray', label='linear', zorder=0)
-        axis.set_xscale('log')
-        axis.set_yscale('log')
-        axis.set_xlabel('million parameters of the dense network')
-        axis.set_ylabel(label)
-        axis.grid(which='both', alpha=0.3)
-        axis.legend(fontsize=8)
-    save_figure(figure, path)

@@ -1,6 +1,5 @@
-"""How long dense, generated and materialised networks take, and what they hold, by turns on one device."""
+"""Time and memory of dense, generated and materialised networks, measured in turn on one device."""
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
@@ -19,7 +17,6 @@ from torch import Tensor, nn
 from csg_seg.errors import CSGError
 from csg_seg.layers.bank import find_bank
 from csg_seg.mm.checkpoints.descriptions import dense_model
-from csg_seg.mm.figures import save_figure
 from csg_seg.mm.model import build_model
 from csg_seg.mm.running.processes import replace_sync_bn
 from csg_seg.retrofitting.surgery import materialise
@@ -32,18 +29,18 @@ HELD = ('parameter_bytes', 'gradient_bytes', 'optimizer_bytes', 'activation_byte
 
 @dataclass(frozen=True)
 class Load:
-    """What :func:`measure_speed` puts on the networks.
+    """Load of the networks in :func:`measure_speed`.
 
     Attributes:
-        batch_size: images of a training step.
+        batch_size: images in a training step.
         size: height and width of all images, in pixels.
-        eval_batch_size: images of an evaluation.
-        rounds: that count; in each every network takes a step, and later evaluates.
-        warm_up: rounds before them.
-        device: such as 'cpu' or 'cuda'.
-        bf16: compute under autocast to bfloat16.
-        channels_last: memory format of networks and images.
-        compile: compile the networks, generation included.
+        eval_batch_size: images in an evaluation.
+        rounds: measured rounds; in each, every network takes a step and later an evaluation.
+        warm_up: rounds before the measured ones.
+        device: device such as 'cpu' or 'cuda'.
+        bf16: whether to compute under autocast to bfloat16.
+        channels_last: whether networks and images are in channels-last format.
+        compile: whether to compile the networks, generation included.
 
     Raises:
         CSGError: a value is out of range.
@@ -63,15 +60,15 @@ class Load:
         if min(self.eval_batch_size, self.rounds, self.warm_up, *self.size) < 1 or self.batch_size < 2:
             raise CSGError(
                 f'cannot measure with batch_size={self.batch_size}, eval_batch_size={self.eval_batch_size}, '
-                f'size={tuple(self.size)}, rounds={self.rounds}, warm_up={self.warm_up}: each is at least 1, and '
-                'batch_size 2, because of batch norm'
+                f'size={tuple(self.size)}, rounds={self.rounds}, warm_up={self.warm_up}: each must be at least 1, '
+                'and batch_size 2, because of batch norm'
             )
         if self.device == 'cuda' and not torch.cuda.is_available():
-            raise CSGError('there is no GPU here; take device cpu')
+            raise CSGError('there is no GPU here; use device cpu')
 
 
 def training_load(cfg: Config) -> dict[str, Any]:
-    """Return the ``batch_size`` and ``size`` that a config trains with, as far as it says."""
+    """Return the ``batch_size`` and ``size`` that a config trains with, if it specifies them."""
     load: dict[str, Any] = {}
     if cfg.get('train_dataloader'):
         load['batch_size'] = cfg.train_dataloader.batch_size
@@ -83,14 +80,14 @@ def training_load(cfg: Config) -> dict[str, Any]:
 
 
 class Clock:
-    """Moments between which work is done: of the GPU itself, of the wall elsewhere."""
+    """Times the spans between marks: with CUDA events on a GPU, with the wall clock elsewhere."""
 
     def __init__(self, device: str):
         self.on_gpu = device.startswith('cuda')
         self.moments: list[Any] = []
 
     def mark(self) -> None:
-        """Note that all work until here is ordered."""
+        """End a span and start the next."""
         if self.on_gpu:
             self.moments.append(torch.cuda.Event(enable_timing=True))
             self.moments[-1].record()
@@ -98,7 +95,7 @@ class Clock:
             self.moments.append(time.perf_counter())
 
     def spans(self) -> list[float]:
-        """Return the seconds between moments."""
+        """Return the seconds between marks."""
         pairs = list(zip(self.moments, self.moments[1:], strict=False))
         if self.on_gpu:
             torch.cuda.synchronize()
@@ -107,17 +104,17 @@ class Clock:
 
 
 class Trainee:
-    """A network with its optimizer, on a device, and the images that it gets."""
+    """A network on a device with its optimizer and images."""
 
     def __init__(self, model: nn.Module, cfg: Config, load: Load):
         self.load = load
         layout = torch.channels_last if load.channels_last else torch.contiguous_format
-        self.model = model.to(load.device, memory_format=layout)
+        self.model = model.to(load.device).to(memory_format=layout)  # type: ignore[call-overload]
         self.batch = random_batch(self.model, load.batch_size, *load.size)
         self.batch['inputs'] = self.batch['inputs'].contiguous(memory_format=layout)
         images = torch.randn(load.eval_batch_size, 3, *load.size, generator=torch.Generator().manual_seed(0))
         self.images = images.to(load.device, memory_format=layout)
-        # The optimizer alone: precision is the load's.
+        # Only the optimizer: the load sets the precision.
         kept = ('optimizer', 'paramwise_cfg', 'constructor')
         optim_wrapper = {key: cfg.optim_wrapper[key] for key in kept if key in cfg.optim_wrapper}
         self.optimizer = build_optim_wrapper(self.model, {'type': 'OptimWrapper', **optim_wrapper}).optimizer
@@ -159,7 +156,7 @@ class Trainee:
         return {'evaluation': clock.spans()[1]}
 
     def generation(self) -> dict[str, float]:
-        """Generate all weights and send gradients back through that, as a step does; return the seconds."""
+        """Generate all weights and backpropagate through generation; return the seconds."""
         bank = find_bank(self.model)
         assert bank is not None
         gradients = [torch.ones(conv.weight_shape, device=self.load.device) for conv in bank.layers.values()]
@@ -173,14 +170,14 @@ class Trainee:
         return {'generation': sum(clock.spans())}
 
     def count_bytes(self) -> dict[str, int]:
-        """Train two steps; return what the network holds in the second, and on a GPU the peak the allocator saw."""
-        self.step()  # after which there is optimizer state
+        """Train two steps; return the bytes held in the second, and on a GPU the allocator's peak."""
+        self.step()  # creates optimizer state
         self.optimizer.zero_grad()
         on_gpu = self.load.device.startswith('cuda')
         before = torch.cuda.memory_allocated() if on_gpu else 0
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        # Held, so that no other gets the address of one that is let go.
+        # Keeps storages alive, so that addresses are not reused.
         saved: dict[int, torch.UntypedStorage] = {}
 
         def note(tensor: Tensor) -> Tensor:
@@ -199,52 +196,59 @@ class Trainee:
         self.optimizer.step()
         held = {**held_bytes(self.model, self.optimizer), 'activation_bytes': activation_bytes}
         if on_gpu:
-            # Over what all networks hold between steps, which is parameters and optimizer state.
+            # `before` contains parameters and optimizer state of all networks.
             own = held['parameter_bytes'] + held['optimizer_bytes']
             held['peak_bytes'] = torch.cuda.max_memory_allocated() - before + own
         return held
 
 
 def measure_speed(
-    cfg: Config, load: Load, *, track: Callable[[Sequence[tuple[str, int]]], Iterable[tuple[str, int]]] = iter
+    cfg: Config,
+    load: Load,
+    *,
+    without_ahead: bool = False,
+    track: Callable[[Sequence[tuple[str, int]]], Iterable[tuple[str, int]]] = iter,
 ) -> dict[str, dict[str, Any]]:
-    """Train and evaluate a network dense, generated and materialised, by turns in one process, on random images.
+    """Train and evaluate a network dense, generated and materialised, in turn in one process, on random images.
 
     Args:
-        cfg: CSG config of mmseg or mmpretrain; a teacher of it is left out.
-        load: what is measured.
+        cfg: CSG config of mmseg or mmpretrain; its teacher is ignored.
+        load: load of the networks.
+        without_ahead: also measure the generated network with each layer making its own weight in each pass.
         track: wraps the sequence of all rounds, to show progress.
 
     Returns:
-        JSON-ready, by network: ``seconds`` of each round, by phase and of ``evaluation`` and, generated,
-        ``generation``, forward and backward; ``bytes`` that it holds in a step.
+        JSON-ready, by network: ``seconds`` of each round, by phase, and of ``evaluation``; for the generated
+        network also ``generation``, forward and backward; ``bytes`` held in a step.
 
     Raises:
-        CSGError: the config is dense, or the network takes no such images.
+        CSGError: the config is dense, or the network does not accept such images.
     """
     cfg = deepcopy(cfg)
     replace_sync_bn(cfg.model)
     cfg.model.pop('teacher', None)
     csg = build_model(cfg)
     if find_bank(csg) is None:
-        raise CSGError('the config is dense, there is nothing to compare; give a CSG config')
+        raise CSGError('the config is dense, so there is nothing to compare; give a CSG config')
     models = {'dense': MODELS.build(dense_model(cfg)), 'csg': csg, 'materialised': materialise(deepcopy(csg))}
+    if without_ahead:
+        models['csg, not ahead'] = never_ahead(deepcopy(csg))
     trainees: dict[str, Trainee] = {}
     results: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
         try:
             trainees[name] = Trainee(model, cfg, load)
             results[name] = {'bytes': trainees[name].count_bytes(), 'seconds': {}}
-        except Exception as error:  # whatever a network makes of a size
+        except Exception as error:  # a network may fail in any way on a size
             said = ' '.join(str(error).split())[:200] or type(error).__name__
             raise CSGError(
                 f'no step on {load.batch_size} images of {"x".join(map(str, load.size))} pixels: {said}'
             ) from None
     names = list(trainees)
-    # One kind of work after the other: what generation alone frees, steps would have to ask for again.
+    # One kind of work after the other: otherwise steps reallocate the memory that generation frees.
     turns = [(work, turn) for work in WORK for turn in range(load.warm_up + load.rounds)]
     for work, turn in track(turns):
-        # Back and forth, so that no network is always first.
+        # The order alternates, so that no network is always first.
         for name in ['csg'] if work == 'generation' else names[:: -1 if turn % 2 else 1]:
             seconds = getattr(trainees[name], work)()
             if turn >= load.warm_up:
@@ -253,18 +257,30 @@ def measure_speed(
     return results
 
 
+def never_ahead(model: nn.Module) -> nn.Module:
+    """Let each layer of a retrofitted network make its own weight in each forward pass.
+
+    Args:
+        model: retrofitted network, changed in place.
+    """
+    bank = find_bank(model)
+    assert bank is not None
+    vars(bank)['make_ahead'] = lambda: None
+    return model
+
+
 def step_seconds(result: Mapping[str, Any]) -> list[float]:
     """Return the seconds of each training step of one network in :func:`measure_speed`'s result."""
     return [sum(phases) for phases in zip(*(result['seconds'][phase] for phase in PHASES), strict=True)]
 
 
 def summarise_speed(results: Mapping[str, Mapping[str, Any]], load: Load) -> dict[str, dict[str, float]]:
-    """Return, for each network, medians and their ratios to dense ones of the same rounds.
+    """Return, for each network, medians and median ratios to the dense network in the same round.
 
     Returns:
-        by network: ``step`` and ``evaluation`` in seconds, the same with ``_ratio`` and, of the middle half of
-        rounds, ``_spread`` relative to the median; ``images_per_second`` of training; ``memory_ratio``.
-        Generated, ``generation_share`` of the step.
+        by network: ``step`` and ``evaluation`` in seconds, each also with ``_ratio`` and ``_spread`` (the
+        interquartile range relative to the median); ``images_per_second`` of training; ``memory_ratio``;
+        for the generated network, ``generation_share`` of the step.
     """
     dense = results['dense']
     summary: dict[str, dict[str, float]] = {}
@@ -294,49 +310,3 @@ def _spread(seconds: Sequence[float]) -> float:
 def _memory(result: Mapping[str, Any]) -> int:
     held = result['bytes']
     return held['peak_bytes'] if 'peak_bytes' in held else sum(held[key] for key in HELD)
-
-
-def draw_speed(results: Mapping[str, Mapping[str, Any]], load: Load, path: str | os.PathLike, *, title: str) -> None:
-    """Save a picture of where time and memory go.
-
-    Args:
-        results: of :func:`measure_speed`.
-        load: that was measured.
-        path: of the picture; its ending names the format.
-        title: the network's name.
-    """
-    figure = Figure(figsize=(10, 4.2), layout='constrained')
-    step, evaluation, memory = figure.subplots(1, 3)
-    medians = {
-        name: {key: statistics.median(values) * 1000 for key, values in each['seconds'].items()}
-        for name, each in results.items()
-    }
-    _stack(step, {name: {key: each[key] for key in PHASES} for name, each in medians.items()}, 'ms of a training step')
-    generation = medians['csg']['generation']
-    share = generation / sum(medians['csg'][key] for key in PHASES)
-    label = f'generation, {share:.1%} of it'
-    step.bar('csg', generation, width=0.3, facecolor='white', edgecolor='black', hatch='///', label=label)
-    step.legend(fontsize=8, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=2)
-    _stack(evaluation, {name: {'evaluation': each['evaluation']} for name, each in medians.items()}, 'ms to evaluate')
-    held = {
-        name: {key.removesuffix('_bytes'): each['bytes'][key] / 1e6 for key in HELD} for name, each in results.items()
-    }
-    _stack(memory, held, 'MB held in a step')
-    size = f'{load.size[0]} x {load.size[1]}'
-    figure.suptitle(
-        f'{title}\n{load.batch_size} images of {size} a step, {load.eval_batch_size} to evaluate; {load.device}'
-    )
-    save_figure(figure, path)
-
-
-def _stack(axis: Any, bars: Mapping[str, Mapping[str, float]], label: str) -> None:
-    """Draw a bar for each network, of parts upon each other."""
-    names = list(bars)
-    bottoms = [0.0] * len(names)
-    for part in next(iter(bars.values())):
-        heights = [bars[name][part] for name in names]
-        axis.bar(names, heights, bottom=bottoms, label=part, width=0.6)
-        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
-    axis.set_ylabel(label)
-    if len(next(iter(bars.values()))) > 1:
-        axis.legend(fontsize=8, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=2)

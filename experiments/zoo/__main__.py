@@ -1,25 +1,22 @@
-"""Retrofit every network of an installed library; see that it trains, is stored, loaded and materialised."""
+"""Retrofit every network of an installed library; check training, storing, loading and materialising."""
 
 import argparse
 import json
 import signal
 import sys
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 
+from csg_seg.cli.console import print_result, print_table, progress_bar
 from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.options import add_json, add_out, check_out
 from csg_seg.files import writing
 
 with one_line_errors():
-    from rich.console import Console
     from rich.markup import escape
-    from rich.progress import track
-    from rich.table import Column, Table
 
-    from csg_seg.cli.options import check_out
-
-    from .libraries import SCOPES, check_all, list_networks, read_rows, summarise_rows
+    from .libraries import SCOPES, check_all, list_networks
+    from .rows import read_rows, summarise_rows
 
 
 def parse_args() -> argparse.Namespace:
@@ -27,10 +24,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--scope', required=True, choices=SCOPES, help='library')
     parser.add_argument('--names', nargs='+', default=['*'], help="patterns of names (default: '*')")
     parser.add_argument('--jobs', type=int, default=1, help='networks at a time (default: 1)')
-    parser.add_argument('--seconds', type=float, default=300, help='after which one is given up (default: 300)')
-    parser.add_argument('--out', required=True, help='file of a JSON line for each network')
-    parser.add_argument('--resume', action='store_true', help='leave out the networks that OUT holds already')
-    parser.add_argument('--json', action='store_true', help='print the rows as JSON instead of a table')
+    parser.add_argument('--seconds', type=float, default=300, help='time limit of a network (default: 300)')
+    add_out(parser, 'file for a JSON line of each network')
+    parser.add_argument('--resume', action='store_true', help='skip the networks that are in OUT')
+    add_json(parser, 'print the rows as JSON instead of a table')
     return parser.parse_args()
 
 
@@ -44,9 +41,9 @@ def main() -> None:
         done = {row['name'] for row in rows}
         waiting = {name: spec for name, spec in networks.items() if name not in done}
         out.parent.mkdir(parents=True, exist_ok=True)
-        progress = partial(track, description=args.scope, console=Console(stderr=True))
+        progress = progress_bar(args.scope)
         checks = check_all(args.scope, waiting, jobs=args.jobs, seconds=args.seconds, track=progress)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of closing
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `closing` stops the checks
         with writing(out), out.open('a') as file, closing(checks):
             if rows and not out.read_text().endswith('\n'):
                 file.write('\n')
@@ -54,18 +51,16 @@ def main() -> None:
                 rows.append(row)
                 file.write(json.dumps(row) + '\n')
                 file.flush()
-    print(json.dumps(rows)) if args.json else print_table(rows)
+    print_result(rows, print_summary, as_json=args.json)
     sys.exit(any(row['result'] == 'fail' for row in rows))
 
 
-def print_table(rows: list) -> None:
-    """Print the networks that did not pass, and what it comes to."""
-    table = Table(*(Column(name, overflow='fold') for name in ('network', 'result', 'reason', 'seconds')))
-    for row in rows:
-        if row['result'] != 'pass':
-            table.add_row(*(escape(str(row[key])) for key in ('name', 'result', 'reason', 'seconds')))
-    if table.rows:
-        Console(width=None if sys.stdout.isatty() else 130).print(table)
+def print_summary(rows: list) -> None:
+    """Print the networks that did not pass, and a summary."""
+    keys = ('name', 'result', 'reason', 'seconds')
+    failed = [[escape(str(row[key])) for key in keys] for row in rows if row['result'] != 'pass']
+    if failed:
+        print_table(('network', *keys[1:]), failed, width=130)
     summary = summarise_rows(rows)
     print(', '.join(f'{count} {result}' for result, count in summary['results'].items() if count))
     if summary['ratio']:

@@ -1,4 +1,4 @@
-"""One network of a library: a generator for each of its kernels, everything tried."""
+"""The check of one network: a generator for each kernel size; train, store, materialise and load."""
 
 import math
 import re
@@ -29,23 +29,23 @@ from csg_seg.retrofitting.surgery import materialise
 from csg_seg.storage.compact import load_compact, save_compact
 from experiments.batches import random_batch
 
-# Smallest first, but for those of LeNet; some networks take one size alone.
+# Smallest first, except LeNet's; some networks accept only one size.
 SIZES = (64, 128, 160, 224, 256, 336, 384, 448, 512, 640, 32)
 FRAMES = 16
 RATIO = 9
 
 
 def check_network(scope: str, spec: Any) -> dict[str, Any]:
-    """Retrofit a network with a generator for each kernel, and see that everything works.
+    """Retrofit a network with a generator for each kernel size, and check that everything works.
 
     Args:
-        scope: its library.
-        spec: a value of :func:`csg_seg.mm.zoo.list_networks`.
+        scope: library of the network.
+        spec: a value of :func:`experiments.zoo.libraries.list_networks`.
 
     Returns:
-        JSON-ready: ``result``, 'pass', 'no conv', 'refused', 'not run dense' or 'fail'; ``reason`` of all but a
-        pass. Of a pass and of 'no conv', ``left_dense``, the count of convs for each reason; of a pass what it
-        ``trains_on``, 'losses' or 'outputs', the count of convs ``generated``, and its compression ``ratio``.
+        JSON-ready: ``result``: 'pass', 'no conv', 'refused', 'not run dense' or 'fail'; ``reason``, empty for
+        'pass'. For 'pass' and 'no conv', ``left_dense``, the number of convs for each reason. For 'pass',
+        ``trains_on``: 'losses' or 'outputs'; ``generated``, the number of generated convs; and ``ratio``.
     """
     if isinstance(spec, UnreadError):
         return {'result': 'not run dense', 'reason': str(spec)}
@@ -61,7 +61,7 @@ def check_network(scope: str, spec: Any) -> dict[str, Any]:
         run, run_loss = _runs(model)
         used = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
         model.zero_grad()
-    except Exception as error:  # whatever a foreign network makes of this machine and input
+    except Exception as error:  # the network may fail in any way without csg_seg too
         return {'result': 'not run dense', 'reason': one_line(error)}
     keys = list(model.state_dict())
     try:
@@ -101,10 +101,10 @@ def _count(causes: Iterable[Cause]) -> dict[str, int]:
 
 
 def settings_for(model: nn.Module) -> list[dict[str, Any]]:
-    """Return a dict of settings for each kernel size, and each width of narrow groups, of convs that cost less so.
+    """Return a dict of settings for each kernel size, and each width of narrow groups, that shrinks convs.
 
     Args:
-        model: dense.
+        model: dense network.
     """
     waiting = generable(model)
     sizes: Counter[tuple[int, ...]] = Counter()
@@ -112,7 +112,7 @@ def settings_for(model: nn.Module) -> list[dict[str, Any]]:
         sizes[conv.kernel_size] += conv.weight.numel()
     shapes = {_slice_shape(conv, sizes[conv.kernel_size]) for conv in waiting.values()}
     csg = []
-    # Wide slices first: they leave narrow groups to the next.
+    # Wide slices first: narrow groups are left to the next dict.
     for slice_shape in sorted(shapes, reverse=True):
         settings = Settings(slice_shape=slice_shape, code_dim=max(1, math.prod(slice_shape) // RATIO))
         left = {name: conv for name, conv in waiting.items() if reason_to_skip(name, conv, settings, is_first=False)}
@@ -133,11 +133,11 @@ def _slice_shape(conv: _ConvNd, numel: int) -> tuple[int, ...]:
 
 
 class UnreadError(Exception):
-    """Stands for a network whose config cannot be read here."""
+    """Takes the place of a network whose config cannot be read."""
 
 
 def one_line(error: BaseException) -> str:
-    """Return the kind of an error and the beginning of what it says, without this machine's paths."""
+    """Return the type of an error and the start of its message, without paths of this machine."""
     said = re.sub(r'(?<![\w.])(/[\w.@-]+){2,}', '...', ' '.join(str(error).split()))
     return f'{type(error).__name__}: {said[:200]}'
 
@@ -150,23 +150,23 @@ def _build(scope: str, spec: Any) -> nn.Module:
         except TypeError:
             return models.get_model(spec, weights=None)
         if hasattr(getattr(model, 'transform', None), 'min_size'):
-            model.transform.min_size = SIZES[:1]  # or it would enlarge the images
+            model.transform.min_size = SIZES[:1]  # otherwise it enlarges the images
         return model
     if scope == 'timm':
         return import_module('timm').create_model(spec, pretrained=False)
     init_default_scope(scope)
-    MessageHub.get_current_instance().update_info('max_iters', 1)  # momentum encoders ask for it
-    model = Config({'model': deepcopy(spec)}).model  # of which parts may be asked for as attributes
+    MessageHub.get_current_instance().update_info('max_iters', 1)  # momentum encoders need it
+    model = Config({'model': deepcopy(spec)}).model  # some networks read its parts as attributes
     replace_sync_bn(model)
     return MODELS.build(model)
 
 
 def _sketch(scope: str, spec: Any) -> nn.Module | None:
-    """Return a network whose weights take neither time nor memory, None where it has to be built in full."""
+    """Return the network on the meta device, or None if it cannot be built there."""
     try:
         with torch.device('meta'):
             return _build(scope, spec)
-    except Exception:  # what computes with its values while it is built
+    except Exception:  # it computes with its weights during construction
         return None
 
 
@@ -175,9 +175,9 @@ Call = Callable[[nn.Module, Tensor], Any]
 
 
 def _runs(model: nn.Module) -> tuple[Run, Run]:
-    """Return how to run a network, and how to train it, on the smallest input that it takes.
+    """Return functions that run and train a network on the smallest input that it accepts.
 
-    It holds the gradients of a step afterwards.
+    Afterwards, the network has the gradients of a step.
     """
     first: Exception | None = None
     in_training: Exception | None = None
@@ -186,7 +186,7 @@ def _runs(model: nn.Module) -> tuple[Run, Run]:
         for call in _calls(model):
 
             def run(network: nn.Module, images: Tensor = images, call: Call = call) -> list[Tensor]:
-                torch.manual_seed(0)  # some heads start an iteration at random
+                torch.manual_seed(0)  # some heads draw random numbers
                 return _floats(call(network, images if network.training else images[:1]))
 
             try:
@@ -199,11 +199,11 @@ def _runs(model: nn.Module) -> tuple[Run, Run]:
                 return run, _loss_run(model, run, images)
             except Exception as error:
                 in_training = error
-    raise in_training or first or ValueError('it takes no input')
+    raise in_training or first or ValueError('it accepts no input')
 
 
 def _calls(model: nn.Module) -> Iterator[Call]:
-    """Yield how networks take images: as they are, as a list, as a pair, as a video."""
+    """Yield ways to pass images: a batch, a list, a pair, a video."""
     if hasattr(model, 'data_preprocessor'):
         yield lambda network, images: network(images, mode='tensor')
         return
@@ -216,14 +216,14 @@ def _calls(model: nn.Module) -> Iterator[Call]:
 
 
 def _images(model: nn.Module, size: int) -> Tensor:
-    """Return two images, in colour but where the first conv takes them grey."""
+    """Return two images, grey if the first conv has one input channel, in colour otherwise."""
     first = next(iter(find_convs(model).values()), None)
     channels = 1 if first is not None and first.in_channels == 1 else 3
     return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def _loss_run(model: nn.Module, run: Run, images: Tensor) -> Run:
-    """Train a step; return how, with losses where the network is known to give some, with outputs elsewhere."""
+    """Train a step on losses, or on outputs if losses are not available; return the function that runs it."""
     size = images.shape[-1]
     box = {'boxes': torch.tensor([[0.0, 0.0, size / 2, size / 2]]), 'labels': torch.ones(1, dtype=torch.int64)}
     box |= {'masks': torch.ones(1, size, size), 'keypoints': torch.full((1, 17, 3), size / 4)}
@@ -247,14 +247,14 @@ def _loss_run(model: nn.Module, run: Run, images: Tensor) -> Run:
         try:
             _backward(model, losses)
             return losses
-        except Exception:  # it takes no such batch
+        except Exception:  # it does not accept such a batch
             continue
     _backward(model, run)
     return run
 
 
 def _floats(outputs: Any) -> list[Tensor]:
-    """Return all floating tensors in what a network gives."""
+    """Return all floating-point tensors of a network's outputs."""
     if isinstance(outputs, Tensor):
         return [outputs] if outputs.is_floating_point() else []
     if isinstance(outputs, Mapping):
@@ -268,13 +268,13 @@ def _backward(model: nn.Module, run: Run) -> None:
 
 
 def _gradient_problem(model: nn.Module, run: Run, used: set[str]) -> str | None:
-    """Train a step; say which code or generator that a loss depends on gets no finite gradient."""
+    """Train a step; return a message if a used code or generator has no finite gradient."""
     _backward(model, run)
     convs = {name: conv for name, conv in generated_convs(model) if f'{name}.weight' in used}
-    fed = {id(conv.generator) for conv in convs.values()}
+    used_generators = {id(conv.generator) for conv in convs.values()}
     learning = {f'{name}.code': conv.code for name, conv in convs.items()}
     for position, generator in enumerate(model.csg):
-        if id(generator) in fed:
+        if id(generator) in used_generators:
             learning[f'generator {position}'] = generator.weight
     for name, parameter in learning.items():
         if parameter.grad is None or not parameter.grad.isfinite().all():
@@ -284,7 +284,7 @@ def _gradient_problem(model: nn.Module, run: Run, used: set[str]) -> str | None:
 
 @torch.no_grad()
 def _storage_problem(model: nn.Module, run: Run, keys: list[str]) -> str | None:
-    """Store, materialise and load a network; say what of its names and outputs is not as it was."""
+    """Store, materialise and load a network; return a message if names or outputs differ."""
     expected = run(model.eval())
     with TemporaryDirectory() as folder:
         path = Path(folder, 'small.safetensors')
@@ -296,13 +296,13 @@ def _storage_problem(model: nn.Module, run: Run, keys: list[str]) -> str | None:
         if problem is not None:
             return problem
         for value in model.state_dict().values():
-            value.fill_(1)  # what the file leaves as it was would show
+            value.fill_(1)  # shows tensors that the file does not restore
         load_compact(path, model)
     return _difference('loaded', expected, run(model.eval()))
 
 
 def _difference(what: str, expected: list[Tensor], outputs: list[Tensor]) -> str | None:
-    """Say how the outputs of a network that was stored differ, beyond rounding, from those of before."""
+    """Return a message if outputs differ by more than rounding."""
     for one, other in zip(expected, outputs, strict=True):
         if one.shape != other.shape:
             return f'the {what} network gives {tuple(other.shape)}, not {tuple(one.shape)}'

@@ -16,7 +16,8 @@ from torch import nn
 import csg_seg
 from csg_seg.mm.checkpoints.reading import read_checkpoint
 from csg_seg.mm.model import build_model
-from experiments.zoo.libraries import SCOPES, read_rows, summarise_rows
+from experiments.zoo.libraries import SCOPES
+from experiments.zoo.rows import read_rows, summarise_rows
 
 README = (ROOT / 'README.md').read_text()
 DOCUMENTS = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]

@@ -1,4 +1,4 @@
-"""Federated averaging: what is exchanged is trained and averaged, all else stays as it was."""
+"""Federated averaging: exchanged tensors are trained and averaged, all others stay as they were."""
 
 import json
 import time
@@ -15,7 +15,8 @@ from csg_seg.errors import CSGError
 from csg_seg.mm.checkpoints.reading import read_checkpoint
 from csg_seg.mm.model import build_model
 from csg_seg.mm.running.configs import read_config
-from experiments.federated.averaging import draw_federated, federate
+from experiments.federated.averaging import federate
+from experiments.federated.picture import draw_federated
 
 FROZEN = {'model.csg.freeze_generator': True}
 SGD = {'optim_wrapper.optimizer.momentum': 0.0, 'optim_wrapper.optimizer.lr': 0.05}
@@ -119,8 +120,8 @@ def build_part(cfg: Config):
 @pytest.mark.parametrize(
     ('travels', 'change', 'said'),
     [
-        ('*.kode', {}, r"'\*.kode' names nothing that is trained; that would be"),
-        ('csg.0.weight', {}, "'csg.0.weight' names nothing that is trained"),
+        ('*.kode', {}, r"'\*.kode' matches nothing that is trained; trained are"),
+        ('csg.0.weight', {}, "'csg.0.weight' matches nothing that is trained"),
         ('*', {'workers': 1000}, 'training images are too few for 1000 workers'),
         ('*', {'rounds': 0}, 'rounds=0'),
         ('*', {'metric': 'IoU'}, "there is no metric 'IoU'; the test gave"),
@@ -151,7 +152,7 @@ def test_tool_compares_networks_and_draws(network, drawn, tmp_path):
     again = run_experiment('federated', *networks, *numbers, *outputs, check=False)
     assert again.returncode == 1 and '--overwrite' in again.stderr
     twice = run_experiment('federated', *networks[:5], *networks[:5], *numbers, '--overwrite', check=False)
-    assert 'give each network a name of its own' in twice.stderr
+    assert 'give each network its own name' in twice.stderr
 
 
 def test_picture_with_another_ending_is_refused(tmp_path):

@@ -1,10 +1,12 @@
+"""Ways to fit a generator to trained weights, compared."""
+
 import json
 from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_tool
+from conftest import ROOT, run_experiment
 from mmengine.config import Config
 from torch import nn
 
@@ -26,7 +28,7 @@ from experiments.fits.comparison import (
     weight_error,
     with_weights,
 )
-from experiments.fits.methods import FITS, Layer, _permuted, fit_by
+from experiments.fits.methods import FITS, Layer, fit_by, permuted
 
 CIFAR10 = ROOT / 'configs' / 'cifar10'
 NAME = 'resnet20_b64-20e_cifar10-npz'
@@ -118,7 +120,7 @@ def test_hidden_channels_may_come_in_any_order(network, layers):
     pairs = [name for name, layer in layers.items() if layer.reader]
     assert len(pairs) == 3
     orders = {name: torch.randperm(len(layers[name].weight)) for name in pairs}
-    twin = with_weights(network, {name: each.weight for name, each in _permuted(layers, orders).items()})
+    twin = with_weights(network, {name: each.weight for name, each in permuted(layers, orders).items()})
     for name, order in orders.items():
         norm = twin.get_submodule(name.replace('conv1', 'bn1'))
         for tensor in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
@@ -131,7 +133,7 @@ def test_hidden_channels_may_come_in_any_order(network, layers):
 def test_a_dead_layer_is_named(network, layers):
     name = next(iter(layers))
     dead = with_weights(network, {name: torch.zeros_like(layers[name].weight)})
-    with pytest.raises(CSGError, match=f'{name} gives zero for all images'):
+    with pytest.raises(CSGError, match=f'{name} is zero for all images'):
         read_layers(dead, [name], {name: layers[name].moments})
 
 
@@ -160,8 +162,7 @@ def test_a_training_starts_from_the_fit_itself(config, checkpoint, tmp_path):
     cfg.merge_from_dict({'train_cfg.max_epochs': 1, 'optim_wrapper.optimizer.lr': 0.0})
     way = 'input moments'
     result = compare_fits(cfg, str(checkpoint), ['s8-d30'], images=20, folder=tmp_path)
-    options = dict(layers=['backbone.layer*.*'], tools=ROOT / 'tools')
-    train_from_fits(cfg, str(checkpoint), result, [way], tmp_path, **options)
+    train_from_fits(cfg, str(checkpoint), result, [way], tmp_path, layers=['backbone.layer*.*'])
     (run,) = tmp_path.glob('runs/*/seed0')
     trained = build_model(Config.fromfile(run.with_suffix('.py')))
     load_weights(trained, read_checkpoint((run / 'last_checkpoint').read_text())['state_dict'])
@@ -175,14 +176,15 @@ def test_a_training_starts_from_the_fit_itself(config, checkpoint, tmp_path):
 def test_a_fit_that_no_generator_makes_is_not_trained(config, checkpoint, tmp_path):
     cfg = deepcopy(config)
     result = compare_fits(cfg, str(checkpoint), ['s8-d30'], images=20, folder=tmp_path)
-    options = dict(layers=['backbone.layer*.*'], tools=ROOT / 'tools')
-    with pytest.raises(CSGError, match='no generator of these settings makes these weights .* leave it out'):
-        train_from_fits(cfg, str(checkpoint), result, ['free, permuted channels'], tmp_path, **options)
+    with pytest.raises(CSGError, match='no generator with these settings makes these weights .* leave it out'):
+        train_from_fits(
+            cfg, str(checkpoint), result, ['free, permuted channels'], tmp_path, layers=['backbone.layer*.*']
+        )
     assert not (tmp_path / 'runs').exists()
 
 
 def test_a_way_that_is_not_there_is_named():
-    with pytest.raises(CSGError, match="no way 'guess'; take some of 'truncated SVD'"):
+    with pytest.raises(CSGError, match="no way 'guess'; choose from 'truncated SVD'"):
         check_ways(['guess'])
 
 
@@ -191,7 +193,7 @@ def test_a_way_that_is_not_there_is_named():
     [
         ({'images': 0}, '--images 0: .*give at least 1'),
         ({'images': 31}, 'the train split has 30'),
-        ({'texts': ['12-72']}, 'write them as s12-d72'),
+        ({'texts': ['12-72']}, 'write settings as s12-d72'),
         ({'texts': ['s8-0.5x']}, 'must be above 1'),
         ({'texts': ['s8-900x']}, 'out of reach'),
     ],
@@ -210,7 +212,6 @@ def test_other_networks_are_refused(config, checkpoint):
 
 @pytest.mark.full
 def test_the_tool_ends_in_one_line(checkpoint):
-    tool = ('analysis_tools/compare_fits.py', CIFAR10 / f'csg-s12-d72_{NAME}.py', checkpoint)
-    done = run_tool(*tool, check=False)
+    done = run_experiment('fits', CIFAR10 / f'csg-s12-d72_{NAME}.py', checkpoint, check=False)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith('error: a plan starts from a dense network')

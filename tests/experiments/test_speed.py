@@ -1,7 +1,7 @@
-"""Times by turns, what a step holds, and what large networks cost."""
+"""Time and memory of a step, and the cost of large networks."""
 
 import json
-import runpy
+from copy import deepcopy
 
 import pytest
 import torch
@@ -11,8 +11,19 @@ from csg_seg import summarise
 from csg_seg.errors import CSGError
 from csg_seg.mm.model import build_model
 from csg_seg.mm.running.configs import read_config
-from experiments.scale.costs import draw_scale
-from experiments.speed.timing import Clock, Load, Trainee, draw_speed, measure_speed, summarise_speed, training_load
+from experiments.scale.__main__ import print_costs
+from experiments.scale.picture import draw_scale
+from experiments.speed.__main__ import print_tables
+from experiments.speed.picture import draw_speed
+from experiments.speed.timing import (
+    Clock,
+    Load,
+    Trainee,
+    measure_speed,
+    never_ahead,
+    summarise_speed,
+    training_load,
+)
 
 DENSE = ROOT / 'configs' / 'cifar10' / 'resnet20_b192-200e_cifar10.py'
 CSG = DENSE.with_name(f'csg-s12-d72_{DENSE.name}')
@@ -22,12 +33,12 @@ SEGMENTOR = ROOT / 'configs' / 'deeplabv3' / 'csg-s16-d128_deeplabv3_r18-d8_1xb4
 @pytest.fixture(scope='module')
 def measured():
     load = Load(batch_size=3, size=(32, 32), rounds=2, warm_up=1)
-    return load, measure_speed(read_config(CSG), load)
+    return load, measure_speed(read_config(CSG), load, without_ahead=True)
 
 
 def test_every_network_takes_every_turn(measured):
     load, networks = measured
-    assert list(networks) == ['dense', 'csg', 'materialised']
+    assert list(networks) == ['dense', 'csg', 'materialised', 'csg, not ahead']
     for name, each in networks.items():
         phases = {'forward', 'backward', 'optimizer', 'evaluation'} | ({'generation'} if name == 'csg' else set())
         assert each['seconds'].keys() == phases
@@ -44,6 +55,26 @@ def test_a_step_holds_what_is_stored_and_the_weights_it_generates(measured):
     # Backward wants each generated weight once, and what it was cropped from.
     assert csg['activation_bytes'] - dense['activation_bytes'] < 4 * dense['parameter_bytes']
     assert materialised == dense
+
+
+def test_without_ahead_each_layer_makes_its_weight_in_each_pass(measured):
+    cfg = read_config(CSG)
+    torch.manual_seed(0)
+    ahead = build_model(cfg).eval()
+    alone = never_ahead(deepcopy(ahead))
+    passes = {'ahead': 0, 'alone': 0}
+
+    def count(name):
+        return lambda *_: passes.update({name: passes[name] + 1})
+
+    for name, model in (('ahead', ahead), ('alone', alone)):
+        model.csg[0].register_forward_hook(count(name))
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        outputs = [model(images, mode='tensor')[0] for model in (ahead, alone) for _ in range(2)]
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0])
+    assert passes['alone'] == 2 * len(alone.csg.layers) > passes['ahead']
 
 
 def test_activations_grow_with_the_batch():
@@ -86,7 +117,7 @@ def test_a_config_says_what_it_trains_with():
 @pytest.mark.parametrize(
     ('arguments', 'said'),
     [
-        ([DENSE], 'the config is dense, there is nothing to compare; give a CSG config'),
+        ([DENSE], 'the config is dense, so there is nothing to compare; give a CSG config'),
         ([CSG, '--batch-size', 1], 'batch_size 2, because of batch norm'),
         ([CSG, '--picture', 'seen.txt'], 'seen.txt'),
         ([CSG, '--picture', 'seen.png', '--out', './seen.png'], '--out and --picture are one file'),
@@ -94,7 +125,7 @@ def test_a_config_says_what_it_trains_with():
         ([CSG, '--size', 200000, 200000], 'no step on 192 images of 200000x200000 pixels: '),
         pytest.param(
             [CSG, '--device', 'cuda'],
-            'there is no GPU here; take device cpu',
+            'there is no GPU here; use device cpu',
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU'),
         ),
     ],
@@ -113,8 +144,7 @@ def test_the_tool_measures_draws_and_prints(tmp_path, capsys):
     assert result == json.loads(out.read_text())
     assert result['load']['size'] == [32, 32]
     assert picture.read_bytes().startswith(b'\x89PNG')
-    tool = runpy.run_path(str(ROOT / 'tools' / 'analysis_tools' / 'benchmark.py'))
-    tool['print_tables'](result)
+    print_tables(result)
     printed = capsys.readouterr().out
     assert '1.000x' in printed and f'{result["summary"]["csg"]["generation_share"]:.1%}' in printed
 
@@ -136,8 +166,7 @@ def test_networks_of_all_sizes_are_taken_through_all_phases(tmp_path, capsys):
     assert row['stored_params'] < row['params'] and row['compact_bytes'] < row['dense_bytes']
     assert list(row['seconds']) == ['build', 'retrofit', 'fit', 'save', 'load']
     draw_scale({'one': row, 'two': {**row, 'params': 2 * row['params']}}, picture)
-    tool = runpy.run_path(str(ROOT / 'tools' / 'analysis_tools' / 'scale.py'))
-    tool['print_table'](result)
+    print_costs(result)
     assert '0.27 M' in capsys.readouterr().out
     refused = run_experiment('scale', CSG, check=False)
-    assert 'give the dense config; its convs are retrofitted here' in refused.stderr
+    assert 'give the dense config; it is retrofitted here' in refused.stderr

@@ -1,4 +1,4 @@
-"""The check of a whole library: a generator for each kernel, everything tried, nothing hidden."""
+"""The check of a library: a generator for each kernel size; train, store, materialise and load."""
 
 import json
 import multiprocessing
@@ -14,8 +14,9 @@ from csg_seg import retrofit
 from csg_seg.errors import CSGError
 from csg_seg.layers.bank import find_bank
 from csg_seg.retrofitting.selection import Cause
-from experiments.zoo.libraries import check_all, list_networks, summarise_rows
+from experiments.zoo.libraries import check_all, list_networks
 from experiments.zoo.network import check_network, settings_for
+from experiments.zoo.rows import summarise_rows
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_configs_of_one_network_are_checked_once():
 
 
 def test_no_scope_is_made_up():
-    with pytest.raises(CSGError, match="there is no scope 'keras'; take one of mmseg"):
+    with pytest.raises(CSGError, match="there is no scope 'keras'; choose from mmseg"):
         list_networks('keras')
 
 
@@ -141,8 +142,8 @@ def test_the_tool_goes_on_where_it_stopped(tmp_path):
     assert [json.loads(line) for line in out.read_text().splitlines()] == rows
     out.write_text(out.read_text() + '{"scope": "torchvi')
     cut = run_experiment('zoo', *arguments, '--resume', check=False)
-    assert cut.returncode == 1 and 'line 3 is no row of such a check; delete the line' in cut.stderr
+    assert cut.returncode == 1 and 'line 3 is not a row of such a check; delete the line' in cut.stderr
     other = run_experiment('zoo', *arguments, '--scope', 'timm', '--names', 'vgg11', '--resume', check=False)
-    assert 'line 1 is of torchvision; take another file for timm' in other.stderr
+    assert 'line 1 is of torchvision; choose another file for timm' in other.stderr
     nothing = run_experiment('zoo', *arguments, '--names', 'alexnot', '--resume', check=False)
     assert 'no network of torchvision is named' in nothing.stderr
