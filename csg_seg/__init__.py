@@ -11,6 +11,7 @@ import sys
 from importlib import import_module
 
 from .errors import CSGError, CSGWarning
+from .generators.registry import register_generator
 from .planning.planner import plan
 from .report import summarise
 from .retrofitting.surgery import materialise, retrofit
@@ -30,6 +31,7 @@ __all__ = [
     'materialise',
     'plan',
     'register_builder',
+    'register_generator',
     'retrofit',
     'save_compact',
     'summarise',

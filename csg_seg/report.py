@@ -8,7 +8,6 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from csg_seg.generators.linear import Generator
-from csg_seg.generators.settings import OPTIONAL
 from csg_seg.generators.slices import grid
 from csg_seg.layers.bank import find_roots
 from csg_seg.layers.conv import CSGConv, find_convs, find_others
@@ -195,7 +194,7 @@ def _generator(generator: Generator, generated: Sequence[CSGConv]) -> GeneratorC
         slice_shape=settings.slice_shape,
         code_dim=settings.code_dim,
         layout=settings.layout,
-        options={key: getattr(settings, key) for key in OPTIONAL if getattr(settings, key)},
+        options=settings.optional,
         stored_params=_numel(generator.parameters()),
         trainable_params=_numel(parameter for parameter in generator.parameters() if parameter.requires_grad),
         layers=len(convs),

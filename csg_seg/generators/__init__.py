@@ -1,1 +1,5 @@
-"""Generators: what maps a code to a slice of a weight."""
+"""Generators: they map a code to a slice of a weight."""
+
+from . import binary, linear, mlp
+
+__all__ = ['binary', 'linear', 'mlp']

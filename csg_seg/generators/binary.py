@@ -2,31 +2,43 @@
 
 import hashlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .lengths import sign_value
 from .linear import Generator
+from .registry import register_generator
 from .settings import Settings
 from .signature import read_signature
 
 
+@register_generator('binary')
 class BinaryGenerator(Generator):
     """A frozen generator of random signs, stored as its seed.
 
-    Omidvar et al., AISTATS 2021, "random binary CSG". The authors use +-0.5;
-    here the signs are scaled to rows of :func:`row_length`, which codes absorb,
-    so that it trains at the same learning rate as the linear generator.
+    Omidvar et al., AISTATS 2021, "random binary CSG". The authors use +-0.5. Here
+    the signs are scaled to rows of :func:`row_length`, so the linear generator's
+    learning rate fits; the codes absorb the factor.
     """
 
-    def _draw_weight(self, rng: torch.Generator) -> None:
+    always_frozen = True
+    has_linear_part = False
+
+    @classmethod
+    def signature_extras(cls, settings: Settings) -> dict[str, Any]:
+        """Return the size of the signs, so codes are never read with signs of another size, and the seed."""
+        return {'value': sign_value(settings), 'seed': settings.seed}
+
+    def draw_weight(self, rng: torch.Generator) -> None:
+        """Set the signs from the settings' seed; ``rng`` is not used."""
         self._rebuild_signs()
 
     def _rebuild_signs(self) -> None:
         size = math.prod(self.settings.slice_shape)
         n_bits = self.settings.code_dim * size
-        # A hash, not a library's random numbers: the same bits for ever and on any device.
+        # A hash gives the same bits on any device and in any version; a library's random numbers may not.
         digest = hashlib.shake_256(self.settings.seed.to_bytes(8, 'little')).digest(-(-n_bits // 8))
         packed = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
         bits = (packed[:, None] >> torch.arange(8, device='cpu')).bitwise_and(1).flatten()[:n_bits]
@@ -34,15 +46,15 @@ class BinaryGenerator(Generator):
         self.register_buffer('weight', weight.view(self.settings.code_dim, size), persistent=False)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over the seed of a stored generator and draw its signs again.
+        """Adopt the seed of a stored generator and rebuild its signs.
 
         Raises:
-            CSGError: one of the settings in ``SIGNATURE`` differs.
+            CSGError: a setting other than the seed differs.
         """
         super().set_extra_state(state)
-        stored, like = read_signature(state), self.weight
-        if stored['seed'] != self.settings.seed:
-            self.settings = Settings.from_dict({**self.settings.to_dict(), 'seed': stored['seed']})
-        # Whatever the seed: no state dict holds the signs, and ``to_empty`` leaves none.
+        seed, like = read_signature(state).get('seed'), self.weight
+        if seed != self.settings.seed:
+            self.settings = Settings.from_dict({**self.settings.to_dict(), 'seed': seed})
+        # Also for the same seed: state dicts do not hold the signs, and ``to_empty`` discards them.
         self._rebuild_signs()
         self.weight = self.weight.to(like.dtype if like.is_meta else like)

@@ -1,4 +1,4 @@
-"""How long the rows of a generator start."""
+"""The length of a generator's rows at the start of training."""
 
 import math
 
@@ -6,17 +6,17 @@ from .settings import Settings
 
 
 def row_length(settings: Settings) -> float:
-    """Return the length that a generator's rows start at, ``(slice values / code_dim) ** (1 / 4)``.
+    """Return the initial length of a generator's rows, ``(slice values / code_dim) ** (1 / 4)``.
 
-    A gradient step on a code moves the weight along the dense step's projection on
-    the rows' span, times their squared length. The projection keeps a share
-    ``code_dim / slice values`` of the squared length of a step without direction;
-    this gives it back, so that a weight moves as far as the dense one would.
+    A gradient step on a code moves the weight along the projection of the dense
+    step on the span of the rows, times their squared length. For a step in a random
+    direction, the projection keeps ``code_dim / slice values`` of its squared length.
+    Rows of this length compensate for it: the weight moves as far as a dense weight would.
     """
-    # Two square roots, which every machine rounds alike; a power it may not.
+    # Square roots are rounded alike on every machine; powers may not be.
     return math.sqrt(math.sqrt(math.prod(settings.slice_shape) / settings.code_dim))
 
 
 def sign_value(settings: Settings) -> float:
-    """Return the size of every value of a binary generator, so that its rows have :func:`row_length`."""
+    """Return the absolute value of a binary generator's entries; its rows then have :func:`row_length`."""
     return row_length(settings) / math.sqrt(math.prod(settings.slice_shape))

@@ -1,7 +1,8 @@
-"""The linear generator, and what all kinds of generators share."""
+"""The linear generator, which is the base class of all others."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,47 +11,73 @@ from csg_seg.errors import CSGError
 
 from .lengths import row_length
 from .products import multiply
-from .settings import OPTIONAL, Settings
+from .registry import KINDS, Option, register_generator
+from .settings import Settings
 from .signature import check_signature, encode_signature
 
 
+@register_generator('linear')
 class Generator(nn.Module):
     """The linear Convolutional Slice Generator: ``slice = code @ weight``.
 
     Omidvar et al., AISTATS 2021, section 2. Its rows start nearly orthogonal and
-    at :func:`row_length`, so that a dense recipe keeps its learning rate.
+    with :func:`row_length`, so a dense recipe keeps its learning rate.
 
     Attributes:
+        OPTIONS: the keys that this kind adds to ``csg``.
+        always_frozen: whether only codes train.
+        is_product: whether a slice is always ``code @ weight``. Overriding :meth:`forward` makes it False.
+        has_linear_part: whether :meth:`set_linear` works. Overriding :meth:`forward` makes it False,
+            unless the class sets it.
         weight: ``(code_dim, s_out * s_in * kh * kw)``, no bias.
-        settings: what the user asked for.
-        layers: name of each layer that it feeds, and its weight's shape; the bank keeps them up to date. None of a
-            generator that is in no network.
-        is_product: whether a slice is its code times ``weight``, for this kind of generator.
+        settings: the user's settings.
+        layers: weight shape by name, for each layer that uses the generator; the bank keeps it
+            up to date. None if the generator is in no network.
     """
 
+    OPTIONS: ClassVar[Mapping[str, Option]] = {}
+    always_frozen: ClassVar[bool] = False
+    is_product: ClassVar[bool] = True
+    has_linear_part: ClassVar[bool] = True
     weight: Tensor
     layers: Mapping[str, Sequence[int]] | None
-    is_product = True
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if 'forward' in vars(cls):
+            cls.is_product = False
+            cls.has_linear_part = vars(cls).get('has_linear_part', False)
 
     def __init__(self, settings: Settings, rng: torch.Generator):
         super().__init__()
         self.settings = settings
         self.layers = None
-        self._draw_weight(rng)
+        self.draw_weight(rng)
 
-    def _draw_weight(self, rng: torch.Generator) -> None:
+    @classmethod
+    def check_settings(cls, settings: Settings) -> None:
+        """Check constraints between settings; override it to raise :class:`CSGError`."""
+
+    @classmethod
+    def signature_extras(cls, settings: Settings) -> dict[str, Any]:
+        """Return JSON-ready values to store with the settings; loading requires all but ``seed`` to be equal."""
+        return {}
+
+    def draw_weight(self, rng: torch.Generator) -> None:
+        """Set ``weight`` to its start values on the CPU, drawn with ``rng``."""
         size = math.prod(self.settings.slice_shape)
         weight = torch.empty(self.settings.code_dim, size, device='cpu')
         weight.normal_(mean=0.0, std=row_length(self.settings) / math.sqrt(size), generator=rng)
-        self.weight = self._parameter(weight)
+        self.weight = self.new_parameter(weight)
 
-    def _parameter(self, values: Tensor) -> nn.Parameter:
+    def new_parameter(self, values: Tensor) -> nn.Parameter:
+        """Return values as a parameter, trainable unless the settings freeze the generator."""
         return nn.Parameter(values, requires_grad=not self.settings.freeze_generator)
 
     def named_parameters(
         self, prefix: str = '', recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the parameters; without ``recurse`` none of a network's generator, whose root has them."""
+        """Yield the parameters; in a network nothing without ``recurse``, because the root lists them as its own."""
         if recurse or not remove_duplicate or self.layers is None:
             yield from super().named_parameters(prefix, recurse, remove_duplicate)
 
@@ -59,7 +86,7 @@ class Generator(nn.Module):
         return (code @ self.weight).view(-1, *self.settings.slice_shape)
 
     def generate(self, codes: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Map several layers' codes ``(n, code_dim)`` to their slices ``(n, s_out, s_in, kh, kw)`` at once."""
+        """Map the codes ``(n, code_dim)`` of several layers to their slices ``(n, s_out, s_in, kh, kw)`` at once."""
         if self.is_product:
             return [each.view(-1, *self.settings.slice_shape) for each in multiply(self.weight, codes)]
         if len(codes) == 1:
@@ -69,14 +96,14 @@ class Generator(nn.Module):
     def code_std(self, weight_std: float) -> float:
         """Return the std of zero-mean codes whose slices have the given std.
 
-        The variance of a slice's value is the code's variance times the squared
-        norm of the value's generator column; this takes the mean over columns.
+        The variance of a slice's value is the code's variance times the squared norm
+        of the value's column in ``weight``. This uses the mean over columns.
         """
         squared_norm = self.weight.detach().double().square().sum().item()
         return weight_std * math.sqrt(math.prod(self.settings.slice_shape) / squared_norm)
 
     def draw_code(self, n: int, *, weight_std: float, rng: torch.Generator) -> Tensor:
-        """Draw start codes ``(n, code_dim)`` on the CPU, whose slices have the given std."""
+        """Draw start codes ``(n, code_dim)`` on the CPU; their slices have the given std."""
         code = torch.empty(n, self.settings.code_dim, device='cpu')
         return code.normal_(mean=0.0, std=self.code_std(weight_std), generator=rng)
 
@@ -87,38 +114,42 @@ class Generator(nn.Module):
             basis: ``(code_dim, s_out * s_in * kh * kw)``.
 
         Raises:
-            CSGError: the shape is another, or this kind of generator has no linear part to set.
+            CSGError: the shape differs, or this kind of generator has no linear part.
         """
         kind, wanted = self.settings.generator, (self.settings.code_dim, math.prod(self.settings.slice_shape))
-        if kind not in ('linear', 'mlp'):
-            raise CSGError(f"a {kind} generator cannot be set to a basis; use generator='linear' or 'mlp'")
+        if not self.has_linear_part:
+            raise CSGError(f"a {kind} generator cannot be set to a basis; use generator='linear'")
         if basis.shape != wanted:
-            raise CSGError(f'a basis of shape {tuple(basis.shape)} came, this generator wants {wanted}')
+            raise CSGError(f'this generator needs a basis of shape {wanted}, got {tuple(basis.shape)}')
         with torch.no_grad():
             self.weight.zero_()
             self.weight[: len(basis)] = basis
 
     def is_linear(self) -> bool:
-        """Say whether slices are codes times the first ``code_dim`` rows of ``weight``, as the generator is now."""
-        return True
+        """Say whether a slice currently is its code times the first ``code_dim`` rows of ``weight``."""
+        return self.is_product
 
     def extra_repr(self) -> str:
         """Describe the generator in ``print(model)``."""
-        settings = self.settings.to_dict()
-        extras = [f'{key}={settings[key]}' for key in OPTIONAL if key in settings]
-        return ', '.join([f'code_dim={self.settings.code_dim}', f'slice_shape={self.settings.slice_shape}', *extras])
+        options = [f'{key}={value}' for key, value in self.settings.optional.items()]
+        return ', '.join([f'code_dim={self.settings.code_dim}', f'slice_shape={self.settings.slice_shape}', *options])
 
     def get_extra_state(self) -> Tensor:
         """Return :func:`encode_signature` of the settings and the layers.
 
-        A tensor, because trainers move and broadcast every value of a state dict.
+        It is a tensor because trainers move and broadcast every value of a state dict.
         """
         return encode_signature(self.settings, self.layers)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Refuse another generator's state.
+        """Refuse the state of a different generator.
 
         Raises:
-            CSGError: one of the settings in ``SIGNATURE`` differs.
+            CSGError: a setting other than the seed differs.
         """
         check_signature(self.settings, state)
+
+
+def build_generator(settings: Settings, rng: torch.Generator) -> Generator:
+    """Build the generator that the settings describe, with start values drawn by ``rng``."""
+    return KINDS[settings.generator](settings, rng)

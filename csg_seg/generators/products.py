@@ -1,4 +1,4 @@
-"""Many codes times one weight, by one product."""
+"""Many codes times one weight, in one matmul."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,17 +8,17 @@ from torch import Tensor, nn
 
 
 class Products(torch.autograd.Function):
-    """``code @ weight`` of many codes by one product.
+    """``code @ weight`` for many codes in one matmul.
 
-    A code whose slices take no part gets no gradient, as if each had been multiplied
-    alone. The inputs are parameters and kept as they are, past the hooks of saved
-    tensors: activation checkpointing, which counts those, sees the same number
-    whether a layer's slices were made within its part of the network or ahead of it.
+    A code whose slices are not used gets no gradient, as with separate matmuls. The
+    inputs are parameters and are stored on ``ctx`` directly, without saved-tensor hooks.
+    Activation checkpointing counts calls of those hooks, and the count must not depend
+    on whether a layer's slices were generated inside its checkpointed part or before it.
     """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, *codes: Tensor) -> tuple[Tensor, ...]:
-        """Multiply codes ``(n, code_dim)`` each, and a weight ``(code_dim, size)``."""
+        """Multiply codes, each ``(n, code_dim)``, with a weight ``(code_dim, size)``."""
         ctx.set_materialize_grads(False)
         ctx.weight, ctx.codes = weight, codes
         ctx.versions = weight._version, [code._version for code in codes]
@@ -29,43 +29,42 @@ class Products(torch.autograd.Function):
         """Return the gradients of the weight and of each code.
 
         Raises:
-            RuntimeError: an input was written to since, as torch says of tensors that it saves.
+            RuntimeError: an input was modified in place since the forward pass.
         """
         used = {position: each for position, each in enumerate(gradients) if each is not None}
-        of_version, code_versions = ctx.versions
-        changed = any(ctx.codes[position]._version != code_versions[position] for position in used)
-        if (ctx.needs_input_grad[0] and changed) or (
-            any(ctx.needs_input_grad[1:]) and ctx.weight._version != of_version
-        ):
+        weight_version, code_versions = ctx.versions
+        codes_changed = any(ctx.codes[position]._version != code_versions[position] for position in used)
+        weight_changed = ctx.weight._version != weight_version
+        if (ctx.needs_input_grad[0] and codes_changed) or (any(ctx.needs_input_grad[1:]) and weight_changed):
             raise RuntimeError(
                 'a code or a generator was modified by an inplace operation between forward and backward pass'
             )
-        of_weight: Tensor | None = None
-        of_codes: dict[int, Tensor] = {}
+        weight_gradient: Tensor | None = None
+        code_gradients: dict[int, Tensor] = {}
         if used:
             codes = [ctx.codes[position] for position in used]
             with torch.autocast(ctx.weight.device.type, enabled=False):
                 gradient = torch.cat(list(used.values()))
                 if ctx.needs_input_grad[0]:
-                    of_weight = torch.cat(codes).T @ gradient
+                    weight_gradient = torch.cat(codes).T @ gradient
                 if any(ctx.needs_input_grad[1:]):
                     parts = (gradient @ ctx.weight.T).split([len(code) for code in codes])
-                    of_codes = dict(zip(used, parts, strict=True))
-        return of_weight, *(of_codes.get(position) for position in range(len(gradients)))
+                    code_gradients = dict(zip(used, parts, strict=True))
+        return weight_gradient, *(code_gradients.get(position) for position in range(len(gradients)))
 
 
 def is_recorded() -> bool:
-    """Say whether what runs is compiled, traced or transformed, all of which know plain products best."""
+    """Say whether this code is being compiled, traced or transformed; these need plain matmuls."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        # As torch.autograd.Function asks.
+        # The check in torch.autograd.Function.apply.
         or torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
     )
 
 
 def multiply(weight: Tensor, codes: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return ``code @ weight`` of each code."""
+    """Return ``code @ weight`` for each code."""
     if is_recorded() or not all(type(code) is nn.Parameter for code in codes):
         return [code @ weight for code in codes]
     if torch.is_grad_enabled() and any(each.requires_grad for each in (weight, *codes)):

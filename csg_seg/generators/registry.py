@@ -1,22 +1,40 @@
-"""The kinds of generators."""
+"""The kinds of generators by name, and how to add one."""
 
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from experiments.rivals.tensor_ring import TensorRingGenerator
-
-from .binary import BinaryGenerator
-from .linear import Generator
-from .mlp import MLPGenerator
-from .settings import Settings
-
-_KINDS = {
-    'linear': Generator,
-    'binary': BinaryGenerator,
-    'mlp': MLPGenerator,
-    'tensor_ring': TensorRingGenerator,
-}
+KINDS: dict[str, type[Any]] = {}
+Kind = TypeVar('Kind', bound=type[Any])
 
 
-def build_generator(settings: Settings, rng: torch.Generator) -> Generator:
-    """Build the generator that the settings name; ``rng`` draws its start values, unless it is binary."""
-    return _KINDS[settings.generator](settings, rng)
+@dataclass(frozen=True)
+class Option:
+    """An integer key of ``csg`` that one kind of generator adds.
+
+    Args:
+        minimum: the smallest value allowed.
+        default: the value if the key is absent; None if the key is required.
+    """
+
+    minimum: int
+    default: int | None = None
+
+
+def register_generator(name: str) -> Callable[[Kind], Kind]:
+    """Register a class of generators under a name, for ``csg=dict(generator=name)``.
+
+    The page ``docs/your_own_generator.md`` has a complete example.
+
+    Args:
+        name: the value of ``generator``; an earlier class with this name is replaced.
+
+    Returns:
+        A decorator for subclasses of :class:`csg_seg.generators.linear.Generator`.
+    """
+
+    def register(kind: Kind) -> Kind:
+        KINDS[name] = kind
+        return kind
+
+    return register

@@ -1,41 +1,37 @@
-"""What a user says of one generator: a ``csg`` dict, checked."""
+"""The settings of one generator: a ``csg`` dict, checked."""
 
 import difflib
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
 from csg_seg.errors import CSGError
 
+from .registry import KINDS
 from .slices import LAYOUTS
 
-GENERATORS = ('linear', 'binary', 'mlp', 'tensor_ring')
 MAX_SEED = 2**64 - 1
-
-# Written only where set: files of the paper's generators are what they were without these keys.
-OPTIONAL = ('hidden', 'rank', 'mode', 'residual')
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of one generator and of the layers it feeds.
+    """Settings of one generator and of the layers that use it.
+
+    In a ``csg`` dict, the options of the generator's kind stand beside the other keys.
 
     Args:
-        slice_shape: ``(s_out, s_in, kh, kw)`` of what the generator makes;
-            ``(s_out, s_in, k)`` for convs of one dimension, five numbers for three.
+        slice_shape: ``(s_out, s_in, kh, kw)`` of a slice; ``(s_out, s_in, k)`` for 1d convs,
+            five numbers for 3d convs.
         code_dim: length of a code.
         layout: 'block', or 'flat' as in the authors' released files.
-        generator: 'linear', 'binary' (frozen random signs, kept as a seed), 'mlp' or 'tensor_ring'.
-        freeze_generator: train the codes only. A binary generator is always frozen.
-        include: patterns of the layers to generate; without it every conv that
-            fits. The network's first conv only if it is named here in full.
-        exclude: patterns of layers to leave dense.
+        generator: name of a registered kind.
+        freeze_generator: train the codes only.
+        include: name patterns of the layers to generate. Without it, all convs that
+            fit are generated, except the network's first conv, which must be named in full.
+        exclude: name patterns of layers to leave dense.
         seed: of the start values; by default the generator's position.
-        hidden: units of an mlp's hidden layer.
-        rank: of a tensor ring.
-        mode: size of each index of a tensor ring, 4 unless given.
+        options: the options of the generator's kind.
         residual: rank of the correction that each layer adds to its generated weight; 0 for none.
     """
 
@@ -47,9 +43,7 @@ class Settings:
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     seed: int = 0
-    hidden: int | None = None
-    rank: int | None = None
-    mode: int | None = None
+    options: Mapping[str, int] = field(default_factory=dict, hash=False)
     residual: int = 0
 
     @classmethod
@@ -57,8 +51,9 @@ class Settings:
         """Check one ``csg`` dict.
 
         Args:
-            csg: keys as the class's arguments; ``slice_shape`` and ``code_dim`` are required.
-            position: the dict's place in the user's list, its name in errors.
+            csg: keys are the class's arguments and the options of the generator's kind;
+                ``slice_shape`` and ``code_dim`` are required.
+            position: the dict's index in the user's list, for errors and the default seed.
 
         Raises:
             CSGError: a key is unknown or missing, or a value is out of range.
@@ -66,59 +61,71 @@ class Settings:
         where = f'csg[{position}]'
         if not isinstance(csg, Mapping):
             raise CSGError(f'{where}: expected a dict of settings, got {type(csg).__name__} {csg!r}')
-        known = [field.name for field in fields(cls)]
-        for key in csg:
-            if key not in known:
-                close = difflib.get_close_matches(str(key), known, n=1)
-                hint = f'did you mean {close[0]!r}?' if close else f'known keys: {", ".join(known)}'
-                raise CSGError(f'{where}: unknown key {key!r}; {hint}')
-        for key in ('slice_shape', 'code_dim'):
-            if key not in csg:
-                raise CSGError(
-                    f'{where}: {key!r} is missing; for 3x3 convs try slice_shape=(16, 16, 3, 3), code_dim=128'
-                )
+        generator = _generator(where, csg.get('generator', 'linear'))
+        _check_keys(where, csg)
         values = {'seed': position, **csg}
         settings = cls(
             slice_shape=_slice_shape(where, values['slice_shape']),
             code_dim=_integer(where, 'code_dim', values['code_dim'], minimum=1),
             layout=_choice(where, 'layout', values.get('layout', 'block'), LAYOUTS),
-            generator=_choice(where, 'generator', values.get('generator', 'linear'), GENERATORS),
-            freeze_generator=_flag(where, values),
+            generator=generator,
+            freeze_generator=_freeze(where, generator, values),
             include=read_patterns(where, 'include', values.get('include')),
             exclude=read_patterns(where, 'exclude', values.get('exclude')) or (),
             seed=_integer(where, 'seed', values['seed'], minimum=0, maximum=MAX_SEED),
-            hidden=_own_integer(where, 'hidden', values, kind='mlp', minimum=1),
-            rank=_own_integer(where, 'rank', values, kind='tensor_ring', minimum=1),
-            mode=_own_integer(where, 'mode', values, kind='tensor_ring', minimum=2, default=4),
+            options=_options(where, generator, values),
             residual=_integer(where, 'residual', values.get('residual', 0), minimum=0),
         )
-        if settings.generator == 'tensor_ring':
-            _check_ring(where, settings)
+        try:
+            KINDS[generator].check_settings(settings)
+        except CSGError as error:
+            raise CSGError(f'{where}: {error}') from None
         return settings
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """``(kh, kw)`` of the convs this generator fits, or as many numbers as they have dimensions."""
+        """``(kh, kw)`` of the convs that this generator fits; one number for 1d convs, three for 3d convs."""
         return self.slice_shape[2:]
 
     @property
-    def cores(self) -> int:
-        """Number of cores of a tensor ring: the least whose indices reach every value of a slice."""
-        assert self.mode is not None
-        cores = 1
-        while self.mode**cores < math.prod(self.slice_shape):
-            cores += 1
-        return cores
+    def optional(self) -> dict[str, int]:
+        """The options and the residual; files hold them only where they are set."""
+        return {**self.options, **({'residual': self.residual} if self.residual else {})}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON-ready values; the inverse of :meth:`from_dict`."""
-        values = {key: value for key, value in asdict(self).items() if value or key not in OPTIONAL}
+        values = {key: getattr(self, key) for key in _own_keys() if key != 'residual'} | self.optional
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Say whether a shell-style pattern names a module or one of its ancestors."""
+    """Say whether a shell-style pattern matches a module's name or an ancestor's."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f'{pattern}.*')
+
+
+def _own_keys() -> list[str]:
+    return [each.name for each in fields(Settings) if each.name != 'options']
+
+
+def _generator(where: str, value: Any) -> str:
+    if not isinstance(value, str) or value not in KINDS:
+        raise CSGError(
+            f'{where}: unknown generator {value!r}; known are {", ".join(map(repr, KINDS))}; '
+            'register it with csg_seg.register_generator'
+        )
+    return value
+
+
+def _check_keys(where: str, csg: Mapping[str, Any]) -> None:
+    known = list(dict.fromkeys([*_own_keys(), *(key for kind in KINDS.values() for key in kind.OPTIONS)]))
+    for key in csg:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f'did you mean {close[0]!r}?' if close else f'known keys: {", ".join(known)}'
+            raise CSGError(f'{where}: unknown key {key!r}; {hint}')
+    for key in ('slice_shape', 'code_dim'):
+        if key not in csg:
+            raise CSGError(f'{where}: {key!r} is missing; for 3x3 convs try slice_shape=(16, 16, 3, 3), code_dim=128')
 
 
 def _slice_shape(where: str, value: Any) -> tuple[int, ...]:
@@ -140,32 +147,20 @@ def _integer(where: str, key: str, value: Any, *, minimum: int, maximum: int | N
     return value
 
 
-def _own_integer(
-    where: str, key: str, values: Mapping[str, Any], *, kind: str, minimum: int, default: int | None = None
-) -> int | None:
-    """Check a key that one kind of generator has and the others lack."""
-    generator, value = values.get('generator', 'linear'), values.get(key)
-    if generator != kind:
-        if value is not None:
-            raise CSGError(f'{where}: {key!r} is a key of generator={kind!r}, not of {generator!r}; drop it')
-        return None
-    if value is None and default is None:
-        raise CSGError(f'{where}: {key!r} is missing; generator={kind!r} needs it, try {key}=8')
-    return _integer(where, key, default if value is None else value, minimum=minimum)
-
-
-def _check_ring(where: str, settings: Settings) -> None:
-    code_dim, mode, size = settings.code_dim, settings.mode, math.prod(settings.slice_shape)
-    assert mode is not None
-    if mode >= size:
-        raise CSGError(f'{where}: mode must be less than the {size} values of a slice; got {mode}')
-    cores = settings.cores
-    if code_dim % cores:
-        below = max(code_dim // cores, 1) * cores
-        raise CSGError(
-            f'{where}: a tensor ring of mode {mode} makes {size} values with {cores} cores, so code_dim must be '
-            f'a multiple of {cores}, such as {below} or {below + cores}; got {code_dim}'
-        )
+def _options(where: str, generator: str, values: Mapping[str, Any]) -> dict[str, int]:
+    """Return the options of the generator's kind; refuse those of other kinds."""
+    own = KINDS[generator].OPTIONS
+    for name, kind in KINDS.items():
+        for key in kind.OPTIONS:
+            if key not in own and values.get(key) is not None:
+                raise CSGError(f'{where}: {key!r} is a key of generator={name!r}, not of {generator!r}; drop it')
+    found = {}
+    for key, option in own.items():
+        value = option.default if values.get(key) is None else values[key]
+        if value is None:
+            raise CSGError(f'{where}: {key!r} is missing; generator={generator!r} needs it, try {key}=8')
+        found[key] = _integer(where, key, value, minimum=option.minimum)
+    return found
 
 
 def _choice(where: str, key: str, value: Any, choices: tuple[str, ...]) -> str:
@@ -174,18 +169,29 @@ def _choice(where: str, key: str, value: Any, choices: tuple[str, ...]) -> str:
     return value
 
 
-def _flag(where: str, values: Mapping[str, Any]) -> bool:
-    binary = values.get('generator') == 'binary'
-    freeze = values.get('freeze_generator', binary)
+def _freeze(where: str, generator: str, values: Mapping[str, Any]) -> bool:
+    always = KINDS[generator].always_frozen
+    freeze = values.get('freeze_generator', always)
     if not isinstance(freeze, bool):
         raise CSGError(f'{where}: freeze_generator must be True or False; got {freeze!r}')
-    if binary and not freeze:
-        raise CSGError(f"{where}: a binary generator cannot be trained; drop freeze_generator=False or use 'linear'")
+    if always and not freeze:
+        raise CSGError(
+            f"{where}: a {generator} generator cannot be trained; drop freeze_generator=False or use 'linear'"
+        )
     return freeze
 
 
 def read_patterns(where: str, key: str, value: Any) -> tuple[str, ...] | None:
-    """Check patterns on module names: one, several, or None."""
+    """Check name patterns of modules: one, several, or None.
+
+    Args:
+        where: the setting's place, for errors.
+        key: the setting's name, for errors.
+        value: what the user gave.
+
+    Raises:
+        CSGError: the value is something else.
+    """
     if value is None:
         return None
     patterns = [value] if isinstance(value, str) else value

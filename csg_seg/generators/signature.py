@@ -1,4 +1,4 @@
-"""What a state dict says of the generators that it holds."""
+"""The settings and layers that a state dict stores with each generator."""
 
 import json
 import zlib
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from csg_seg.errors import CSGError
 
-from .lengths import sign_value
-from .settings import OPTIONAL, Settings
+from .registry import KINDS
+from .settings import Settings
 
-SIGNATURE = ('generator', 'slice_shape', 'code_dim', 'layout', *OPTIONAL)
+# The settings of any generator without which its codes cannot be read.
+SIGNATURE = ('generator', 'slice_shape', 'code_dim', 'layout')
 
 LAYERS, CHECK = 'layers', 'crc32'
 
@@ -21,15 +22,15 @@ DAMAGED = "the checkpoint's generator settings are damaged"
 
 
 def encode_signature(settings: Settings, layers: Mapping[str, Sequence[int]] | None) -> Tensor:
-    """Encode what decides the meaning of a layer's stored values.
+    """Encode the settings that stored values depend on.
 
     Args:
         settings: of the generator.
-        layers: name of each layer that it feeds, and its weight's shape; None of a generator in no network.
+        layers: weight shape by name, for each layer that uses the generator; None if it is in no network.
 
     Returns:
-        JSON bytes ``(n,)``, with layers in int32: whoever averages a state dict as a whole adds and scales them too,
-        which uint8 has no room for.
+        JSON bytes ``(n,)``. With layers they are int32: averaging a whole state dict
+        adds and scales them too, which overflows uint8.
     """
     meaning = _signature(settings)
     if layers is None:
@@ -39,24 +40,24 @@ def encode_signature(settings: Settings, layers: Mapping[str, Sequence[int]] | N
 
 
 def _to_bytes(meaning: Mapping[str, Any]) -> Tensor:
-    # Spaces between entries are as in files of 0.1.0, which have no layers.
+    # Files of 0.1.0 have no layers, and have spaces between entries.
     separators = (',', ':') if LAYERS in meaning else None
     return torch.frombuffer(bytearray(json.dumps(meaning, separators=separators).encode()), dtype=torch.uint8)
 
 
 def _checksum(meaning: Mapping[str, Any]) -> int:
-    """Return by what an average of different settings is told from settings."""
+    """Return a checksum that reveals averages of different settings."""
     return zlib.crc32(json.dumps(meaning).encode())
 
 
 def _read(state: Tensor) -> dict:
-    """Decode what :func:`encode_signature` wrote.
+    """Decode the output of :func:`encode_signature`.
 
     Raises:
         CSGError: these bytes were not written by a generator.
     """
     try:
-        # Bytes that were cast or averaged with all else in a state dict are the same numbers, but for rounding.
+        # Bytes that were cast or averaged with the rest of a state dict are the same numbers up to rounding.
         stored = json.loads(bytes(round(each) for each in state.tolist()))
     except (ValueError, TypeError, OverflowError) as error:
         raise CSGError(f'{DAMAGED} ({error}); use another copy of it') from None
@@ -67,22 +68,20 @@ def _read(state: Tensor) -> dict:
 
 
 def read_signature(state: Tensor) -> dict:
-    """Return the settings that :func:`encode_signature` wrote.
+    """Return the settings in the output of :func:`encode_signature`.
 
     Raises:
         CSGError: these bytes were not written by a generator.
     """
     stored = _read(state)
     try:
-        required = [key for key in SIGNATURE if key not in OPTIONAL]
-        required += ['value', 'seed'] if stored['generator'] == 'binary' else []
-        return {key: stored[key] for key in required} | {key: stored[key] for key in OPTIONAL if key in stored}
+        return {key: stored[key] for key in SIGNATURE} | {key: stored[key] for key in stored if key != LAYERS}
     except (KeyError, TypeError) as error:
         raise CSGError(f'{DAMAGED} ({error}); use another copy of it') from None
 
 
 def read_layers(state: Tensor) -> dict[str, tuple[int, ...]] | None:
-    """Return the layers that :func:`encode_signature` wrote; None if csg_seg 0.1.0 or earlier did, which wrote none.
+    """Return the layers in the output of :func:`encode_signature`; None in files of csg_seg 0.1.0 or earlier.
 
     Raises:
         CSGError: these bytes were not written by a generator.
@@ -95,10 +94,10 @@ def read_layers(state: Tensor) -> dict[str, tuple[int, ...]] | None:
 
 
 def check_signature(settings: Settings, state: Tensor) -> None:
-    """Compare a model's generator with the one a checkpoint was made with.
+    """Compare a model's generator with the one in a checkpoint.
 
     Raises:
-        CSGError: one of the settings in ``SIGNATURE`` differs.
+        CSGError: a setting other than the seed differs.
     """
     wanted, stored = _signature(settings), read_signature(state)
     for key in [key for key in wanted | stored if key != 'seed']:
@@ -113,8 +112,5 @@ def check_signature(settings: Settings, state: Tensor) -> None:
 
 def _signature(settings: Settings) -> dict:
     values = settings.to_dict()
-    meaning = {key: values[key] for key in SIGNATURE if key in values}
-    if settings.generator == 'binary':
-        # Stored, so that codes are never read with signs of another size.
-        meaning |= {'value': sign_value(settings), 'seed': settings.seed}
-    return meaning
+    meaning = {key: values[key] for key in (*SIGNATURE, *settings.optional)}
+    return meaning | KINDS[settings.generator].signature_extras(settings)

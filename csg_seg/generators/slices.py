@@ -1,10 +1,10 @@
-"""Weight to slices and back; the only home of the two layouts.
+"""Weights to slices and back, in both layouts.
 
 A conv weight ``(out, in, kh, kw)`` is covered by a grid of ``(rows, cols)``
-slices of shape ``(s_out, s_in, kh, kw)``; what hangs over the weight's edge is
-cropped. Omidvar et al., AISTATS 2021, section 2. Kernels may have one or three
-dimensions as well as two, and ``out`` and ``in`` are the first two dimensions of any
-conv's weight: ``(out, in / groups)``, or ``(in, out / groups)`` of a transposed one.
+slices of shape ``(s_out, s_in, kh, kw)``; values beyond the weight's edge are
+cropped. Omidvar et al., AISTATS 2021, section 2. Kernels may also have one or three
+dimensions. Here ``out`` and ``in`` are the first two dimensions of the weight:
+``(out, in / groups)``, or ``(in, out / groups)`` for transposed convs.
 """
 
 import warnings
@@ -18,7 +18,7 @@ LAYOUTS = ('block', 'flat')
 
 
 def grid(weight_shape: Sequence[int], slice_shape: Sequence[int]) -> tuple[int, int]:
-    """Return ``(rows, cols)`` of the slices that cover a weight.
+    """Return the grid ``(rows, cols)`` of slices that covers a weight.
 
     Raises:
         ValueError: the kernels differ.
@@ -36,12 +36,12 @@ def grid(weight_shape: Sequence[int], slice_shape: Sequence[int]) -> tuple[int, 
 def join(slices: Tensor, weight_shape: Sequence[int], *, layout: str = 'block') -> Tensor:
     """Assemble a grid of slices into a conv weight, cropping the overhang.
 
-    Omidvar et al., AISTATS 2021, section 2 ('block'); the authors' released
-    code reshapes the slices raw instead ('flat').
+    The paper, Omidvar et al., AISTATS 2021, section 2, describes the layout 'block'.
+    The authors' released code uses 'flat'.
 
     Args:
         slices: ``(rows * cols, s_out, s_in, kh, kw)``, row by row.
-        weight_shape: ``(out, in, kh, kw)`` of the weight to return.
+        weight_shape: ``(out, in, kh, kw)``.
         layout: 'block' puts slice ``(r, c)`` at rows ``r * s_out`` and columns
             ``c * s_in`` of the weight; 'flat' reshapes all values in order.
 
@@ -93,14 +93,14 @@ def split(weight: Tensor, slice_shape: Sequence[int], *, layout: str = 'block') 
 def _sizes(tensor: Tensor) -> Sequence[int]:
     """Return a tensor's shape in plain numbers.
 
-    In a trace the sizes are tensors, and what is computed with them becomes part of the
-    graph. ONNX divides integers towards zero, which makes the grid too small.
+    In a trace the sizes are tensors, and arithmetic on them becomes part of the graph.
+    ONNX rounds integer division towards zero, so the grid would be too small.
     """
     shape = tensor.shape
     if not isinstance(shape[0], Tensor):
         return shape
     with warnings.catch_warnings():
-        # The warning is that a size becomes a constant, as it should: a conv's weight has one shape.
+        # It warns that a size becomes a constant. This is intended: a conv's weight has a fixed shape.
         warnings.simplefilter('ignore', torch.jit.TracerWarning)
         return [int(size) for size in shape]
 

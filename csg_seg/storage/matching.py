@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from csg_seg.errors import CSGError, abridge
-from csg_seg.generators.registry import build_generator
+from csg_seg.generators.linear import build_generator
 from csg_seg.generators.settings import Settings, matches
 from csg_seg.generators.signature import SIGNATURE
 from csg_seg.generators.slices import grid
@@ -143,9 +143,12 @@ def _shapes_when_retrofitted(model: nn.Module, layers: Layers, settings: Sequenc
 
 def _check_generators(model: nn.Module, compact: Compact, reset: Sequence[str]) -> None:
     """Refuse a retrofitted model whose generators or generated layers differ from the file's."""
-    for key in SIGNATURE:
-        stored = [getattr(each, key) for each in compact.settings]
-        wanted = [getattr(generator.settings, key) for generator in bank_of(model)]
+    own = [generator.settings for generator in bank_of(model)]
+    options = dict.fromkeys(key for each in (*compact.settings, *own) for key in each.options)
+    for key in (*SIGNATURE, *options, 'residual'):
+        stored, wanted = (
+            [each.options.get(key, getattr(each, key, None)) for each in several] for several in (compact.settings, own)
+        )
         if stored != wanted:
             raise CSGError(f'made with {key} {stored}, the model has {wanted}; load it into the dense network instead')
     differing = _without(generated_layers(model), reset).items() ^ _without(compact.layers, reset).items()

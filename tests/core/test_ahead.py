@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+import experiments.rivals.tensor_ring  # noqa: F401 (registers a kind that is not ours)
 from csg_seg import materialise, retrofit
 from csg_seg.layers.conv import batches, generate_weights, generated_convs
 

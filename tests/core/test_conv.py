@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 
+import experiments.rivals.tensor_ring  # noqa: F401 (registers a kind that is not ours)
 from csg_seg import materialise, retrofit
 from csg_seg.errors import CSGError
 from csg_seg.generators.slices import split

@@ -188,6 +188,7 @@ def test_the_public_names_are_these():
         'materialise',
         'plan',
         'register_builder',
+        'register_generator',
         'retrofit',
         'save_compact',
         'summarise',

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from csg_seg.errors import CSGError
-from csg_seg.generators.registry import build_generator
+from csg_seg.generators.linear import build_generator
 from csg_seg.generators.settings import Settings
 
 CSG = {'slice_shape': (12, 20, 3, 3), 'code_dim': 7, 'generator': 'mlp', 'hidden': 5}
@@ -85,7 +85,7 @@ def test_set_linear_leaves_no_trace_of_the_hidden_units():
     assert torch.equal(generator.weight[7:], torch.zeros(5, SIZE))
     assert torch.equal(generator.hidden_weight, kept.hidden_weight)
     assert generator.weight.requires_grad
-    with pytest.raises(CSGError, match=r'this generator wants \(7, 2160\)'):
+    with pytest.raises(CSGError, match=r'this generator needs a basis of shape \(7, 2160\), got \(12, 2160\)'):
         generator.set_linear(torch.zeros(12, SIZE))
 
 

@@ -3,6 +3,8 @@ import json
 import pytest
 
 from csg_seg.errors import CSGError
+from csg_seg.generators.linear import Generator
+from csg_seg.generators.registry import KINDS, Option, register_generator
 from csg_seg.generators.settings import Settings, matches
 
 GOOD = {'slice_shape': (16, 16, 3, 3), 'code_dim': 128}
@@ -12,7 +14,6 @@ SEED = 'seed must be an integer of at least 0'
 FREEZE = 'freeze_generator must be True or False'
 INCLUDE = r"include must be patterns on module names, such as \['backbone\.\*'\]"
 EXCLUDE = r"exclude must be patterns on module names, such as \['backbone\.\*'\]"
-RING = {'generator': 'tensor_ring', 'rank': 4, 'code_dim': 12}
 
 BAD_VALUES = [
     ({'slice_shape': (16, 16)}, SLICE_SHAPE),
@@ -35,23 +36,14 @@ BAD_VALUES = [
     ({'layout': 'Block'}, "layout must be one of 'block', 'flat'; got 'Block'"),
     ({'layout': None}, "layout must be one of 'block', 'flat'"),
     ({'layout': ['flat']}, "layout must be one of 'block', 'flat'"),
-    ({'generator': 'cnn'}, "generator must be one of 'linear', 'binary', 'mlp', 'tensor_ring'; got 'cnn'"),
-    ({'generator': None}, "generator must be one of 'linear', 'binary', 'mlp', 'tensor_ring'"),
+    ({'generator': 'cnn'}, "unknown generator 'cnn'; known are 'linear', 'binary', 'mlp'"),
+    ({'generator': 'cnn', 'rank': 3}, 'register it with csg_seg.register_generator'),
+    ({'generator': None}, "unknown generator None; known are 'linear', 'binary', 'mlp'"),
+    ({'generator': ['mlp']}, r"unknown generator \['mlp'\]; known are 'linear', 'binary', 'mlp'"),
     ({'hidden': 8}, "'hidden' is a key of generator='mlp', not of 'linear'; drop it"),
-    ({'rank': 8}, "'rank' is a key of generator='tensor_ring', not of 'linear'; drop it"),
-    ({'mode': 4}, "'mode' is a key of generator='tensor_ring', not of 'linear'; drop it"),
     ({'generator': 'binary', 'hidden': 8}, "'hidden' is a key of generator='mlp', not of 'binary'; drop it"),
     ({'generator': 'mlp'}, "'hidden' is missing; generator='mlp' needs it, try hidden=8"),
     ({'generator': 'mlp', 'hidden': 0}, 'hidden must be an integer of at least 1'),
-    ({'generator': 'mlp', 'hidden': 8, 'rank': 2}, "'rank' is a key of generator='tensor_ring', not of 'mlp'"),
-    ({'generator': 'tensor_ring'}, "'rank' is missing; generator='tensor_ring' needs it, try rank=8"),
-    (RING | {'rank': 0}, 'rank must be an integer of at least 1'),
-    (RING | {'rank': 2.0}, 'rank must be an integer of at least 1'),
-    (RING | {'mode': 1}, 'mode must be an integer of at least 2'),
-    (RING | {'mode': 2304}, 'mode must be less than the 2304 values of a slice; got 2304'),
-    (RING | {'code_dim': 128}, 'code_dim must be a multiple of 6, such as 126 or 132; got 128'),
-    (RING | {'code_dim': 3}, 'code_dim must be a multiple of 6, such as 6 or 12; got 3'),
-    (RING | {'mode': 48, 'code_dim': 5}, 'with 2 cores, so code_dim must be a multiple of 2, such as 4 or 6; got 5'),
     ({'residual': -1}, 'residual must be an integer of at least 0'),
     ({'residual': None}, 'residual must be an integer of at least 0'),
     ({'residual': True}, 'residual must be an integer of at least 0'),
@@ -90,9 +82,7 @@ ROUND_TRIPS = [
     {'generator': 'binary', 'include': ['layer*.conv2', 'head'], 'exclude': ['layer4']},
     {'generator': 'binary', 'freeze_generator': True, 'include': []},
     {'generator': 'mlp', 'hidden': 16, 'residual': 2},
-    {'generator': 'mlp', 'hidden': 16, 'rank': None, 'freeze_generator': True},
-    RING,
-    RING | {'mode': 7, 'code_dim': 8},
+    {'generator': 'mlp', 'hidden': 16, 'freeze_generator': True},
 ]
 
 
@@ -148,23 +138,46 @@ def test_settings_without_the_optional_keys_are_written_as_ever():
     assert list(Settings.from_dict(GOOD | {'hidden': None, 'residual': 0}).to_dict()) == written
 
 
+@pytest.fixture
+def grown():
+    """A kind with two options, one of which has a default, and a constraint between settings."""
+
+    @register_generator('grown')
+    class Grown(Generator):
+        OPTIONS = {'depth': Option(minimum=2), 'width': Option(minimum=1, default=3)}
+
+        @classmethod
+        def check_settings(cls, settings):
+            if settings.options['depth'] > settings.code_dim:
+                raise CSGError(f'depth must be at most code_dim; got {settings.options["depth"]}')
+
+    yield GOOD | {'generator': 'grown', 'depth': 4}
+    del KINDS['grown']
+
+
+def test_a_registered_kind_brings_its_options(grown):
+    settings = Settings.from_dict(grown | {'residual': 2})
+    assert settings.options == {'depth': 4, 'width': 3}
+    assert list(settings.to_dict())[-3:] == ['depth', 'width', 'residual']
+    assert Settings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+    assert Settings.from_dict(grown | {'width': 5}) != Settings.from_dict(grown)
+
+
 @pytest.mark.parametrize(
-    ('slice_shape', 'mode', 'cores'),
+    ('change', 'message'),
     [
-        ((16, 16, 3, 3), 4, 6),
-        ((16, 16, 1, 1), 4, 4),
-        ((16, 16, 1, 1), 255, 2),
-        ((12, 12, 3, 3), 6, 4),
-        ((5, 1, 1, 1), 4, 2),
+        ({'depth': None}, "'depth' is missing; generator='grown' needs it, try depth=8"),
+        ({'depth': 1}, 'depth must be an integer of at least 2; got 1'),
+        ({'width': 2.0}, 'width must be an integer of at least 1; got 2.0'),
+        ({'depth': 129}, 'depth must be at most code_dim; got 129'),
+        ({'hidden': 4}, "'hidden' is a key of generator='mlp', not of 'grown'; drop it"),
+        ({'generator': 'linear'}, "'depth' is a key of generator='grown', not of 'linear'; drop it"),
+        ({'dept': 4}, "unknown key 'dept'; did you mean 'depth'"),
     ],
 )
-def test_the_cores_of_a_ring_are_the_fewest_that_reach_every_value(slice_shape, mode, cores):
-    csg = RING | {'slice_shape': slice_shape, 'mode': mode}
-    assert Settings.from_dict(csg).cores == cores
-
-
-def test_a_rings_mode_is_four_unless_given():
-    assert Settings.from_dict(GOOD | RING).mode == 4
+def test_a_registered_kinds_options_are_checked(grown, change, message):
+    with pytest.raises(CSGError, match=rf'csg\[1\]: {message}'):
+        Settings.from_dict(grown | change, position=1)
 
 
 def test_the_seed_is_the_position_unless_given():

@@ -50,23 +50,6 @@ def test_a_generated_weight_starts_at_its_layers_kaiming_variance(kind, slice_sh
     assert_starts_at_kaiming_variance({'slice_shape': slice_shape, 'code_dim': code_dim, **kind})
 
 
-@pytest.mark.parametrize(
-    ('slice_shape', 'code_dim', 'rank', 'mode'),
-    [
-        ((12, 20, 3, 3), 72, 8, 4),
-        ((12, 20, 3, 3), 24, 3, 7),
-        ((16, 16, 3, 3), 120, 16, 4),
-        ((16, 16, 3, 3), 10, 2, 48),
-        ((16, 16, 1, 1), 60, 5, 4),
-        ((1, 1, 3, 3), 8, 4, 3),
-        ((12, 20, 1, 5), 6, 6, 4),
-    ],
-)
-def test_a_tensor_rings_weight_starts_at_its_layers_kaiming_variance(slice_shape, code_dim, rank, mode):
-    ring = {'generator': 'tensor_ring', 'rank': rank, 'mode': mode}
-    assert_starts_at_kaiming_variance({'slice_shape': slice_shape, 'code_dim': code_dim, **ring})
-
-
 def test_the_kaiming_std_is_torchs_fan_out():
     conv = torch.nn.Conv2d(128, 256, (3, 5))
     torch.nn.init.kaiming_normal_(conv.weight, mode='fan_out', generator=torch.Generator().manual_seed(0))

@@ -1,14 +1,17 @@
 import itertools
+import json
 import math
 
 import pytest
 import torch
+from test_start_values import assert_starts_at_kaiming_variance
 from torch.func import functional_call, jacfwd, jvp
 
 from csg_seg.errors import CSGError
 from csg_seg.generators.lengths import row_length
-from csg_seg.generators.registry import build_generator
+from csg_seg.generators.linear import build_generator
 from csg_seg.generators.settings import Settings
+from experiments.rivals.tensor_ring import count_cores
 
 # 2 * 5 * 3 * 1 = 30 values of 4 ** 3 = 64 that the ring could make.
 SMALL = {'slice_shape': (2, 5, 3, 1), 'code_dim': 6, 'generator': 'tensor_ring', 'rank': 3}
@@ -27,7 +30,7 @@ def random_codes(n, code_dim, seed=0):
 
 def slow_value(generator, code, index):
     """One value: the trace of a product of one matrix from each core."""
-    rank, mode, cores = generator.settings.rank, generator.settings.mode, generator.settings.cores
+    rank, mode, cores = generator._ring()
     coefficients = code.view(cores, -1) * generator._scale()
     digits = [index // mode**place % mode for place in reversed(range(cores))]
     product = torch.eye(rank, dtype=code.dtype)
@@ -39,7 +42,7 @@ def slow_value(generator, code, index):
 @pytest.mark.parametrize(('mode', 'cores'), MODES)
 def test_a_value_is_the_trace_of_its_cores_product(mode, cores):
     generator = build(SMALL, mode=mode, code_dim=2 * cores).double()
-    assert generator.settings.cores == cores
+    assert count_cores(generator.settings) == cores
     code = random_codes(3, 2 * cores).double()
     slices = generator(code)
     assert slices.shape == (3, 2, 5, 3, 1)
@@ -126,3 +129,65 @@ def test_the_start_is_the_seeds_alone():
     assert torch.equal(one.weight, build(seed=5).weight)
     assert not torch.equal(one.weight, build(seed=6).weight)
     assert not build(freeze_generator=True).weight.requires_grad
+
+
+GOOD = {'slice_shape': (16, 16, 3, 3)}
+RING = GOOD | {'generator': 'tensor_ring', 'rank': 4, 'code_dim': 12}
+
+
+@pytest.mark.parametrize(
+    ('slice_shape', 'mode', 'cores'),
+    [
+        ((16, 16, 3, 3), 4, 6),
+        ((16, 16, 1, 1), 4, 4),
+        ((16, 16, 1, 1), 255, 2),
+        ((12, 12, 3, 3), 6, 4),
+        ((5, 1, 1, 1), 4, 2),
+    ],
+)
+def test_the_cores_are_the_fewest_that_reach_every_value(slice_shape, mode, cores):
+    assert count_cores(Settings.from_dict(RING | {'slice_shape': slice_shape, 'mode': mode})) == cores
+
+
+@pytest.mark.parametrize(('csg', 'mode'), [(RING, 4), (RING | {'mode': 7, 'code_dim': 8}, 7)])
+def test_the_mode_is_four_unless_given(csg, mode):
+    settings = Settings.from_dict(csg)
+    assert settings.options == {'rank': 4, 'mode': mode}
+    assert Settings.from_dict(json.loads(json.dumps(settings.to_dict())), position=9) == settings
+
+
+@pytest.mark.parametrize(
+    ('csg', 'message'),
+    [
+        (GOOD | {'code_dim': 12, 'rank': 8}, "'rank' is a key of generator='tensor_ring', not of 'linear'; drop it"),
+        (RING | {'generator': 'mlp', 'hidden': 8}, "'rank' is a key of generator='tensor_ring', not of 'mlp'"),
+        (RING | {'rank': None}, "'rank' is missing; generator='tensor_ring' needs it, try rank=8"),
+        (RING | {'rank': 0}, 'rank must be an integer of at least 1'),
+        (RING | {'rank': 2.0}, 'rank must be an integer of at least 1'),
+        (RING | {'mode': 1}, 'mode must be an integer of at least 2'),
+        (RING | {'mode': 2304}, 'mode must be less than the 2304 values of a slice; got 2304'),
+        (RING | {'code_dim': 128}, 'code_dim must be a multiple of 6, such as 126 or 132; got 128'),
+        (RING | {'code_dim': 3}, 'code_dim must be a multiple of 6, such as 6 or 12; got 3'),
+        (RING | {'mode': 48, 'code_dim': 5}, 'with 2 cores, so code_dim must be a multiple of 2, such as 4 or 6'),
+    ],
+)
+def test_a_bad_value_is_refused_by_key_and_remedy(csg, message):
+    with pytest.raises(CSGError, match=rf'csg\[3\].*{message}'):
+        Settings.from_dict(csg, position=3)
+
+
+@pytest.mark.parametrize(
+    ('slice_shape', 'code_dim', 'rank', 'mode'),
+    [
+        ((12, 20, 3, 3), 72, 8, 4),
+        ((12, 20, 3, 3), 24, 3, 7),
+        ((16, 16, 3, 3), 120, 16, 4),
+        ((16, 16, 3, 3), 10, 2, 48),
+        ((16, 16, 1, 1), 60, 5, 4),
+        ((1, 1, 3, 3), 8, 4, 3),
+        ((12, 20, 1, 5), 6, 6, 4),
+    ],
+)
+def test_its_weight_starts_at_its_layers_kaiming_variance(slice_shape, code_dim, rank, mode):
+    ring = {'generator': 'tensor_ring', 'rank': rank, 'mode': mode}
+    assert_starts_at_kaiming_variance({'slice_shape': slice_shape, 'code_dim': code_dim, **ring})
