@@ -1,4 +1,4 @@
-"""Shared fixtures: real data when it is given, drawn data always, tools as a user calls them."""
+"""Fixtures that all tests share: real data if given, drawn data, and tools run as a user runs them."""
 
 import multiprocessing
 import os
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Importing the libraries takes longer than most tools run: tools start as copies of a process that has them.
+# Importing the libraries takes longer than running most tools, so tools are forked from a process that has them.
 PROCESSES = multiprocessing.get_context('forkserver')
 PROCESSES.set_forkserver_preload(['csg_seg.mm.running.preflight', 'mmseg.apis', 'mmpretrain.apis'])
 
@@ -39,7 +39,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope='session')
 def real_data(request) -> Path:
-    """The folder of real data; given but incomplete is a failure, not a reason to skip."""
+    """The folder of real data. If it is given but incomplete, the test fails."""
     given = request.config.getoption('--data-root')
     if not given:
         pytest.skip('real data: give --data-root or CSG_SEG_DATA')
@@ -90,12 +90,16 @@ def _become(command: list[str], files: list[Path], environment: dict[str, str]) 
     os.environ.update(environment)
     os.chdir(ROOT)
     sys.argv = command
-    if command[0].startswith('experiments.'):
-        sys.path[0] = str(ROOT)
-        runpy.run_module(command[0], run_name='__main__', alter_sys=True)
+    sys.path[0] = str(ROOT if command[0].startswith('experiments.') else Path(command[0]).parent)
+    run_main(command[0])
+
+
+def run_main(program: str) -> None:
+    """Run a file, or a package of ``experiments``, as the main program of this process."""
+    if program.startswith('experiments.'):
+        runpy.run_module(program, run_name='__main__', alter_sys=True)
     else:
-        sys.path[0] = str(Path(command[0]).parent)
-        runpy.run_path(command[0], run_name='__main__')
+        runpy.run_path(program, run_name='__main__')
 
 
 def run_experiment(name: str, *args, check: bool = True) -> subprocess.CompletedProcess:
@@ -110,15 +114,13 @@ def run_tool(name: str, *args, check: bool = True) -> subprocess.CompletedProces
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
-    """Run a tool in this process and return the one line it ends with."""
+    """Run a tool, or ``experiments.NAME``, in this process and return the one line it ends with."""
 
-    def call(tool, *args) -> str:
-        monkeypatch.setattr(sys, 'argv', [tool, *map(str, args)])
+    def call(tool: str, *args) -> str:
+        program = tool if tool.startswith('experiments.') else str(ROOT / 'tools' / tool)
+        monkeypatch.setattr(sys, 'argv', [program, *map(str, args)])
         with pytest.raises(SystemExit) as end:
-            if tool.startswith('experiments.'):
-                runpy.run_module(tool, run_name='__main__', alter_sys=True)
-            else:
-                runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
+            run_main(program)
         capsys.readouterr()
         message = str(end.value.code)
         assert message.startswith('error: ') and '\n' not in message

@@ -16,12 +16,9 @@ TOOLS = Path(__file__).parents[1] / '.mim' / 'tools'
 
 
 def tools() -> dict[str, Path]:
-    """Return the tools by name. If two have the same name, the second is prefixed with its folder."""
+    """Return the tools by name; those outside of folders come first."""
     paths = sorted(TOOLS.glob('**/*.py'), key=lambda path: (len(path.parts), path))
-    named: dict[str, Path] = {}
-    for path in paths:
-        named[f'{path.parent.name}/{path.stem}' if path.stem in named else path.stem] = path
-    return named
+    return {path.stem: path for path in paths}
 
 
 def doctor(*, as_json: bool) -> int:

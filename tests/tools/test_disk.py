@@ -140,7 +140,7 @@ def test_a_folder_is_tried_before_anything_is_computed(tmp_path):
 
 
 def commands(files, drawn, image):
-    """Return each tool's command, without the option that says where to write."""
+    """Return a command for each tool and experiment; it ends with the option that says where to write."""
     data, network = cfg_options(small(drawn)), [DEMO, files / 'csg.pth']
     tools = {
         'materialise.py': ([*network], '--out', 'x.pth'),
@@ -152,24 +152,25 @@ def commands(files, drawn, image):
         'train.py': ([DEMO, *data], '--work-dir', 'x'),
         'test.py': ([*network, *data], '--work-dir', 'x'),
         'compare.py': ([DENSE, DEMO, *data], '--work-dir', 'x'),
-        'benchmark.py': ([DENSE, DEMO, *data], '--work-dir', 'x'),
-        'carry_over.py': ([DENSE, files / 'dense.pth', *data], '--work-dir', 'x'),
-        'federated.py': (['--network', 'a', *network, '*', *data], '--work-dir', 'x'),
+        'experiments.runs': ([DENSE, DEMO, *data], '--work-dir', 'x'),
+        'experiments.carry_over': ([DENSE, files / 'dense.pth', *data], '--work-dir', 'x'),
+        'experiments.federated': (['--network', 'a', *network, '*', *data], '--work-dir', 'x'),
         'model_converters/released2csg.py': ([files / 'csg.pth'], '--out', 'x.pth'),
-        'analysis_tools/benchmark.py': ([DEMO], '--out', 'x.json'),
-        'analysis_tools/scale.py': ([DENSE], '--picture', 'x.png'),
-        'analysis_tools/exchange.py': ([DENSE, DEMO], '--out', 'x.json'),
-        'analysis_tools/compare_fits.py': ([RESNET20, files / 'dense.pth'], '--work-dir', 'x'),
-        'analysis_tools/zoo_check.py': (['--scope', 'torchvision', '--names', 'resnet18'], '--out', 'x.jsonl'),
+        'experiments.speed': ([DEMO], '--out', 'x.json'),
+        'experiments.scale': ([DENSE], '--picture', 'x.png'),
+        'experiments.exchange': ([DENSE, DEMO], '--out', 'x.json'),
+        'experiments.fits': ([RESNET20, files / 'dense.pth'], '--work-dir', 'x'),
+        'experiments.zoo': (['--scope', 'torchvision', '--names', 'resnet18'], '--out', 'x.jsonl'),
     }
     return {tool: [*before, option, CLOSED / name] for tool, (before, option, name) in tools.items()}
 
 
-def test_every_tool_refuses_a_folder_that_nothing_can_be_written_in(refused, files, drawn):
+def test_every_tool_and_experiment_refuses_a_folder_that_nothing_can_be_written_in(refused, files, drawn):
     found = commands(files, drawn, files / 'image.png')
-    scripts = {str(path.relative_to(ROOT / 'tools')) for path in (ROOT / 'tools').rglob('*.py')}
-    # Those take their folder by position, and are tried below.
-    assert scripts == found.keys() | {'dataset_converters/draw_voc.py', 'dataset_converters/coco2voc.py'}
+    programs = {str(path.relative_to(ROOT / 'tools')) for path in ROOT.glob('tools/**/*.py')}
+    programs |= {f'experiments.{path.parent.name}' for path in ROOT.glob('experiments/*/__main__.py')}
+    # These two take their folder as a positional argument; they are tested below.
+    assert programs == found.keys() | {'dataset_converters/draw_voc.py', 'dataset_converters/coco2voc.py'}
     for tool, command in found.items():
         message = refused(tool, *command)
         assert f'{command[-1]}: nothing can be written in {CLOSED}' in message, f'{tool}: {message}'

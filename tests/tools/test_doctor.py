@@ -11,6 +11,7 @@ from conftest import ROOT
 
 import csg_seg
 from csg_seg.cli import doctor
+from csg_seg.cli.errors import EXTRAS, one_line_errors
 from csg_seg.cli.main import TOOLS, tools
 
 
@@ -51,9 +52,20 @@ def test_what_does_not_go_together_is_named_with_a_remedy(installed, name, says,
     assert says in examined(monkeypatch, installed)[name].remedy
 
 
-def test_what_is_optional_may_be_missing(monkeypatch):
-    found = examined(monkeypatch, {'onnx': None})['onnx']
-    assert 'optional' in found.state and not found.remedy
+@pytest.mark.parametrize('name', [name for name, _, _ in doctor.OPTIONAL])
+def test_a_missing_optional_package_is_no_mistake_and_says_what_it_is_for(monkeypatch, name):
+    found = examined(monkeypatch, {name: None})[name]
+    assert 'optional, for ' in found.state and 'pip install' in found.state and not found.remedy
+
+
+def test_a_missing_package_is_one_line_that_names_the_extra():
+    for name, extra in EXTRAS.items():
+        with pytest.raises(SystemExit) as end, one_line_errors():
+            raise ModuleNotFoundError(name=f'{name}.inner')
+        assert end.value.code.startswith(f'error: {name}.inner is not installed')
+        assert f"pip install '.[{extra}]'" in end.value.code
+    with pytest.raises(ModuleNotFoundError), one_line_errors():
+        raise ModuleNotFoundError(name='unknown')
 
 
 def test_a_package_that_does_not_import_is_named_with_the_reason(monkeypatch):
@@ -75,7 +87,6 @@ def test_the_command_prints_json_and_lists_every_tool():
     files = sorted(path.relative_to(ROOT / 'tools') for path in ROOT.glob('tools/**/*.py'))
     assert files and files == sorted(path.relative_to(TOOLS) for path in tools().values())
     assert all(f'  {name} ' in listed for name in (*tools(), 'doctor'))
-    assert tools()['benchmark'].parent == TOOLS and tools()['analysis_tools/benchmark'].parent.name == 'analysis_tools'
 
 
 @pytest.mark.parametrize(('args', 'says'), [(['tran'], 'no command tran'), (['doctor', '-x'], 'does not know -x')])
