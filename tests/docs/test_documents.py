@@ -1,6 +1,5 @@
 """What README and docs tell users to type works."""
 
-import json
 import re
 import subprocess
 import sys
@@ -9,15 +8,17 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, cfg_options, run_program, run_tool
+from conftest import ROOT, cfg_options, run_experiment, run_program, run_tool
 from mmengine.config import Config
 from torch import nn
 
 import csg_seg
+from csg_seg.errors import CSGError
 from csg_seg.mm.checkpoints.reading import read_checkpoint
 from csg_seg.mm.model import build_model
+from experiments import tables
 from experiments.zoo.libraries import SCOPES
-from experiments.zoo.rows import read_rows, summarise_rows
+from experiments.zoo.rows import read_rows
 
 README = (ROOT / 'README.md').read_text()
 DOCUMENTS = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -61,7 +62,7 @@ def test_a_network_of_several_kernels_is_retrofitted_as_the_page_says(capsys):
 def test_named_files_exist(document):
     text = document.read_text()
     links = re.findall(r'\]\((?!http)([^)#]+)\)', text)
-    names = re.findall(r'(?:tools|configs|docs|tests|csg_seg)/[\w/.-]*\w', text)
+    names = re.findall(r'(?:tools|configs|docs|tests|csg_seg|experiments)/[\w/.-]*\w', text)
     folder = document.parent
     missing = [link for link in links if not (folder / link).exists()]
     missing += [name for name in names if not (ROOT / name).exists() and 'dataset_converters/voc_aug' not in name]
@@ -75,7 +76,8 @@ def test_options_of_the_tools_are_mmsegs():
         theirs = (ROOT.__class__(mmseg.__file__).parent / '.mim' / 'tools' / tool).read_text()
         ours = (ROOT / 'tools' / tool).read_text()
         options = re.findall(r"'(--[\w-]+)'", theirs)
-        assert options and all(f"'{option}'" in ours for option in options)
+        assert options
+        assert [option for option in options if f"'{option}'" not in ours] == []
 
 
 @pytest.fixture
@@ -111,99 +113,53 @@ def test_the_recipes_from_trained_weights_train(recipes, drawn, tmp_path):
         assert list(folder.glob('*_1.pth'))
 
 
-def median(values):
-    return f'{np.median(values):.2f}'
+def test_tables_are_the_results():
+    assert not tables.missing_tables(tables.documents())
+    differing = {path.name: tables.fill(text)[1] for path, text in tables.documents().items()}
+    assert {name: each for name, each in differing.items() if each} == {}
 
 
-@pytest.mark.parametrize('name', ['deeplabv3-r50', 'resnet56'])
-def test_the_tables_of_what_workers_exchange_are_the_results(name):
-    results = {n: json.loads((ROOT / 'results' / f'exchange-{name}{n}.json').read_text()) for n in ('', '-4')}
-    text = (ROOT / 'docs' / 'distributed.md').read_text()
-    dense, csg = results[''].pop('networks').values()
-    for one, other in zip((dense, csg), results['-4']['networks'].values(), strict=True):
-        assert {key: one[key] for key in one if key != 'buckets'} == {
-            key: other[key] for key in one if key != 'buckets'
-        }
-    for each in (dense, csg):
-        keys = ('parameter_bytes', 'gradient_bytes', 'optimizer_bytes', 'all_reduced_bytes')
-        assert ' | '.join(f'{each[key] / 1e6:.2f}' for key in keys) in text
-        assert f'{each["all_reduced_bytes"] / 1e6:.2f} MB' in README
-    links = results['']['links']
-    for network in links['none']:
-        for hook in results['']['hooks']:
-            cells = []
-            for networks in links.values():
-                seconds, first = networks[network][hook]['seconds'], next(iter(networks.values()))['none']['seconds']
-                ratio = median(np.divide(seconds, first))
-                cells.append(f'{median(seconds)} ({ratio}x)')
-            assert ' | '.join(cells) in text, f'{network} {hook}'
-    if name == 'deeplabv3-r50':
-        for rate, networks in links.items():
-            one, two = (median(networks[network]['none']['seconds']) for network in networks)
-            assert rate == 'none' or f'{one} | {two} |' in README
+@pytest.mark.parametrize('name', tables.TABLES)
+def test_a_changed_figure_is_found(name):
+    (text,) = [text for text in tables.documents().values() if f'<!-- table: {name} -->' in text]
+    before, start, rest = text.partition(f'<!-- table: {name} -->')
+    table, end, after = rest.partition('<!-- end -->')
+    digit = list(re.finditer(r'\d', table))[-1]
+    changed = f'{table[: digit.start()]}{9 - int(digit[0])}{table[digit.end() :]}'
+    assert tables.fill(before + start + changed + end + after) == (text, [name])
 
 
-def test_the_table_of_federated_averaging_is_the_result():
-    result = json.loads((ROOT / 'results' / 'federated-camvid.json').read_text())
-    text = (ROOT / 'docs' / 'distributed.md').read_text()
-    for each in result['networks'].values():
-        scores = ' | '.join(f'{point["score"]:.2f}' for point in each['scores'])
-        assert f'| {each["bytes"] / 1e6:.2f} | {scores} | {each["scores"][-1]["bytes"] / 1e6:,.0f} |' in text
+def test_a_table_that_does_not_exist_is_named():
+    with pytest.raises(CSGError, match="there is no table 'guess'; choose from demo"):
+        tables.fill('<!-- table: guess -->\n<!-- end -->')
 
 
-def megabytes(count):
-    return f'{count / 1e6:.1f}' if count < 1e7 else f'{count / 1e6:.0f}'
+def test_a_table_without_a_place_is_found():
+    assert tables.missing_tables({}) == list(tables.TABLES)
 
 
-@pytest.mark.parametrize('name', ['resnet56', 'deeplabv3-r18'])
-def test_the_table_of_steps_is_the_result(name):
-    result = json.loads((ROOT / 'results' / f'speed-{name}.json').read_text())
-    text = (ROOT / 'docs' / 'speed.md').read_text()
-    for network, each in result['summary'].items():
-        held = result['networks'][network]['bytes']
-        parts = (held[f'{part}_bytes'] for part in ('parameter', 'gradient', 'optimizer', 'activation'))
-        cells = (
-            network,
-            f'{each["step"]:.3f}',
-            f'{each["step_ratio"]:.3f}x',
-            f'{100 * each["step_spread"]:.0f} %',
-            f'{100 * each["generation_share"]:.1f} %' if network == 'csg' else '',
-            f'{1000 * each["evaluation"]:.1f}',
-            f'{each["evaluation_ratio"]:.3f}x',
-            f'{100 * each["evaluation_spread"]:.0f} %',
-            ' + '.join(map(megabytes, parts)),
-            f'{each["memory_ratio"]:.3f}x',
-        )
-        assert f'| {" | ".join(cells)} |' in text
-    csg = result['summary']['csg']
-    assert f'{csg["step_ratio"]:.2f} times' in README
-    aimed = (
-        f'| above | {csg["step_ratio"]:.3f} | {csg["memory_ratio"]:.3f} | 1.08 | {csg["evaluation_ratio"]:.3f} | 1.02 |'
-    )
-    assert aimed in text
+def test_the_command_checks_all_tables():
+    assert run_experiment('tables', '--check').stdout == ''
 
 
-def test_the_table_of_large_networks_is_the_result():
-    result = json.loads((ROOT / 'results' / 'scale.json').read_text())
-    text = (ROOT / 'docs' / 'speed.md').read_text()
-    for name, each in result['networks'].items():
-        seconds = (f'{each["seconds"][phase]:.2f}' for phase in ('retrofit', 'fit', 'save', 'load'))
-        sizes = (f'{each[key] / 1e6:.1f}' for key in ('dense_bytes', 'compact_bytes'))
-        cells = (name, f'{each["params"] / 1e6:.2f} M', *seconds, *sizes, f'{each["peak_bytes"] / 1e6:.0f}')
-        assert f'| {" | ".join(cells)} |' in text
+def test_figures_in_the_text_are_the_results():
+    csg = tables.read('speed-resnet56')['summary']['csg'], tables.read('speed-deeplabv3-r18')['summary']['csg']
+    for each in csg:
+        assert f'{each["step_ratio"]:.2f} times' in README
+
+
+@pytest.mark.parametrize('name', tables.EXCHANGED)
+def test_ranks_of_two_and_four_processes_exchange_the_same(name):
+    two, four = (tables.read(f'exchange-{name}{count}')['networks'] for count in ('', '-4'))
+    assert two.keys() == four.keys()
+    for network in two:
+        assert {key: two[network][key] for key in tables.HELD} == {key: four[network][key] for key in tables.HELD}
 
 
 @pytest.mark.parametrize('scope', SCOPES)
-def test_the_tables_of_the_libraries_are_their_rows(scope):
-    rows = read_rows(ROOT / 'results' / f'zoo-{scope}.jsonl', scope)
-    text = (ROOT / 'docs' / 'supported.md').read_text()
-    summary = summarise_rows(rows)
-    least, median, most = summary['ratio']
-    counts = ' | '.join(str(count) for count in summary['results'].values())
-    assert f'| {scope} | {len(rows)} | {counts} | {least:.2f} to {most:.2f} | {median:.2f} |' in text
-    left = '; '.join(f'{count} {reason}' for reason, count in summary['left_dense'].most_common())
-    assert f'| {scope} | {summary["generated"]:,} | {summary["on_losses"]} | {left} |' in text
-    assert len({row['name'] for row in rows}) == len(rows)
+def test_every_network_of_a_library_has_one_row(scope):
+    names = [row['name'] for row in read_rows(ROOT / 'results' / f'zoo-{scope}.jsonl', scope)]
+    assert names and len(set(names)) == len(names)
 
 
 def example(document: str, marker: str) -> str:

@@ -1,0 +1,433 @@
+"""Write the tables of README and docs from the figures in results/.
+
+A document marks the place of a table with ``<!-- table: NAME -->`` and ``<!-- end -->``.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from csg_seg.cli.errors import one_line_errors
+from csg_seg.errors import CSGError
+from csg_seg.files import write_whole
+
+from .zoo.rows import RESULTS, read_rows, summarise_rows
+
+ROOT = Path(__file__).parents[1]
+RESULT_FILES = ROOT / 'results'
+MARKED = re.compile(r'(<!-- table: (\S+) -->\n).*?(<!-- end -->)', re.DOTALL)
+
+
+def read(name: str) -> dict[str, Any]:
+    """Return ``results/NAME.json``."""
+    return json.loads((RESULT_FILES / f'{name}.json').read_text())
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: Sequence[int] = (0,)) -> str:
+    """Return a Markdown table; columns are right-aligned unless their position is in ``left``."""
+    rule = ['---' if position in left else '---:' for position in range(len(columns))]
+    lines = [' | '.join(map(str, row)) for row in (columns, *rows)]
+    return '\n'.join([f'| {lines[0]} |', f'|{"|".join(rule)}|', *(f'| {line} |' for line in lines[1:])])
+
+
+def demo() -> str:
+    """Dense and CSG in ``make demo``."""
+    result = read('demo')
+    columns = ('network', 'parameters stored', 'compression', 'training checkpoint', 'mIoU', 'step time')
+    rows = []
+    for name, ratio, seconds in (('dense', 1.0, 1.0), ('csg', result['compression_ratio'], result['step_time_ratio'])):
+        each = result[name]
+        size = f'{each["checkpoint_bytes"]:,} bytes'
+        rows.append(
+            (name, f'{each["stored_params"]:,}', f'{ratio:.2f}x', size, f'{each["mIoU"]:.2f}', f'{seconds:.2f}x')
+        )
+    return markdown(columns, rows)
+
+
+EXCHANGED = {'deeplabv3-r50': ('DeepLabV3-R50', 's16 d128'), 'resnet56': ('ResNet-56', 's12 d72')}
+HELD = ('parameter_bytes', 'gradient_bytes', 'optimizer_bytes', 'all_reduced_bytes')
+
+
+def exchange_summary() -> str:
+    """Bytes of one rank, dense and CSG."""
+    rows = []
+    for name, (network, settings) in EXCHANGED.items():
+        dense, csg = (each['all_reduced_bytes'] for each in read(f'exchange-{name}')['networks'].values())
+        rows.append(
+            (f'{network}, {settings}', f'{dense / 1e6:.2f} MB', f'{csg / 1e6:.2f} MB', f'{dense / csg:.2f} times')
+        )
+    first = 'one rank: parameters, gradients, optimizer state, and gradients all-reduced in a step, each'
+    return markdown((first, 'dense', 'CSG', 'less'), rows)
+
+
+def exchange_seconds() -> str:
+    """Seconds of a step of DeepLabV3-R50 over each link."""
+    links = read('exchange-deeplabv3-r50')['links']
+    rows = [
+        (f'link of {rate_name(rate)}', *(median(hooks['none']['seconds']) for hooks in networks.values()))
+        for rate, networks in links.items()
+        if rate != 'none'
+    ]
+    return markdown(('seconds of a training step of DeepLabV3-R50 on two CPU cores', 'dense', 'CSG'), rows)
+
+
+def exchange_bytes() -> str:
+    """Bytes of one rank, by kind, and the buckets."""
+    rows = []
+    for name, (network, settings) in EXCHANGED.items():
+        for kind, each in zip(('dense', f'CSG {settings}'), read(f'exchange-{name}')['networks'].values(), strict=True):
+            buckets = ' '.join(
+                f'{one["bytes"] / 1e6:.1f}{chr(92) + "*" if one["generator"] else ""}' for one in each['buckets']
+            )
+            rows.append((f'{network}, {kind}', *(f'{each[key] / 1e6:.2f}' for key in HELD), buckets))
+    columns = ('network', 'parameters', 'gradients', 'optimizer state', 'all-reduced in a step', 'buckets')
+    return markdown(columns, rows, left=(0, 5))
+
+
+def exchange_links(name: str) -> str:
+    """Seconds of a step over each link, with each hook."""
+    result = read(f'exchange-{name}')
+    links = result['links']
+    rows = []
+    for kind, network in zip(('dense', 'CSG'), links['none'], strict=True):
+        for hook in result['hooks']:
+            cells = []
+            for networks in links.values():
+                seconds, first = networks[network][hook]['seconds'], next(iter(networks.values()))['none']['seconds']
+                ratio = median(one / other for one, other in zip(seconds, first, strict=True))
+                cells.append(f'{median(seconds)} ({ratio}x)')
+            sent = statistics.median(links['none'][network][hook]['sent'])
+            rows.append((kind, hook, f'{sent / 1e6:.1f}', *cells))
+    return markdown(('network', 'hook', 'MB sent in a step', *map(rate_name, links)), rows, left=(0, 1))
+
+
+def median(values: Iterable[float]) -> str:
+    """Return the median with two decimals."""
+    return f'{statistics.median(values):.2f}'
+
+
+def rate_name(rate: str) -> str:
+    """Return '100 Mbit/s' for '100mbit'."""
+    return (
+        'no limit'
+        if rate == 'none'
+        else re.sub(r'(\d+)(.)bit', lambda found: f'{found[1]} {found[2].upper()}bit/s', rate)
+    )
+
+
+def federated() -> str:
+    """MIoU during federated averaging."""
+    labels = {
+        'dense': ('dense', 'everything'),
+        'csg': ('CSG, s16 d128', 'everything'),
+        'codes': ('CSG, s16 d128', 'codes'),
+    }
+    networks = read('federated-camvid')['networks']
+    start, first, *later = [point['round'] for point in networks['dense']['scores']]
+    assert start == 0
+    rows = []
+    for name, each in networks.items():
+        scores = (f'{point["score"]:.2f}' for point in each['scores'])
+        rows.append((*labels[name], f'{each["bytes"] / 1e6:.2f}', *scores, f'{each["scores"][-1]["bytes"] / 1e6:,.0f}'))
+    rounds = ('start', f'after {first} rounds', *map(str, later))
+    columns = ('network', 'exchanged', 'MB of one exchange', *rounds, 'MB to and from all workers')
+    return markdown(columns, rows, left=(0, 1))
+
+
+TIMED = {
+    'resnet56': 'ResNet-56, s12 d72, 64 images of 32 x 32',
+    'deeplabv3-r18': 'DeepLabV3-R18, s16 d128, 4 images of 288 x 384',
+}
+
+
+def speed() -> str:
+    """Time and memory of a training step and an evaluation."""
+    rows = []
+    for name, label in TIMED.items():
+        result = read(f'speed-{name}')
+        for network, each in result['summary'].items():
+            held = result['networks'][network]['bytes']
+            parts = (held[f'{part}_bytes'] for part in ('parameter', 'gradient', 'optimizer', 'activation'))
+            step = (f'{each["step"]:.3f}', f'{each["step_ratio"]:.3f}x', percent(each['step_spread'], 0))
+            share = percent(each['generation_share'], 1) if 'generation_share' in each else ''
+            evaluation = (f'{1000 * each["evaluation"]:.1f}', f'{each["evaluation_ratio"]:.3f}x')
+            spread = percent(each['evaluation_spread'], 0)
+            memory = (' + '.join(map(megabytes, parts)), f'{each["memory_ratio"]:.3f}x')
+            rows.append((label if network == 'dense' else '', network, *step, share, *evaluation, spread, *memory))
+    held = 'MB: parameters + gradients + optimizer + activations'
+    step = ('s per step', 'to dense', 'spread', 'generation')
+    evaluation = ('ms to evaluate', 'to dense', 'spread')
+    return markdown(('training step of', '', *step, *evaluation, held, 'to dense'), rows, left=(0, 1, 9))
+
+
+def percent(share: float, digits: int) -> str:
+    """Return a share in percent."""
+    return f'{100 * share:.{digits}f} %'
+
+
+def megabytes(count: int) -> str:
+    """Return MB with two significant digits or more."""
+    return f'{count / 1e6:.1f}' if count < 1e7 else f'{count / 1e6:.0f}'
+
+
+# Networks to measure on a GPU, with the options of experiments.speed and the targets for step, memory, evaluation.
+ON_A_GPU = (
+    (
+        'DeepLabV3-R50',
+        '`configs/deeplabv3/csg-s16-d128_deeplabv3_r50-d8_4xb4-40k_voc12aug-512x512.py '
+        '--batch-size 16 --bf16 --channels-last`',
+        '1.03, 1.05',
+    ),
+    (
+        'ResNet-50',
+        '`configs/imagenet/csg-s16-d128_resnet50_8xb32_in1k.py --batch-size 256 --bf16 --channels-last`',
+        '1.03',
+    ),
+    ('ResNet-56', '`configs/cifar10/csg-s12-d72_resnet56_b192-200e_cifar10.py --batch-size 128`', '1.15'),
+    ('ResNet-56, compiled', 'the same with `--compile`', '1.05'),
+)
+
+
+def speed_targets() -> str:
+    """Targets for time and memory, and the measured ratios."""
+    rows: list[Sequence[object]] = [
+        (f'{network} on a GPU', options, '', '', target, '', '1.02') for network, options, target in ON_A_GPU
+    ]
+    for name, label in TIMED.items():
+        csg = read(f'speed-{name}')['summary']['csg']
+        ratios = [f'{csg[f"{key}_ratio"]:.3f}' for key in ('step', 'memory', 'evaluation')]
+        rows.append((f'{label.split(",")[0]} on a CPU', 'above', *ratios[:2], '1.08', ratios[2], '1.02'))
+    columns = ('', 'options of `experiments.speed`', 'step', 'memory', 'target: step, memory', 'evaluation', 'target')
+    return markdown(columns, rows, left=(0, 1, 4))
+
+
+def scale() -> str:
+    """Time and memory of large networks."""
+    phases = ('retrofit', 'fit', 'save', 'load')
+    rows = []
+    for name, each in read('scale')['networks'].items():
+        seconds = (f'{each["seconds"][phase]:.2f}' for phase in phases)
+        sizes = (f'{each[key] / 1e6:.1f}' for key in ('dense_bytes', 'compact_bytes'))
+        rows.append((name, f'{each["params"] / 1e6:.2f} M', *seconds, *sizes, f'{each["peak_bytes"] / 1e6:.0f}'))
+    seconds = (f'{phase}, s' for phase in phases)
+    return markdown(('network', 'parameters', *seconds, 'dense, MB', 'compact, MB', 'peak, MB'), rows)
+
+
+def summaries() -> dict[str, dict[str, Any]]:
+    """Return the summary of each library's rows."""
+    scopes = ('mmseg', 'mmpretrain', 'torchvision', 'timm')
+    return {scope: summarise_rows(read_rows(RESULT_FILES / f'zoo-{scope}.jsonl', scope)) for scope in scopes}
+
+
+def zoo_results() -> str:
+    """Results of the networks of each library."""
+    rows = []
+    for scope, each in summaries().items():
+        least, middle, most = each['ratio']
+        counts = each['results'].values()
+        rows.append((scope, sum(counts), *counts, f'{least:.2f} to {most:.2f}', f'{middle:.2f}'))
+    return markdown(('library', 'networks', *RESULTS, 'times smaller', 'median'), rows, left=(0, 8))
+
+
+def zoo_convs() -> str:
+    """Convs of the networks of each library that passed."""
+    rows = []
+    for scope, each in summaries().items():
+        left = '; '.join(f'{count} {reason}' for reason, count in each['left_dense'].most_common())
+        rows.append((scope, f'{each["generated"]:,}', each['on_losses'], left))
+    return markdown(('library', 'convs generated', 'networks trained on losses', 'convs left dense'), rows, left=(0, 3))
+
+
+WAYS = {
+    'scratch': 'from scratch, labels',
+    'narrow': 'a narrower dense network, equal in size or a little smaller, logits of the same teacher',
+    'fitted': 'fit, no training',
+    'fine-tune': 'fit, then labels',
+    'logits': 'fit, then logits',
+    'features': "**fit, then logits and every block's output**",
+    'anneal': 'the same, weights passing from dense to generated (removed)',
+    'proximal': 'the same, the dense network pulled to the generator for two epochs first',
+}
+
+
+def carry_over() -> str:
+    """Accuracy after three epochs, by network, ratio and way."""
+    found = {depth: read(f'carry-over-resnet{depth}')['ratios'] for depth in (20, 32, 56)}
+    rows = []
+    for way, label in WAYS.items():
+        cells = []
+        for each in (each for ratios in found.values() for each in ratios.values()):
+            score = each['fitted']['score'] if way == 'fitted' else each['networks'][way]['mean']
+            cells.append(f'**{score:.2f}**' if label.startswith('**') else f'{score:.2f}')
+        rows.append((label, *cells))
+    return markdown(
+        ('way', *(f'ResNet-{depth}, {ratio}x' for depth, ratios in found.items() for ratio in ratios)), rows
+    )
+
+
+def carry_over_camvid() -> str:
+    """MIoU on CamVid after the fit and after training."""
+    result = read('carry-over-camvid')
+    (trained,) = read('camvid-dense-trained-on')['networks'].values()
+    dense = result['dense']
+    rows = [('dense', f'{dense["stored_params"]:,}', f'{dense["score"]:.2f}', f'{trained["mean"]:.2f}')]
+    for ratio, each in result['ratios'].items():
+        (network,) = each['networks'].values()
+        fitted, score = each['fitted']['score'], network['mean']
+        rows.append((f'{ratio}x', f'{network["stored_params"]:,}', f'{fitted:.2f}', f'{score:.2f}'))
+    return markdown(('network', 'parameters stored', 'mIoU after the fit', 'after 250 steps'), rows)
+
+
+GENERATORS = {
+    's4-d57': 'linear, codes of 57',
+    's4-d52-mlp48': 'MLP of 48 hidden units, codes of 52',
+    's4-d53-residual1': 'linear with a residual of rank 1, codes of 53',
+    '3x-s4': 'three linear ones, one for each stage',
+    's4-d52-ring18': 'tensor ring of rank 18, codes of 52',
+    's4-d61-binary': 'random binary, codes of 61',
+}
+
+
+def generators() -> str:
+    """Accuracy of different generators at equal size."""
+    networks = read('generators-resnet20')['networks']
+    rows = [
+        (label, f'{networks[f"taught-csg-{name}_resnet20_b64-3e_cifar10-npz"]["mean"]:.2f}')
+        for name, label in GENERATORS.items()
+    ]
+    return markdown(('generator', 'top-1'), rows)
+
+
+FITS = {
+    'truncated SVD': 'truncated SVD, overhang as zeros',
+    'SVD, layers at unit norm': 'the same, each layer weighted by `1 / norm(W)^2`',
+    'SVD, layers at unit mean square': 'the same, by `parameters / norm(W)^2`',
+    'free overhang (csg_seg.fit)': '**overhang ignored: `csg_seg.fit`**',
+    'free, layers at unit norm': 'overhang ignored, by `1 / norm(W)^2`',
+    'free, unit filters': 'overhang ignored, filters at unit norm, their scale absorbed by BatchNorm',
+    'free, permuted channels': 'overhang ignored, hidden channels of each block ordered to make slices similar',
+    'input energies': 'weighted by the mean square of input channels, layers by their output',
+    'input moments': "weighted by all second moments of a slice's inputs, layers by their output",
+    'input moments, unit outputs': 'the same, filters at unit output, their scale absorbed by BatchNorm',
+}
+
+
+def fits() -> str:
+    """Errors and accuracy after different fits."""
+    settings = read('fits-resnet20')['settings']
+    rows = []
+    for way, label in FITS.items():
+        found = [each['ways'][way] for each in settings.values()]
+        cells = (
+            f'{each["weight_error"]:.2f}, {each["output_error"]:.2f}: {each["accuracy"]:.1f}, {each["accuracy_bn"]:.1f}'
+            for each in found
+        )
+        rows.append((label, *cells))
+    columns = [
+        f'{each["slice_shape"][0]}x{each["slice_shape"][1]}, {each["compression_ratio"]:.2g}x'
+        for each in settings.values()
+    ]
+    return markdown(('way', *columns), rows, left=range(len(columns) + 1))
+
+
+def cifar10() -> str:
+    """Accuracy of ResNet-20 on a part of CIFAR-10."""
+    rows: list[Sequence[object]] = []
+    for label, each in zip(
+        ('dense', 's12 d72', 's12 d72, random binary'), read('cifar10-npz')['networks'].values(), strict=True
+    ):
+        score = f'{each["mean"]:.2f} +- {each["std"]:.2f}'
+        rows.append((label, f'{each["stored_params"]:,}', f'{each["compression_ratio"]:.2f}x', score))
+    whole = 'ResNet-56 on the whole of CIFAR-10 (`cifar10-jpeg`): dense, s12 d72, s16 d128, binary'
+    rows.append((whole, '', '', 'not yet measured (no GPU)'))
+    return markdown(('network', 'parameters stored', 'ratio', 'accuracy, mean and standard deviation'), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    'demo': demo,
+    'exchange-summary': exchange_summary,
+    'exchange-seconds': exchange_seconds,
+    'exchange-bytes': exchange_bytes,
+    'exchange-links-deeplabv3-r50': lambda: exchange_links('deeplabv3-r50'),
+    'exchange-links-resnet56': lambda: exchange_links('resnet56'),
+    'federated': federated,
+    'speed': speed,
+    'speed-targets': speed_targets,
+    'scale': scale,
+    'zoo-results': zoo_results,
+    'zoo-convs': zoo_convs,
+    'carry-over': carry_over,
+    'carry-over-camvid': carry_over_camvid,
+    'generators': generators,
+    'fits': fits,
+    'cifar10': cifar10,
+}
+
+
+def documents() -> dict[Path, str]:
+    """Return the documents that may have tables."""
+    return {path: path.read_text() for path in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')))}
+
+
+def fill(text: str) -> tuple[str, list[str]]:
+    """Write all marked tables of a document.
+
+    Returns:
+        the new text, and the names of the tables that differ.
+
+    Raises:
+        CSGError: a marker names no table.
+    """
+    differing: list[str] = []
+
+    def replace(found: re.Match[str]) -> str:
+        name = found[2]
+        if name not in TABLES:
+            raise CSGError(f'there is no table {name!r}; choose from {", ".join(TABLES)}')
+        new = f'{found[1]}{TABLES[name]()}\n{found[3]}'
+        if new != found[0]:
+            differing.append(name)
+        return new
+
+    return MARKED.sub(replace, text), differing
+
+
+def missing_tables(texts: Mapping[Path, str]) -> list[str]:
+    """Return the names of tables that no document has."""
+    marked = {found[2] for text in texts.values() for found in MARKED.finditer(text)}
+    return [name for name in TABLES if name not in marked]
+
+
+def parse_args() -> argparse.Namespace:
+    """Return the arguments of the command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--check', action='store_true', help='change nothing; fail if a table differs from its results')
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Write or check all tables."""
+    args = parse_args()
+    with one_line_errors():
+        texts = documents()
+        problems = [f'{name}: no document has this table' for name in missing_tables(texts)]
+        for path, text in texts.items():
+            new, differing = fill(text)
+            if args.check:
+                problems += [
+                    f'{path.relative_to(ROOT)}: the table {name} differs from its results' for name in differing
+                ]
+            elif differing:
+                write_whole(path, lambda partial, new=new: partial.write_text(new))
+                print(f'{path.relative_to(ROOT)}: {", ".join(differing)}')
+    if problems:
+        sys.exit('\n'.join(problems))
+
+
+if __name__ == '__main__':
+    main()
