@@ -225,11 +225,11 @@ def test_the_tool_draws_and_prints(files, tmp_path):
 @pytest.mark.parametrize(
     ('config', 'checkpoint', 'says'),
     [
-        (None, 'csg.pth', 'only a compact checkpoint is enough by itself; give its config'),
+        (None, 'csg.pth', 'only a compact checkpoint can be loaded alone; give its config'),
         (DENSE, 'csg.pth', 'use its CSG config'),
         (DEMO, 'dense.pth', 'use it with the dense config'),
         (None, 'none.safetensors', 'no such file'),
-        (None, 'image.safetensors', 'damaged, or no compact checkpoint'),
+        (None, 'image.safetensors', 'damaged, or not a compact checkpoint'),
     ],
 )
 def test_files_that_do_not_fit_are_named(config, checkpoint, says, files):
@@ -240,7 +240,7 @@ def test_files_that_do_not_fit_are_named(config, checkpoint, says, files):
 
 def test_what_is_no_image_is_named(files):
     network = load_network(None, files / 'csg.safetensors')
-    with pytest.raises(CSGError, match=r'csg.pth: no image \(.*; give a JPEG or PNG file'):
+    with pytest.raises(CSGError, match=r'csg.pth: not an image \(.*; give a JPEG or PNG file'):
         predict(network, files / 'csg.pth')
     with pytest.raises(FileNotFoundError, match='no such image'):
         predict(network, files / 'none.png')

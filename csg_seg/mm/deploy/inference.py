@@ -1,7 +1,6 @@
-"""A trained network from any of its files, and images as it takes them."""
+"""Load a trained network, predict images and draw the predictions."""
 
 import os
-from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,13 @@ import mmcv
 import numpy as np
 import torch
 from matplotlib import colormaps
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
+from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, TRANSFORMS, VISUALIZERS, init_default_scope
 from mmengine.structures import BaseDataElement, PixelData
 from mmseg.structures import SegDataSample
-from torch import Tensor, nn
+from torch import Tensor
 
 from csg_seg.errors import CSGError
 from csg_seg.files import write_whole
@@ -26,80 +26,74 @@ from csg_seg.mm.running.configs import data_sets, read_config
 from csg_seg.storage.compact import load_compact
 
 TAB20 = colormaps['tab20']
-# Pixels of the shorter side, below which a picture of a class's name is enlarged.
+# Pictures with a class name are enlarged until the shorter side has this many pixels.
 SMALLEST = 224
-# What a pipeline does for the labels that an image of the user's does not have.
+# Transforms that load labels, which the user's images do not have.
 LABELS = ('LoadAnnotations', 'LoadPanopticAnnotations')
-
-
-def add_network_options(parser: ArgumentParser) -> None:
-    """Add ``config``, ``checkpoint`` and ``--cfg-options``, as :func:`load_network` takes them."""
-    parser.add_argument('config', nargs='?', help='config file; not needed for a compact checkpoint')
-    parser.add_argument('checkpoint', help='.pth or .safetensors')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings: key=value ...')
 
 
 def load_network(
     config: str | os.PathLike | None, checkpoint: str | os.PathLike, options: Mapping[str, Any] | None = None
-) -> nn.Module:
+) -> BaseModel:
     """Load a trained network for inference.
 
     Args:
-        config: file; CSG for a checkpoint with codes, dense for a dense or materialised one; None for
-            a compact checkpoint that says how its network is built.
-        checkpoint: ``.pth`` of mmengine, or a compact ``.safetensors``.
-        options: settings of the config to override.
+        config: a CSG config for a checkpoint with codes, a dense config for a dense or materialised
+            checkpoint, or None for a compact checkpoint that contains its config.
+        checkpoint: a training checkpoint (``.pth``) or a compact checkpoint (``.safetensors``).
+        options: settings of the config to override, by dotted name.
 
     Returns:
-        in evaluation mode, with ``cfg`` and ``dataset_meta`` as mmseg's and mmpretrain's functions want them.
+        The network in evaluation mode, with the attributes ``cfg`` and ``dataset_meta`` that mmseg and
+        mmpretrain expect.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CSGError: the file is damaged, is not the config's, or needs a config.
+        CSGError: the file is damaged, does not fit the config, or needs a config.
     """
     if config is not None:
         cfg = read_config(config, options)
-        network = build_model(cfg)
+        network: BaseModel = build_model(cfg)
         read = read_checkpoint(checkpoint)
         load_weights(network, read['state_dict'])
         network.cfg = cfg
     elif options or Path(checkpoint).suffix != '.safetensors':
-        why = 'settings are those of a config' if options else 'only a compact checkpoint is enough by itself'
+        why = 'options need a config' if options else 'only a compact checkpoint can be loaded alone'
         raise CSGError(f'{checkpoint}: {why}; give its config too')
     else:
         network = load_compact(checkpoint)
         if not hasattr(network, 'test_step'):
             raise CSGError(
-                f'{checkpoint}: a {type(network).__name__} of neither mmseg nor mmpretrain; load it with '
+                f'{checkpoint}: {type(network).__name__} is not a network of mmseg or mmpretrain; load it with '
                 'csg_seg.load_compact'
             )
         read = read_checkpoint(checkpoint)
     meta = read['meta'].get('dataset_meta') or {}
     if config is not None and not meta.get('classes'):
-        meta = {**_named_by_data_set(network.cfg), **{key: each for key, each in meta.items() if each is not None}}
+        meta = _metainfo(network.cfg) | {key: each for key, each in meta.items() if each is not None}
     network.dataset_meta = meta
     return network.eval()
 
 
-def prepare(network: nn.Module, images: Sequence[str | os.PathLike | np.ndarray]) -> dict[str, Any]:
-    """Make a batch of images by the network's test pipeline.
+def prepare(network: BaseModel, images: Sequence[str | os.PathLike | np.ndarray]) -> dict[str, Any]:
+    """Apply the network's test pipeline to images.
 
     Args:
-        network: of :func:`load_network`.
-        images: files, or arrays ``(height, width, 3)``, uint8, BGR.
+        network: a network from :func:`load_network`.
+        images: files, or uint8 BGR arrays ``(height, width, 3)``.
 
     Returns:
-        what its ``test_step`` takes.
+        The argument of the network's ``test_step``.
 
     Raises:
         FileNotFoundError: there is no such image.
-        CSGError: a file is no image, or the network's config has no test pipeline.
+        CSGError: a file is not an image, or the network's config has no test pipeline.
     """
     cfg = network.cfg
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     steps = [each for each in cfg.get('test_pipeline') or [] if each['type'] not in LABELS]
     if not steps:
-        raise CSGError('the config has no test_pipeline, which says how an image is prepared; add one')
+        raise CSGError('the config has no test_pipeline, which prepares the images; add one')
     reads_files = _reads_files(network)
     loader = TRANSFORMS.build(steps[0] if reads_files else dict(type='LoadImageFromFile'))
     samples = [_array(each) if isinstance(each, np.ndarray) else _read(loader, each) for each in images]
@@ -110,32 +104,32 @@ def prepare(network: nn.Module, images: Sequence[str | os.PathLike | np.ndarray]
 
 
 @torch.no_grad()
-def predict(network: nn.Module, image: str | os.PathLike | np.ndarray) -> BaseDataElement:
-    """Predict the classes of an image, and their scores, as the network's library gives them."""
+def predict(network: BaseModel, image: str | os.PathLike | np.ndarray) -> BaseDataElement:
+    """Predict the classes of an image and their scores, in the format of the network's library."""
     return network.test_step(prepare(network, [image]))[0]
 
 
 def draw(
-    network: nn.Module, image: str | os.PathLike, prediction: BaseDataElement, *, opacity: float, scale: int = 1
+    network: BaseModel, image: str | os.PathLike, prediction: BaseDataElement, *, opacity: float, scale: int = 1
 ) -> np.ndarray:
-    """Draw a prediction upon its image.
+    """Draw a prediction on its image.
 
     Args:
-        network: whose ``dataset_meta`` names the classes, and gives their colours.
-        image: file.
-        prediction: of :func:`predict`.
-        opacity: of the colours, above 0 and at most 1.
-        scale: of the picture, so that names of classes can be read on a small image; at least 1.
+        network: the network; its ``dataset_meta`` has the names and colours of the classes.
+        image: the image file.
+        prediction: the result of :func:`predict`.
+        opacity: opacity of the colours, above 0 and at most 1.
+        scale: factor to enlarge the picture by, at least 1, which makes class names on small images readable.
 
     Returns:
-        ``(scale * height, scale * width, 3)``, uint8, RGB.
+        A uint8 RGB picture ``(scale * height, scale * width, 3)``; a classifier's may be larger.
     """
     picture = mmcv.imread(str(image), channel_order='rgb')
     height, width = picture.shape[:2]
     meta = _meta(network)
     if 'pred_label' in prediction:
         painter = VISUALIZERS.build(dict(type='mmpretrain.UniversalVisualizer', name='demo'))
-        larger = max(float(scale), SMALLEST / min(height, width))  # for the text to be read
+        larger = max(float(scale), SMALLEST / min(height, width))  # makes the text readable
         return painter.visualize_cls(picture, prediction, classes=meta.get('classes'), rescale_factor=larger)
     painter = VISUALIZERS.build(dict(type='mmseg.SegLocalVisualizer', name='demo', alpha=opacity))
     count = _class_count(prediction)
@@ -150,14 +144,14 @@ def draw(
 
 
 def save_picture(picture: np.ndarray, path: str | os.PathLike) -> None:
-    """Save a picture of :func:`draw`, in the format that the path's ending names."""
+    """Save a picture from :func:`draw`; the ending of the path selects the format."""
     path = Path(path)
     _, encoded = cv2.imencode(path.suffix, mmcv.rgb2bgr(picture))
     write_whole(path, lambda partial: partial.write_bytes(encoded.tobytes()))
 
 
-def name_classes(network: nn.Module, prediction: BaseDataElement, *, most: int = 5) -> dict[str, float]:
-    """Name what a prediction found, by its share of the pixels or by the class's score, in percent, largest first."""
+def name_classes(network: BaseModel, prediction: BaseDataElement, *, most: int = 5) -> dict[str, float]:
+    """Return the largest shares of the pixels, or the best scores of a classifier, in percent by class name."""
     if 'pred_label' in prediction:
         parts = prediction.pred_score
     else:
@@ -168,8 +162,8 @@ def name_classes(network: nn.Module, prediction: BaseDataElement, *, most: int =
     return {names[each]: round(100 * parts[each].item(), 2) for each in largest if parts[each] > 0}
 
 
-def _named_by_data_set(cfg: Config) -> dict[str, Any]:
-    """Return the classes, and their colours, of the data set that a config tests on, without reading any data."""
+def _metainfo(cfg: Config) -> dict[str, Any]:
+    """Return the classes of a config's data set and their colours, without reading data."""
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     loaders = [cfg.get(f'{split}_dataloader') or {} for split in ('test', 'val', 'train')]
     for dataset in (each for loader in loaders for each in data_sets(loader.get('dataset'))):
@@ -184,40 +178,40 @@ def _named_by_data_set(cfg: Config) -> dict[str, Any]:
     return {}
 
 
-def _meta(network: nn.Module) -> Mapping[str, Any]:
+def _meta(network: BaseModel) -> Mapping[str, Any]:
     return getattr(network, 'dataset_meta', None) or {}
 
 
 def _labels(prediction: BaseDataElement) -> Tensor:
-    """Return the class of each pixel, ``(1, height, width)``; a network of one score gives it as a float."""
+    """Return the class of each pixel, ``(1, height, width)``; networks with one score predict it as a float."""
     return prediction.pred_sem_seg.data.long()
 
 
 def _class_count(prediction: BaseDataElement) -> int:
-    """Return how many classes a segmentation tells apart: as many as scores, and two by one score's threshold."""
+    """Return the number of classes: the number of scores, or two for one score and a threshold."""
     return max(2, len(prediction.seg_logits.data))
 
 
-def _class_names(network: nn.Module, count: int) -> list[str]:
-    """Return the names of the classes, or their numbers where the names are those of other classes."""
+def _class_names(network: BaseModel, count: int) -> list[str]:
+    """Return the names of the classes, or their numbers if there are no names for this number of classes."""
     names = _meta(network).get('classes') or []
     return [*map(str, names if len(names) == count else range(count))]
 
 
-def inputs(network: nn.Module, images: Sequence[str | os.PathLike | np.ndarray]) -> Tensor:
-    """Return images as the network itself sees them: normalised, ``(batch, 3, height, width)``."""
+def inputs(network: BaseModel, images: Sequence[str | os.PathLike | np.ndarray]) -> Tensor:
+    """Return the input of the network for images: normalised, ``(batch, 3, height, width)``."""
     return network.data_preprocessor(prepare(network, images))['inputs']
 
 
-def channel_order(network: nn.Module) -> str:
-    """Say in which order, 'RGB' or 'BGR', the network itself takes the colours."""
+def channel_order(network: BaseModel) -> str:
+    """Return the order of the network's input channels, 'RGB' or 'BGR'."""
     preprocessor = network.data_preprocessor
     swaps = getattr(preprocessor, '_channel_conversion', False) or getattr(preprocessor, 'to_rgb', False)
     return 'RGB' if _reads_files(network) == bool(swaps) else 'BGR'
 
 
-def _reads_files(network: nn.Module) -> bool:
-    """Tell pipelines that read files, as BGR, from those of CIFAR, which begin with RGB arrays."""
+def _reads_files(network: BaseModel) -> bool:
+    """Return whether the test pipeline reads files, as BGR; pipelines for CIFAR start from RGB arrays."""
     steps = network.cfg.get('test_pipeline')
     return bool(steps) and steps[0]['type'] == 'LoadImageFromFile'
 
@@ -231,5 +225,5 @@ def _read(loader: Any, path: str | os.PathLike) -> dict[str, Any]:
         raise FileNotFoundError(f'{path}: no such image')
     try:
         return loader(dict(img_path=str(path)))
-    except Exception as error:  # what decoders raise of a damaged file is theirs
-        raise CSGError(f'{path}: no image ({type(error).__name__}); give a JPEG or PNG file') from None
+    except Exception as error:  # decoding a damaged file may raise anything
+        raise CSGError(f'{path}: not an image ({type(error).__name__}); give a JPEG or PNG file') from None

@@ -1,4 +1,4 @@
-"""Trained networks as ONNX files, compared with torch before they are left behind."""
+"""Export a trained network to ONNX and compare the file with torch."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from csg_seg.errors import CSGError
@@ -19,36 +20,35 @@ from csg_seg.version import __version__
 
 from .inference import channel_order
 
-# Of class scores, in float32; above it, a graph does not compute what the network does.
+# Largest accepted difference of class scores in float32.
 LIMIT = 1e-4
 DTYPES = {'float32': torch.float32, 'float16': torch.float16}
 
 
 class Scores(nn.Module):
-    """A segmentor or classifier that takes and returns plain tensors."""
+    """A segmentor or classifier that takes and returns plain tensors.
 
-    def __init__(self, network: nn.Module, *, dtype: torch.dtype = torch.float32, labels: bool = False):
-        """Wrap a network, changing its dtype in place.
+    Args:
+        network: a network of mmseg or mmpretrain; its dtype is changed in place.
+        dtype: dtype to compute in. Scores are returned in float32.
+        labels: return the class with the highest score.
+    """
 
-        Args:
-            network: of mmseg or mmpretrain.
-            dtype: to compute in; scores are float32 nevertheless.
-            labels: return the class of the highest score.
-        """
+    def __init__(self, network: BaseModel, *, dtype: torch.dtype = torch.float32, labels: bool = False):
         super().__init__()
-        self.network = network.to(dtype)
+        self.network: BaseModel = network.to(dtype)
         self.dtype = dtype
         self.labels = labels
 
     def forward(self, image: Tensor) -> Tensor:
-        """Score the classes of each pixel, or of each image.
+        """Return the class scores of each pixel or image.
 
         Args:
-            image: ``(batch, 3, height, width)``, normalised, float32.
+            image: normalised float32 images ``(batch, 3, height, width)``.
 
         Returns:
-            scores ``(batch, classes, height, width)`` or ``(batch, classes)``, float32; or labels, without
-            the second dimension, int64.
+            float32 scores ``(batch, classes, height, width)`` or ``(batch, classes)``, or int64 labels
+            without the second dimension.
         """
         image = image.to(self.dtype)
         if hasattr(self.network, 'encode_decode'):
@@ -60,37 +60,36 @@ class Scores(nn.Module):
 
 
 def export_onnx(
-    network: nn.Module,
+    network: BaseModel,
     out: str | os.PathLike,
     images: Sequence[Tensor],
     *,
     dtype: str = 'float32',
     labels: bool = False,
 ) -> dict[str, Any]:
-    """Write an ONNX file, whose batch, height and width are free, after comparing it with torch.
+    """Write an ONNX file with any batch size, height and width, and compare it with torch.
 
     Args:
-        network: of :func:`csg_seg.mm.inference.load_network`, plain or generated; a generated
-            one's file holds codes and generators, and makes the weights as it runs.
-        out: file to write.
-        images: to compare on, each ``(batch, 3, height, width)``, normalised.
-        dtype: 'float32' or 'float16', of weights and sums; input and scores are float32.
-        labels: let the file give classes, not scores.
+        network: a network from :func:`csg_seg.mm.deploy.inference.load_network`. If it is a CSG
+            network, the file contains codes and generators, and generates the weights when it runs.
+        out: the file to write.
+        images: normalised images ``(batch, 3, height, width)`` to compare on.
+        dtype: 'float32' or 'float16', the dtype of weights and sums; input and scores are float32.
+        labels: write a file that returns classes instead of scores.
 
     Returns:
-        JSON-ready: ``max_difference`` of class scores between onnxruntime and torch, both in float32
-        unless ``dtype`` says otherwise; for labels, how far their scores are below the best.
-        ``nodes`` and ``bytes`` of the file.
+        ``max_difference`` (see :func:`max_difference`) to the float32 scores of torch, ``dtype``, and
+        ``nodes`` and ``bytes`` of the file. They can be written as JSON.
 
     Raises:
-        CSGError: torch cannot export the network, the file computes something else, or labels are
-            asked of a network that gives one score.
+        CSGError: torch cannot export the network, the file computes something else, or ``labels``
+            is set for a network with one score.
     """
     reference = Scores(network).eval()
     with torch.no_grad():
         wanted = [reference(image) for image in images]
     if labels and wanted[0].shape[1] == 1:
-        raise CSGError('the network gives one score, which its threshold makes a label; export scores, not labels')
+        raise CSGError('the network has one score and a threshold; export scores, not labels')
     scores = Scores(deepcopy(network), dtype=DTYPES[dtype], labels=labels).eval()
     model = _exported(scores, images[0])
     model.metadata_props.extend(_metadata(network))
@@ -102,7 +101,7 @@ def export_onnx(
         found['max_difference'] = max_difference(partial, images, wanted)
         if dtype == 'float32' and not found['max_difference'] <= LIMIT:
             raise CSGError(
-                f'onnxruntime and torch differ by {found["max_difference"]:.2g}, more than {LIMIT}; no file left'
+                f'onnxruntime and torch differ by {found["max_difference"]:.2g}, more than {LIMIT}; no file was written'
             )
 
     write_whole(Path(out), write)
@@ -113,22 +112,22 @@ def max_difference(path: str | os.PathLike, images: Sequence[Tensor], wanted: Se
     """Compare an ONNX file's outputs with torch's class scores.
 
     Args:
-        path: of the file.
-        images: its inputs.
-        wanted: class scores of each, ``(batch, classes, ...)``.
+        path: the file.
+        images: inputs of the file.
+        wanted: class scores ``(batch, classes, ...)`` of torch for each input.
 
     Returns:
-        The largest absolute difference; of a file that gives labels, how far their scores are below the best.
+        The largest absolute difference. For a file that returns labels: how far the scores of its labels
+        are below the highest scores, at most.
     """
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # not what it cannot fold into constants
+    options.log_severity_level = 3  # hide warnings about constants that cannot be folded
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     differences = []
     for image, scores in zip(images, wanted, strict=True):
         (got,) = session.run(None, {'image': image.numpy()})
         differences.append(_difference(torch.from_numpy(np.asarray(got)), scores))
-    # Of which NaN is the largest.
-    return torch.tensor(differences).max().item()
+    return torch.tensor(differences).max().item()  # max() returns NaN if there is one
 
 
 def _difference(got: Tensor, scores: Tensor) -> float:
@@ -138,34 +137,35 @@ def _difference(got: Tensor, scores: Tensor) -> float:
 
 
 def _exported(scores: Scores, image: Tensor) -> onnx.ModelProto:
-    # A batch of one would be taken for a constant.
+    # torch would treat a batch of one as a constant.
     example = torch.cat([image[:1], image[:1]])
-    free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     try:
         with torch.no_grad():
             program = torch.onnx.export(
                 scores,
                 (example,),
                 dynamo=True,
-                dynamic_shapes={'image': free},
+                dynamic_shapes={'image': dynamic},
                 input_names=['image'],
                 output_names=['labels' if scores.labels else 'scores'],
                 verbose=False,
             )
-    except Exception as error:  # torch.export names what it does not follow
+    except Exception as error:  # torch.export may raise anything for code that it does not support
         first = str(error).strip().splitlines()[0][:200]
         raise CSGError(f'torch cannot export this network ({type(error).__name__}: {first})') from error
+    assert program is not None
     return program.model_proto
 
 
-def _metadata(network: nn.Module) -> list[onnx.StringStringEntryProto]:
-    """Say how images are prepared and what the classes are."""
+def _metadata(network: BaseModel) -> list[onnx.StringStringEntryProto]:
+    """Return the normalisation of images and the classes, to store in the file."""
     preprocessor = network.data_preprocessor
-    says: dict[str, Any] = {'csg_seg': __version__, 'channels': channel_order(network)}
+    metadata: dict[str, Any] = {'csg_seg': __version__, 'channels': channel_order(network)}
     for key in ('mean', 'std'):
         if getattr(preprocessor, key, None) is not None:
-            says[key] = getattr(preprocessor, key).flatten().tolist()
+            metadata[key] = getattr(preprocessor, key).flatten().tolist()
     for key, value in network.dataset_meta.items():
         if key in ('classes', 'palette') and value is not None:
-            says[key] = value
-    return [onnx.StringStringEntryProto(key=key, value=json.dumps(value)) for key, value in says.items()]
+            metadata[key] = value
+    return [onnx.StringStringEntryProto(key=key, value=json.dumps(value)) for key, value in metadata.items()]

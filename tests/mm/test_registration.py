@@ -1,0 +1,65 @@
+"""What importing csg_seg.mm registers, and configs written before it existed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run_tool
+
+# The names that configs may use, by mmengine's registry.
+REGISTERED = {
+    'MODELS': ['CSGModel', 'TaughtModel', 'DeepLabV3PlusHead']
+    + ['CIFARResNet', 'CIFARMobileNetV2', 'CIFARDenseNet', 'CIFARShuffleNetV2'],
+    'HOOKS': ['CSGHook', 'ChannelsLastHook', 'CompactCheckpointHook', 'ExactResumeHook'],
+    'DATASETS': ['mmseg.CamVidDataset', 'mmseg.COCOVOCDataset', 'NPZDataset', 'ImageFolderDataset'],
+    'METRICS': ['PerClassAccuracy'],
+}
+DENSE = ROOT / 'configs' / 'cifar10' / 'resnet20_b64-20e_cifar10-npz.py'
+
+
+def run_python(script: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=True)
+
+
+def test_importing_mm_registers_every_name_and_prints_nothing():
+    script = f"""
+import csg_seg.mm, sys
+from mmengine import registry
+for root, names in {REGISTERED}.items():
+    for name in names:
+        found = getattr(registry, root).get(name)
+        print(found and found.__name__, file=sys.stderr)
+"""
+    done = run_python(script)
+    names = [name.rpartition('.')[2] for names in REGISTERED.values() for name in names]
+    assert done.stderr.splitlines()[-len(names) :] == names
+    assert done.stdout == ''
+
+
+@pytest.fixture
+def old_config(tmp_path):
+    """A config of version 0.2, which imports csg_seg."""
+    path = tmp_path / 'old.py'
+    path.write_text(
+        f"""_base_ = {str(DENSE)!r}
+custom_imports = dict(imports=['csg_seg'])
+model = dict(type='CSGModel', base_type={{{{_base_.model.type}}}}, csg=dict(slice_shape=(12, 12, 3, 3), code_dim=72))
+"""
+    )
+    return path
+
+
+def test_plain_mmengine_builds_a_config_of_version_0_2(old_config):
+    script = f"""
+import mmengine
+cfg = mmengine.Config.fromfile({str(old_config)!r})
+mmengine.registry.init_default_scope(cfg.default_scope)
+model = mmengine.registry.MODELS.build(cfg.model)
+print(sum(each.numel() for each in model.parameters()))
+"""
+    assert run_python(script).stdout.splitlines()[-1] == '115426'
+
+
+def test_the_tools_read_a_config_of_version_0_2(old_config):
+    assert json.loads(run_tool('report.py', old_config, '--json').stdout)['stored_params'] == 115_426
