@@ -4,13 +4,19 @@ import math
 
 import pytest
 import torch
+from conftest import ROOT
+from mmengine.config import Config
 from test_start_values import assert_starts_at_kaiming_variance
+from torch import nn
 from torch.func import functional_call, jacfwd, jvp
 
+from csg_seg import load_compact, retrofit, save_compact, summarise
 from csg_seg.errors import CSGError
 from csg_seg.generators.lengths import row_length
 from csg_seg.generators.linear import build_generator
+from csg_seg.generators.registry import KINDS
 from csg_seg.generators.settings import Settings
+from csg_seg.mm.model import build_model
 from experiments.rivals.tensor_ring import count_cores
 
 # 2 * 5 * 3 * 1 = 30 values of 4 ** 3 = 64 that the ring could make.
@@ -129,6 +135,33 @@ def test_the_start_is_the_seeds_alone():
     assert torch.equal(one.weight, build(seed=5).weight)
     assert not torch.equal(one.weight, build(seed=6).weight)
     assert not build(freeze_generator=True).weight.requires_grad
+
+
+CONFIG = ROOT / 'experiments' / 'rivals' / 'configs' / 'taught-csg-s4-d52-ring18_resnet20_b64-3e_cifar10-npz.py'
+
+
+def test_its_config_brings_the_plug_in_and_says_what_is_stored():
+    cfg = Config.fromfile(CONFIG)
+    assert 'experiments.rivals.tensor_ring' in cfg.custom_imports.imports
+    summary = summarise(build_model(cfg))
+    assert (summary.stored_params, summary.dense_params) == (115_818, 269_722)
+    assert '115,818 parameters stored for 269,722 dense, 2.33x' in CONFIG.read_text()
+
+
+def test_without_the_plug_in_a_config_and_a_file_are_refused_in_one_line(monkeypatch, tmp_path):
+    csg = {'slice_shape': (8, 8, 3, 3), 'code_dim': 10, 'generator': 'tensor_ring', 'rank': 3}
+
+    def network():
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+
+    save_compact(retrofit(network(), csg), tmp_path / 'ring')
+    assert 'csg' in dict(load_compact(tmp_path / 'ring', network()).named_modules())
+    monkeypatch.delitem(KINDS, 'tensor_ring')
+    says = "csg.0.: unknown generator 'tensor_ring'; known are 'linear', 'binary', 'mlp'; register it with csg_seg.reg"
+    for refused in (lambda: retrofit(network(), csg), lambda: load_compact(tmp_path / 'ring', network())):
+        with pytest.raises(CSGError, match=says) as caught:
+            refused()
+        assert '\n' not in str(caught.value)
 
 
 GOOD = {'slice_shape': (16, 16, 3, 3)}
