@@ -116,7 +116,7 @@ def test_ratios_are_those_of_the_same_rounds():
         ({'hooks': ['zip']}, "there is no hook 'zip'; choose from none, fp16, powersgd"),
         ({'rates': ['fast']}, "'fast' is not a rate; give one from 10kbit to 100gbit, such as 100mbit or 1gbit"),
         ({'rates': ['0mbit']}, "'0mbit' is not a rate"),
-        ({'rates': ['1gbit'], 'processes': 4}, 'a link has two ends; take 2 processes, not 4'),
+        ({'rates': ['1gbit'], 'processes': 4}, 'a link has two ends; use 2 processes, not 4'),
         ({'processes': 0}, 'processes=0'),
         ({'batch_size': 1}, 'batch_size 2, because of batch norm'),
     ],
