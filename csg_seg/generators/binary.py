@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lengths import sign_value
+from .lengths import row_length
 from .linear import Generator
 from .registry import register_generator
 from .settings import Settings
@@ -29,7 +29,7 @@ class BinaryGenerator(Generator):
     @classmethod
     def signature_extras(cls, settings: Settings) -> dict[str, Any]:
         """Return the size of the signs, so codes are never read with signs of another size, and the seed."""
-        return {'value': sign_value(settings), 'seed': settings.seed}
+        return {'value': _sign_size(settings), 'seed': settings.seed}
 
     def draw_weight(self, rng: torch.Generator) -> None:
         """Set the signs from the settings' seed; ``rng`` is not used."""
@@ -42,7 +42,7 @@ class BinaryGenerator(Generator):
         digest = hashlib.shake_256(self.settings.seed.to_bytes(8, 'little')).digest(-(-n_bits // 8))
         packed = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
         bits = (packed[:, None] >> torch.arange(8, device='cpu')).bitwise_and(1).flatten()[:n_bits]
-        weight = (bits * 2.0 - 1.0) * sign_value(self.settings)
+        weight = (bits * 2.0 - 1.0) * _sign_size(self.settings)
         self.register_buffer('weight', weight.view(self.settings.code_dim, size), persistent=False)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -58,3 +58,7 @@ class BinaryGenerator(Generator):
         # Also for the same seed: state dicts do not hold the signs, and ``to_empty`` discards them.
         self._rebuild_signs()
         self.weight = self.weight.to(like.dtype if like.is_meta else like)
+
+
+def _sign_size(settings: Settings) -> float:
+    return row_length(settings) / math.sqrt(math.prod(settings.slice_shape))

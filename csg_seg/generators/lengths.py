@@ -15,8 +15,3 @@ def row_length(settings: Settings) -> float:
     """
     # Square roots are rounded alike on every machine; powers may not be.
     return math.sqrt(math.sqrt(math.prod(settings.slice_shape) / settings.code_dim))
-
-
-def sign_value(settings: Settings) -> float:
-    """Return the absolute value of a binary generator's entries; its rows then have :func:`row_length`."""
-    return row_length(settings) / math.sqrt(math.prod(settings.slice_shape))

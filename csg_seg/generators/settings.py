@@ -67,7 +67,7 @@ class Settings:
         settings = cls(
             slice_shape=_slice_shape(where, values['slice_shape']),
             code_dim=_integer(where, 'code_dim', values['code_dim'], minimum=1),
-            layout=_choice(where, 'layout', values.get('layout', 'block'), LAYOUTS),
+            layout=_layout(where, values.get('layout', 'block')),
             generator=generator,
             freeze_generator=_freeze(where, generator, values),
             include=read_patterns(where, 'include', values.get('include')),
@@ -163,9 +163,9 @@ def _options(where: str, generator: str, values: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def _choice(where: str, key: str, value: Any, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise CSGError(f'{where}: {key} must be one of {", ".join(map(repr, choices))}; got {value!r}')
+def _layout(where: str, value: Any) -> str:
+    if value not in LAYOUTS:
+        raise CSGError(f'{where}: layout must be one of {", ".join(map(repr, LAYOUTS))}; got {value!r}')
     return value
 
 
@@ -182,16 +182,7 @@ def _freeze(where: str, generator: str, values: Mapping[str, Any]) -> bool:
 
 
 def read_patterns(where: str, key: str, value: Any) -> tuple[str, ...] | None:
-    """Check name patterns of modules: one, several, or None.
-
-    Args:
-        where: the setting's place, for errors.
-        key: the setting's name, for errors.
-        value: what the user gave.
-
-    Raises:
-        CSGError: the value is something else.
-    """
+    """Check the name patterns in ``where``'s setting ``key``: one, several, or None."""
     if value is None:
         return None
     patterns = [value] if isinstance(value, str) else value

@@ -75,7 +75,7 @@ class OptimWrapperConstructor(DefaultOptimWrapperConstructor):
         bank = find_bank(module)
         if bank is None:
             return
-        biases = {id(each): name for name, each in bank.named_parameters() if name.endswith('hidden_bias')}
+        biases = {id(each): name for name, each in bank.named_parameters() if name.endswith('bias')}
         for group in params:
             name = biases.get(id(group['params'][0]))
             # custom_keys take precedence over the settings of all biases.

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-import experiments.rivals.tensor_ring  # noqa: F401 (registers a kind that is not ours)
+import experiments.rivals.tensor_ring  # noqa: F401 (registers a kind that is not part of the package)
 from csg_seg import load_compact, materialise, retrofit, save_compact, summarise
 from csg_seg.errors import CSGError
 from csg_seg.files import NotWrittenError

@@ -8,72 +8,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
+from two_convs import BEYOND, CSG, RESNET_CSG, Net, assert_same_state, batch, build, gradients, snapshot, train
 
-import experiments.rivals.tensor_ring  # noqa: F401 (registers a kind that is not ours)
 from csg_seg import materialise, retrofit
 from csg_seg.errors import CSGError
 from csg_seg.generators.slices import split
 from csg_seg.layers.bank import find_bank
 from csg_seg.layers.conv import CSGConv, generated_convs
 
-CSG = {'slice_shape': (12, 20, 3, 3), 'code_dim': 24}
-RESNET_CSG = {'slice_shape': (16, 16, 3, 3), 'code_dim': 128}
-BEYOND = [{'generator': 'mlp', 'hidden': 5}, {'generator': 'tensor_ring', 'rank': 3}, {'residual': 2}]
 KINDS = [{}, {'generator': 'binary'}, {'freeze_generator': True}, {'layout': 'flat'}, *BEYOND]
-
-
-class Net(nn.Module):
-    """Two generated convs, 17x31 and 31x17, behind a dense first one."""
-
-    def __init__(self, seed=0):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.stem = nn.Conv2d(3, 31, 3, padding=1)
-        self.narrow = nn.Conv2d(31, 17, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(17)
-        self.widen = nn.Conv2d(17, 31, 3, stride=2)
-        self.head = nn.Linear(31, 4)
-
-    def forward(self, x):
-        x = F.relu(self.norm(self.narrow(F.relu(self.stem(x)))))
-        return self.head(F.relu(self.widen(x)).mean(dim=(2, 3)))
-
-
-def build(seed=0, **changes):
-    return retrofit(Net(seed), CSG | changes)
-
-
-def batch(n=8, size=9, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 3, size, size, generator=rng), torch.randint(4, (n,), generator=rng)
-
-
-def train(model, steps=30, lr=0.05):
-    x, target = batch()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr, momentum=0.9)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), target)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def snapshot(model):
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same_state(model, kept):
-    now = model.state_dict()
-    assert list(now) == list(kept)
-    for name, tensor in now.items():
-        assert torch.equal(tensor, kept[name]), name
-
-
-def gradients(model):
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 # --- forward and backward ---

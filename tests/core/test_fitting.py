@@ -3,8 +3,8 @@ import itertools
 
 import pytest
 import torch
-from test_conv import BEYOND, Net, assert_same_state, snapshot, train
 from torch import nn
+from two_convs import BEYOND, Net, assert_same_state, snapshot, train
 
 from csg_seg import fit, fitting, materialise, retrofit
 from csg_seg.errors import CSGError

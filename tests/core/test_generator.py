@@ -278,8 +278,8 @@ def test_settings_bytes_never_change(change, without_layers, with_layers):
     assert read_layers(encode_signature(settings, layers)) == layers
 
 
-def test_settings_bytes_of_the_papers_generators_are_as_ever():
-    # Checkpoints that were written before the other kinds were there.
+def test_settings_bytes_of_version_0_1_0_are_written_and_read():
+    # Version 0.1.0 had the paper's generators only, and stored no layers.
     stored = b'{"generator": "linear", "slice_shape": [12, 20, 3, 3], "code_dim": 7, "layout": "block"}'
     assert bytes(build().get_extra_state().tolist()) == stored
     build().set_extra_state(torch.tensor(list(stored), dtype=torch.uint8))

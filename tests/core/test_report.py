@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-import experiments.rivals.tensor_ring  # noqa: F401 (registers a kind that is not ours)
+import experiments.rivals.tensor_ring  # noqa: F401 (registers a kind that is not part of the package)
 from csg_seg import CSGWarning, materialise, retrofit, summarise
 from csg_seg.models import CIFARResNet
 from csg_seg.planning.planner import predict

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-import experiments.rivals.tensor_ring  # noqa: F401 (registers a kind that is not ours)
+import experiments.rivals.tensor_ring  # noqa: F401 (registers a kind that is not part of the package)
 from csg_seg import load_compact, materialise, retrofit, save_compact, summarise
 from csg_seg.errors import CSGError
 from csg_seg.generators.lengths import row_length

@@ -124,7 +124,7 @@ def test_the_defaults_are_the_papers():
     assert (settings.include, settings.exclude, settings.kernel) == (None, (), (3, 3))
 
 
-def test_settings_without_the_optional_keys_are_written_as_ever():
+def test_optional_keys_are_written_only_where_they_are_set():
     written = [
         'slice_shape',
         'code_dim',
@@ -185,11 +185,11 @@ def test_the_seed_is_the_position_unless_given():
     assert Settings.from_dict(GOOD | {'seed': 0}, position=4).seed == 0
 
 
-def test_a_binary_generator_is_frozen_unasked():
+def test_a_binary_generator_is_frozen_by_default():
     assert Settings.from_dict(GOOD | {'generator': 'binary'}).freeze_generator is True
 
 
-def test_one_pattern_may_stand_without_a_list():
+def test_one_pattern_needs_no_list():
     settings = Settings.from_dict(GOOD | {'include': 'layer1', 'exclude': 'layer2'})
     assert (settings.include, settings.exclude) == (('layer1',), ('layer2',))
 

@@ -5,30 +5,11 @@ import statistics
 
 import pytest
 import torch
-from test_conv import RESNET_CSG, build
-from torch import nn
 from torchvision.models import resnet50
+from two_convs import RESNET_CSG, assert_starts_at_kaiming_variance, build
 
 from csg_seg import retrofit
 from csg_seg.layers.conv import kaiming_std
-
-
-def assert_starts_at_kaiming_variance(csg):
-    out_channels, in_channels, kernel = 17, 31, csg['slice_shape'][2:]
-    wanted = 2 / (out_channels * kernel[0] * kernel[1])  # He et al., ICCV 2015, fan out
-    variances = []
-    for seed in range(60):
-        model = nn.Module()
-        model.first = nn.Conv2d(3, 3, 1)
-        model.conv = nn.Conv2d(in_channels, out_channels, kernel)
-        retrofit(model, csg | {'seed': seed})
-        weight = model.conv.generate_weight().detach().double()
-        assert weight.shape == (out_channels, in_channels, *kernel)
-        variances.append(weight.square().mean().item())
-    ratio = statistics.mean(variances) / wanted
-    error = statistics.stdev(variances) / wanted / len(variances) ** 0.5
-    assert error < 0.08
-    assert ratio == pytest.approx(1.0, abs=max(0.03, 3.5 * error))
 
 
 @pytest.mark.parametrize('kind', [{}, {'generator': 'binary'}, {'generator': 'mlp', 'hidden': 7}])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import csg_seg
-import experiments.rivals.tensor_ring  # noqa: F401 (registers a kind that is not ours)
+import experiments.rivals.tensor_ring  # noqa: F401 (registers a kind that is not part of the package)
 from csg_seg.generators.slices import LAYOUTS
 from csg_seg.layers.conv import generated_convs
 

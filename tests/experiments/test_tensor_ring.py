@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import ROOT
 from mmengine.config import Config
-from test_start_values import assert_starts_at_kaiming_variance
 from torch import nn
 from torch.func import functional_call, jacfwd, jvp
+from two_convs import assert_starts_at_kaiming_variance
 
 from csg_seg import load_compact, retrofit, save_compact, summarise
 from csg_seg.errors import CSGError

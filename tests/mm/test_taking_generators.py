@@ -13,7 +13,7 @@ from small_runs import CSG, SETTINGS, hook_door, small_config, train
 from torch import nn
 from torchvision.models import resnet18
 
-import experiments.rivals.tensor_ring  # noqa: F401 (registers a kind that is not ours)
+import experiments.rivals.tensor_ring  # noqa: F401 (registers a kind that is not part of the package)
 from csg_seg import fit, load_generators, retrofit, save_compact
 from csg_seg.errors import CSGError
 from csg_seg.layers.bank import find_bank
