@@ -153,12 +153,12 @@ def speed() -> str:
         for network, each in result['summary'].items():
             held = result['networks'][network]['bytes']
             parts = (held[f'{part}_bytes'] for part in ('parameter', 'gradient', 'optimizer', 'activation'))
-            step = (f'{each["step"]:.3f}', f'{each["step_ratio"]:.3f}x', percent(each['step_spread'], 0))
+            times = (f'{each["step"]:.3f}', f'{each["step_ratio"]:.3f}x', percent(each['step_spread'], 0))
             share = percent(each['generation_share'], 1) if 'generation_share' in each else ''
-            evaluation = (f'{1000 * each["evaluation"]:.1f}', f'{each["evaluation_ratio"]:.3f}x')
+            evaluations = (f'{1000 * each["evaluation"]:.1f}', f'{each["evaluation_ratio"]:.3f}x')
             spread = percent(each['evaluation_spread'], 0)
             memory = (' + '.join(map(megabytes, parts)), f'{each["memory_ratio"]:.3f}x')
-            rows.append((label if network == 'dense' else '', network, *step, share, *evaluation, spread, *memory))
+            rows.append((label if network == 'dense' else '', network, *times, share, *evaluations, spread, *memory))
     held = 'MB: parameters + gradients + optimizer + activations'
     step = ('s per step', 'to dense', 'spread', 'generation')
     evaluation = ('ms to evaluate', 'to dense', 'spread')
@@ -403,6 +403,11 @@ def missing_tables(texts: Mapping[Path, str]) -> list[str]:
     return [name for name in TABLES if name not in marked]
 
 
+def write(path: Path, text: str) -> None:
+    """Write a document whole or not at all."""
+    write_whole(path, lambda partial: partial.write_text(text))
+
+
 def parse_args() -> argparse.Namespace:
     """Return the arguments of the command."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -423,7 +428,7 @@ def main() -> None:
                     f'{path.relative_to(ROOT)}: the table {name} differs from its results' for name in differing
                 ]
             elif differing:
-                write_whole(path, lambda partial, new=new: partial.write_text(new))
+                write(path, new)
                 print(f'{path.relative_to(ROOT)}: {", ".join(differing)}')
     if problems:
         sys.exit('\n'.join(problems))

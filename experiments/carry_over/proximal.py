@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 from torch import Tensor
 
 from csg_seg.errors import CSGError
-from csg_seg.layers.bank import find_bank
+from csg_seg.layers.bank import bank_of
 from csg_seg.layers.conv import check_finite
 from csg_seg.mm.model import bare_model, share_fit
 from csg_seg.retrofitting.surgery import CSG, retrofit
@@ -44,9 +44,7 @@ class ProximalHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Make the generated counterpart that supplies the nearest weights."""
         self._twin = retrofit(deepcopy(bare_model(runner.model)), self.csg)
-        bank = find_bank(self._twin)
-        assert bank is not None
-        bank.after_fit = share_fit
+        bank_of(self._twin).loading.after_fit = share_fit
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Fit again at the next step, so that a run resumed from an epoch's end equals an uninterrupted one."""
@@ -59,8 +57,8 @@ class ProximalHook(Hook):
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Move the weights towards the nearest generated weights."""
-        model, bank = bare_model(runner.model), find_bank(self._twin)
-        assert bank is not None
+        model: Any = bare_model(runner.model)
+        bank = bank_of(self._twin)
         if runner.iter % self.interval == 0 or not self._nearest:
             for name, conv in bank.layers.items():
                 weight = model.get_submodule(name).weight.detach()

@@ -101,14 +101,14 @@ class CountingHook:
         held = any(id(parameter) in self.generator for parameter in bucket.parameters())
         self.buckets.append({'bytes': bucket.buffer().nbytes, 'generator': held})
         if self.hook == 'fp16':
-            return fp16_compress_hook(None, bucket)
+            return fp16_compress_hook(None, bucket)  # type: ignore[arg-type]
         if self.hook == 'powersgd':
             # PowerSGD exchanges several times, from callbacks. On gloo their order differs between ranks,
             # so we exchange one bucket at a time.
             future = powerSGD_hook(self._power_sgd, bucket)
             future.wait()
             return future
-        return allreduce_hook(None, bucket)
+        return allreduce_hook(None, bucket)  # type: ignore[arg-type]
 
 
 class Trainee:
@@ -116,7 +116,7 @@ class Trainee:
 
     def __init__(self, cfg: Config, measurement: Measurement):
         torch.manual_seed(0)
-        self.model = build_model(cfg)
+        self.model: Any = build_model(cfg)
         bank = find_bank(self.model)
         self.hook = CountingHook({id(parameter) for parameter in bank.parameters()} if bank else set())
         self.batch = random_batch(self.model, measurement.batch_size, *measurement.size, seed=dist.get_rank())

@@ -18,9 +18,10 @@ with one_line_errors():
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    four = dict(nargs=4, metavar=('NAME', 'CONFIG', 'CHECKPOINT', 'TRAVELS'))
+    names = ('NAME', 'CONFIG', 'CHECKPOINT', 'TRAVELS')
     what = "CHECKPOINT is the start of all workers, TRAVELS a pattern such as '*' or '*.code' of the tensors to train"
-    parser.add_argument('--network', **four, action='append', required=True, help=f'{what} and exchange; repeatable')
+    network = parser.add_argument('--network', nargs=4, metavar=names, action='append', required=True)
+    network.help = f'{what} and exchange; repeatable'
     parser.add_argument('--workers', type=int, default=4, help='parts of the training data (default: 4)')
     parser.add_argument('--rounds', type=int, default=10, help='rounds of averaging (default: 10)')
     parser.add_argument('--steps', type=int, default=10, help='training steps of each worker in a round (default: 10)')

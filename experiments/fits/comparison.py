@@ -197,7 +197,7 @@ def read_layers(network: nn.Module, names: list[str], moments: Mapping[str, Tens
     """
     layers = {}
     for name in names:
-        weight = network.get_submodule(name).weight.detach().double()
+        weight = network.state_dict()[f'{name}.weight'].double()
         layers[name] = Layer(weight, moments[name].double(), _reader(network, name))
         if not output_energies(weight, layers[name]).any():
             raise CSGError(f'{name} is zero for all images; use a checkpoint of a trained network')
@@ -235,9 +235,10 @@ def input_moments(network: nn.Module, batches: list[Tensor]) -> dict[str, Tensor
 
     def gather(name: str) -> Callable:
         def hook(conv: nn.Conv2d, inputs: tuple[Tensor]) -> None:
+            padding = cast(tuple[int, ...], conv.padding)
             # One image at a time: patches take nine times the memory of the input.
             for image in inputs[0]:
-                patches = F.unfold(image[None], conv.kernel_size, conv.dilation, conv.padding, conv.stride)[0]
+                patches = F.unfold(image[None], conv.kernel_size, conv.dilation, padding, conv.stride)[0]
                 totals[name] = totals.get(name, 0) + patches @ patches.T
                 counts[name] = counts.get(name, 0) + patches.shape[1]
 
@@ -276,14 +277,14 @@ def renormalised(network: nn.Module, batches: list[Tensor]) -> nn.Module:
 
 
 @torch.no_grad()
-def accuracy(network: nn.Module, loader: Any) -> float:
+def accuracy(network: Any, loader: Any) -> float:
     """Return top-1 accuracy in percent."""
     samples = [sample for batch in loader for sample in network.test_step(batch)]
     right = sum(bool((sample.pred_label == sample.gt_label).all()) for sample in samples)
     return 100 * right / len(samples)
 
 
-def _calibration(cfg: Config, network: nn.Module, images: int) -> list[Tensor]:
+def _calibration(cfg: Config, network: Any, images: int) -> list[Tensor]:
     """Return batches of train images through the test pipeline, drawn with seed 0."""
     if images < 1:
         raise CSGError(f'--images {images}: fits need calibration images; give at least 1')

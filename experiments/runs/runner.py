@@ -164,6 +164,7 @@ def _run(folder: Path, threads: int) -> None:
         return
     _call('train.py', config, '--resume', log=folder / 'train.txt', threads=threads)
     checkpoint = latest_checkpoint(folder)
+    assert checkpoint is not None
     printed = _call('test.py', config, checkpoint, '--json', log=folder / 'test.txt', threads=threads)
     write_whole(result, lambda partial: partial.write_text(printed))
 

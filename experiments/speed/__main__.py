@@ -55,12 +55,12 @@ def print_tables(result: dict) -> None:
     print_table(columns, rows, width=130)
     print('Medians; each ratio is the median over the rounds.')
     keys = [key for key in (*HELD, 'peak_bytes') if key in result['networks']['dense']['bytes']]
-    columns = ('network', *(f'{key.removesuffix("_bytes")}, MB' for key in keys), 'to dense')
+    held = ('network', *(f'{key.removesuffix("_bytes")}, MB' for key in keys), 'to dense')
     rows = []
     for name, each in result['networks'].items():
         ratio = f'{result["summary"][name]["memory_ratio"]:.3f}x'
         rows.append((name, *(f'{each["bytes"][key] / 1e6:.2f}' for key in keys), ratio))
-    print_table(columns, rows, width=130)
+    print_table(held, rows, width=130)
 
 
 def main() -> None:

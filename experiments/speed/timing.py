@@ -15,7 +15,10 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from csg_seg.errors import CSGError
-from csg_seg.layers.bank import find_bank
+from csg_seg.generators.linear import Generator
+from csg_seg.layers.ahead import Ahead, drop
+from csg_seg.layers.bank import bank_of, find_bank
+from csg_seg.layers.conv import CSGConv
 from csg_seg.mm.checkpoints.descriptions import dense_model
 from csg_seg.mm.model import build_model
 from csg_seg.mm.running.processes import replace_sync_bn
@@ -163,10 +166,10 @@ class Trainee:
         self.optimizer.zero_grad()
         clock = Clock(self.load.device)
         clock.mark()
-        bank.make_ahead()
+        bank.ahead.make(bank, bank.layers)
         torch.autograd.backward([conv.weight for conv in bank.layers.values()], gradients)
         clock.mark()
-        bank.drop_ahead()
+        drop(bank.layers)
         return {'generation': sum(clock.spans())}
 
     def count_bytes(self) -> dict[str, int]:
@@ -257,15 +260,20 @@ def measure_speed(
     return results
 
 
+class NeverAhead(Ahead):
+    """Neither makes weights ahead nor keeps them."""
+
+    def make(self, generators: Iterable[Generator], layers: Mapping[str, CSGConv]) -> None:
+        """Make nothing."""
+
+
 def never_ahead(model: nn.Module) -> nn.Module:
     """Let each layer of a retrofitted network make its own weight in each forward pass.
 
     Args:
         model: retrofitted network, changed in place.
     """
-    bank = find_bank(model)
-    assert bank is not None
-    vars(bank)['make_ahead'] = lambda: None
+    bank_of(model).ahead = NeverAhead()
     return model
 
 

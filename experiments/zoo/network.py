@@ -8,7 +8,7 @@ from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine.config import Config
@@ -20,11 +20,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from csg_seg.errors import CSGError
 from csg_seg.generators.settings import Settings
+from csg_seg.layers.bank import bank_of
 from csg_seg.layers.conv import find_convs, generated_convs
 from csg_seg.mm.model import retrofit_for_runner
 from csg_seg.mm.running.processes import replace_sync_bn
 from csg_seg.report import summarise
-from csg_seg.retrofitting.selection import Cause, generable, not_generable, reason_to_skip
+from csg_seg.retrofitting.selection import Cause, Reason, generable, not_generable, reason_to_skip
 from csg_seg.retrofitting.surgery import materialise
 from csg_seg.storage.compact import load_compact, save_compact
 from experiments.batches import random_batch
@@ -70,7 +71,7 @@ def check_network(scope: str, spec: Any) -> dict[str, Any]:
         return {'result': 'refused', 'reason': str(error)}
     summary = summarise(model)
     # settings_for leaves out a kernel size whose convs all cost more generated.
-    causes = [each.cause for each in model.csg.left_dense.values()]
+    causes = [each.cause for each in cast(dict[str, Reason], bank_of(model).left_dense).values()]
     causes = [Cause.COSTS_MORE if cause is Cause.OTHER_KERNEL else cause for cause in causes]
     try:
         problem = _gradient_problem(model, run_loss, used) or _storage_problem(model, run, keys)
@@ -228,7 +229,7 @@ def _loss_run(model: nn.Module, run: Run, images: Tensor) -> Run:
     box = {'boxes': torch.tensor([[0.0, 0.0, size / 2, size / 2]]), 'labels': torch.ones(1, dtype=torch.int64)}
     box |= {'masks': torch.ones(1, size, size), 'keypoints': torch.full((1, 17, 3), size / 4)}
 
-    def mm_losses(network: nn.Module, **batch: Any) -> list[Tensor]:
+    def mm_losses(network: Any, **batch: Any) -> list[Tensor]:
         return [network.parse_losses(network(**batch, mode='loss'))[0]]
 
     def of_labels(network: nn.Module) -> list[Tensor]:
@@ -272,8 +273,8 @@ def _gradient_problem(model: nn.Module, run: Run, used: set[str]) -> str | None:
     _backward(model, run)
     convs = {name: conv for name, conv in generated_convs(model) if f'{name}.weight' in used}
     used_generators = {id(conv.generator) for conv in convs.values()}
-    learning = {f'{name}.code': conv.code for name, conv in convs.items()}
-    for position, generator in enumerate(model.csg):
+    learning: dict[str, Tensor] = {f'{name}.code': conv.code for name, conv in convs.items()}
+    for position, generator in enumerate(bank_of(model)):
         if id(generator) in used_generators:
             learning[f'generator {position}'] = generator.weight
     for name, parameter in learning.items():
