@@ -1,9 +1,8 @@
 """The generated convolution."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from threading import get_ident
-from typing import Any, ClassVar, NamedTuple, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,38 +14,25 @@ from csg_seg.generators.linear import Generator
 from csg_seg.generators.products import multiply
 from csg_seg.generators.slices import grid, join
 
-# Values that one product makes for several layers: small ones gain by it, large ones lose, because of the memory.
-AT_ONCE = 2**20
 DENSE_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
-class Ready(NamedTuple):
-    """A weight, the thread it is for, what it was made of, and torch's counts of what was written to that."""
-
-    weight: Tensor
-    thread: int
-    inputs: Sequence[Tensor]
-    versions: list[int]
+# An entry that a load of the whole root adds for each conv, to tell it from a load into a part.
+FROM_ROOT = '_loaded_from_root'
 
 
 class CSGConv(_ConvNd):
     """A conv whose weight is generated from codes each time it is read.
 
-    Never built, only swapped in by :func:`swap_in` for any conv of torch, plain or a
-    subclass of it, so that names, hooks, stride, padding, dilation, groups, bias and
-    the class's own forward stay as they are. A module that computes with
-    ``conv.weight`` itself works too; what an initialiser writes into it is lost,
-    since start values are the bank's, and assigning to it fails.
+    :func:`swap_in` turns any conv of torch, or of a subclass, into one in place. Names, hooks, stride, padding,
+    dilation, groups, bias and the class's own forward stay the same. Modules that compute with ``conv.weight``
+    themselves work too. The weight cannot be assigned; in-place writes to it, as by an initialiser, have no effect.
 
     Attributes:
         code: ``(rows * cols, code_dim)``, one code for each slice of the grid.
         residual_out: ``(weight's first dimension, residual)``, only if the settings ask for a residual.
-        residual_in: ``(residual, all other dimensions)``, likewise.
+        residual_in: ``(residual, all other dimensions)``, only if the settings ask for a residual.
         generator: shared by many convs and registered on the model's root alone.
-        blend: a dense weight that takes part in training still, and the share of the generated one.
-        loaded: a dense weight that was loaded and waits to be fitted.
-        ready: the weight that the bank made ahead for the forward pass that is on, or the dense one while it is
-            loaded.
+        loaded: a dense weight that was loaded and not fitted yet.
+        ready: returns a weight made ahead, or None if it is out of date; see :mod:`csg_seg.layers.ahead`.
         dense_kind: the class that the conv had.
         changes: how many generated convs have been copied, unpickled or materialised in this process.
     """
@@ -56,9 +42,8 @@ class CSGConv(_ConvNd):
     residual_out: nn.Parameter
     residual_in: nn.Parameter
     generator: Generator
-    blend: tuple[Tensor, float] | None = None
     loaded: Tensor | None = None
-    ready: Ready | None = None
+    ready: Callable[[], Tensor | None] | None = None
     dense_kind: type[_ConvNd]
 
     @property
@@ -71,34 +56,13 @@ class CSGConv(_ConvNd):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight that the conv computes with: generated, and blended with a dense one while that takes part."""
-        weight = self._made_ahead()
-        if weight is None:
-            weight = self.generate_weight()
-        if self.blend is not None and self.training:
-            dense, share = self.blend
-            weight = torch.lerp(dense, weight, share)
-        return weight
-
-    def _made_ahead(self) -> Tensor | None:
-        """Return the weight that the bank made ahead, unless it is of no use by now."""
-        ready = self.ready  # read once: a pass that ends in another thread takes it away
-        if ready is None:
-            return None
-        learns = ready.weight.requires_grad or not torch.is_grad_enabled()
-        current = torch.compiler.is_compiling() or (
-            ready.thread == get_ident() and ready.versions == versions(ready.inputs)
-        )
-        return ready.weight if learns and current else None
-
-    def make_ready(self, weight: Tensor) -> None:
-        """Have the conv take a weight that was made ahead, until what it is made of is written to."""
-        inputs = self.code, self.generator.weight
-        # Not by nn.Module, which takes its time.
-        self.__dict__['ready'] = Ready(weight, get_ident(), inputs, versions(inputs))
+        """The weight that the conv computes with."""
+        ready = self.ready  # read once: a pass that ends in another thread removes it
+        weight = None if ready is None else ready()
+        return self.generate_weight() if weight is None else weight
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse a new weight: it would not last.
+        """Refuse a new weight: the next forward pass would not use it.
 
         Raises:
             CSGError: says what to do.
@@ -108,7 +72,7 @@ class CSGConv(_ConvNd):
         super().__setattr__(name, value)
 
     def stored(self) -> dict[str, nn.Parameter]:
-        """Return, by name, the parameters that stand in for the weight."""
+        """Return, by name, the parameters that are stored instead of the weight."""
         names = ('code', 'residual_out', 'residual_in') if self.generator.settings.residual else ('code',)
         return {name: getattr(self, name) for name in names}
 
@@ -119,16 +83,6 @@ class CSGConv(_ConvNd):
             CSGError: a dense weight was loaded into this part of the network and not fitted.
         """
         return generate_weights([self])[0]
-
-    def can_be_made_ahead(self) -> bool:
-        """Say whether the weight can be made with others', at the start of a forward pass.
-
-        Sharded, traced and swapped parameters are of other types or shapes, and what they hold is not known yet;
-        tensors of the inference mode do not count what is written to them.
-        """
-        code = self.code
-        known = type(code) is nn.Parameter and code.dim() == 2 and not (code.is_meta or code.is_inference())
-        return known and self.loaded is None
 
     def _assemble(self, slices: Tensor) -> Tensor:
         weight = join(slices, self.weight_shape, layout=self.generator.settings.layout)
@@ -141,16 +95,13 @@ class CSGConv(_ConvNd):
         if dense is not None:
             check_dense(prefix[:-1], self, dense)
             state_dict.update({f'{prefix}{key}': tensor.detach() for key, tensor in self.stored().items()})
-            # ConvAWS2d takes statistics of the weight as it is loaded.
-            self.__dict__['ready'] = Ready(dense.detach(), get_ident(), (), [])
-        # Set by csg_seg.loading.prepare when the load began at the root, generators included: how often it comes here.
-        visits = self.__dict__.pop('_visits', 0)
-        if visits > 1:
-            self.__dict__['_visits'] = visits - 1
-        if dense is None and f'{prefix}code' in state_dict and not visits:
+            # ConvAWS2d computes statistics of the weight while it loads.
+            self.__dict__['ready'] = dense.detach
+        is_from_root = state_dict.pop(f'{prefix}{FROM_ROOT}', None) is not None
+        if dense is None and f'{prefix}code' in state_dict and not is_from_root:
             raise CSGError(
-                f'{prefix}code: codes mean nothing without their generator, which lies at the root of the network; '
-                'load the whole checkpoint into the whole network'
+                f'{prefix}code: codes mean nothing without their generator, which is stored at the root of the '
+                'network; load the whole checkpoint into the whole network'
             )
         try:
             with torch.no_grad():
@@ -161,28 +112,25 @@ class CSGConv(_ConvNd):
             self.loaded = dense.detach()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickle and copy by the dense class: the generated one is made at run time."""
+        """Pickle and copy by the dense class, because the generated class is created at run time."""
         return _blank, (self.dense_kind,), {key: each for key, each in self.__dict__.items() if key != 'ready'}
 
 
 def generate_weights(convs: Sequence[CSGConv]) -> list[Tensor]:
-    """Return the weights of convs that one generator feeds, made by few products.
+    """Return the weights of convs of one generator, by one product.
 
     Raises:
         CSGError: a dense weight was loaded into a part of the network and not fitted.
     """
     check_fitted(convs)
-    weights: list[Tensor] = []
     # Half-precision generation nearly doubles the rounding error: let the conv cast instead.
     with torch.autocast(convs[0].code.device.type, enabled=False):
-        for batch in batches(convs):
-            slices = convs[0].generator.generate([conv.code for conv in batch])
-            weights += [conv._assemble(each) for conv, each in zip(batch, slices, strict=True)]
-    return weights
+        slices = convs[0].generator.generate([conv.code for conv in convs])
+        return [conv._assemble(each) for conv, each in zip(convs, slices, strict=True)]
 
 
 def check_fitted(convs: Iterable[CSGConv]) -> None:
-    """Refuse convs that wait to be fitted.
+    """Refuse convs with a dense weight that is not fitted yet.
 
     Raises:
         CSGError: a dense weight was loaded into a part of the network and not fitted.
@@ -192,22 +140,6 @@ def check_fitted(convs: Iterable[CSGConv]) -> None:
             'a dense weight was loaded into a part of the network and not fitted yet; load it into the whole '
             'network, or call model.csg.fit_loaded()'
         )
-
-
-def versions(tensors: Iterable[Tensor]) -> list[int]:
-    """Return torch's counts of what was written to tensors; there are none of those of the inference mode."""
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-
-
-def batches(convs: Sequence[CSGConv]) -> Iterator[list[CSGConv]]:
-    """Yield neighbouring convs whose weights have at most :data:`AT_ONCE` values together, or one larger conv."""
-    batch: list[CSGConv] = []
-    for conv in convs:
-        if batch and sum(each.weight_shape.numel() for each in (*batch, conv)) > AT_ONCE:
-            yield batch
-            batch = []
-        batch.append(conv)
-    yield batch
 
 
 _generated_kinds: dict[type, type[CSGConv]] = {}
@@ -261,8 +193,8 @@ def add_residual(conv: CSGConv, rng: torch.Generator) -> None:
     """Give a generated conv the residual that its generator's settings ask for.
 
     ``residual_out`` starts at zero, so the weight stays what it is; the rows of
-    ``residual_in`` start at the generator's :func:`csg_seg.generator.row_length`, so
-    that both learn at one pace.
+    ``residual_in`` start at the generator's :func:`csg_seg.generators.lengths.row_length`,
+    so that both learn at the same pace.
 
     Args:
         conv: just swapped in.
@@ -282,14 +214,14 @@ def swap_out(conv: CSGConv, weight: Tensor) -> None:
     """Turn a generated conv into a plain dense one in place.
 
     Args:
-        weight: that it generates.
+        weight: the weight to keep.
     """
     weight = weight.detach().clone(memory_format=torch.contiguous_format)
     dense = nn.Parameter(weight, requires_grad=conv.code.requires_grad)
     for name in conv.stored():
         delattr(conv, name)
     object.__delattr__(conv, 'generator')
-    for name in ('blend', 'loaded', 'ready'):
+    for name in ('loaded', 'ready'):
         conv.__dict__.pop(name, None)
     conv.__class__ = conv.dense_kind  # type: ignore[assignment]
     CSGConv.changes += 1
@@ -300,13 +232,13 @@ def swap_out(conv: CSGConv, weight: Tensor) -> None:
 
 
 def find_convs(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, _ConvNd]:
-    """Return each conv of torch by name, or by all its names, dense and generated, subclasses included."""
+    """Return torch's convs and their subclasses, dense and generated, by name; by all names if duplicates are kept."""
     modules = model.named_modules(remove_duplicate=remove_duplicate)
     return {name: module for name, module in modules if isinstance(module, DENSE_KINDS)}
 
 
 def find_others(model: nn.Module) -> dict[str, nn.Module]:
-    """Return, by name, each module that has a conv's weight and is no conv of torch, such as a deformable one."""
+    """Return, by name, modules with a conv's weight that are not convs of torch, such as deformable convs."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -324,7 +256,7 @@ def generated_convs(model: nn.Module) -> Iterator[tuple[str, CSGConv]]:
 
 
 def named_convs(model: nn.Module) -> dict[str, CSGConv]:
-    """Return each generated layer by all its names: one that stands in two places has two in a state dict."""
+    """Return each generated layer by all its names: a layer registered twice has two names in a state dict."""
     modules = model.named_modules(remove_duplicate=False)
     return {name: module for name, module in modules if isinstance(module, CSGConv)}
 
@@ -346,11 +278,11 @@ def check_dense(name: str, conv: CSGConv, weight: Tensor) -> None:
 def check_finite(name: str, tensor: Tensor) -> None:
     """Refuse NaN and infinity in trained weights or statistics, but not a running variance of +inf.
 
-    Half precision overflows to it. Batch norm divides by its root: in evaluation the channel
-    is its bias, in training the batch's own variance counts.
+    A running variance overflows to +inf in half precision. Batch norm divides by its root, so in evaluation the
+    channel equals its bias; training uses the batch's own variance.
 
     Raises:
-        CSGError: there is one.
+        CSGError: the tensor holds such a value.
     """
     accepted = torch.isfinite(tensor)
     if name.endswith('running_var'):

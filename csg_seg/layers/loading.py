@@ -1,20 +1,23 @@
-"""What a state dict must satisfy to be loaded into a retrofitted root; checked before anything is copied."""
+"""Loading into a retrofitted root: checks before anything is copied, layers that are reset, and the fit afterwards."""
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from csg_seg.errors import CSGError, abridge
+from csg_seg.fitting import fit_generator
+from csg_seg.generators.linear import Generator
 from csg_seg.generators.settings import matches
-from csg_seg.generators.signature import read_layers
+from csg_seg.generators.signature import check_signature, read_layers
 
-from .conv import DENSE_KINDS, CSGConv, check_finite, named_convs
+from .conv import DENSE_KINDS, FROM_ROOT, CSGConv, check_finite, draw_code, named_convs
 from .root import BANK
 
 Shape = tuple[int, ...]
@@ -23,29 +26,29 @@ FIXED = (*DENSE_KINDS, nn.Linear, _NormBase, nn.GroupNorm, nn.LayerNorm)
 
 @dataclass
 class Reset:
-    """Which layers may start anew where a checkpoint does not fit them, such as a head for other classes.
+    """Which layers keep their start values if a checkpoint does not fit them, such as a head for other classes.
 
-    A layer that fits is loaded all the same. Copies of a network, such as an EMA's, share it: they load the same
+    A layer that fits is loaded. Copies of a network, such as an EMA's, share this object: they load the same
     checkpoint.
 
     Attributes:
-        patterns: on layer names, as for ``include``.
-        is_on: whether they may now: in a training that begins, or a call that says so.
-        layers: those that did at the last load.
-        tell: called with ``layers`` if there are any.
+        patterns: of layer names, as for ``include``.
+        is_on: whether the patterns apply now, which is when training begins or a call says so.
+        layers: the layers that the last load reset.
+        on_reset: called with ``layers`` if there are any.
     """
 
     patterns: tuple[str, ...] = ()
     is_on: bool = False
     layers: tuple[str, ...] = ()
-    tell: Callable[[Sequence[str]], None] | None = None
+    on_reset: Callable[[Sequence[str]], None] | None = None
 
     def __deepcopy__(self, memo: Any) -> 'Reset':
         return self
 
     @contextmanager
     def allow(self, patterns: Sequence[str]) -> Iterator[None]:
-        """Let layers of these patterns start anew, within a ``with`` block."""
+        """Apply these patterns within a ``with`` block."""
         before = self.patterns, self.is_on
         self.patterns, self.is_on = tuple(patterns), True
         try:
@@ -55,24 +58,143 @@ class Reset:
 
 
 class Bank(Protocol):
-    """What loading needs of a :class:`csg_seg.bank.GeneratorBank`."""
+    """What loading needs of a :class:`csg_seg.layers.bank.GeneratorBank`."""
 
-    reset: Reset
+    layers: dict[str, CSGConv]
 
     def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Generator]: ...
     def __getitem__(self, position: int) -> Any: ...
     def state_dict(self) -> dict[str, Tensor]:
         """Return the generators' entries."""
 
-    def check_signatures(self, state_dict: Mapping[str, Tensor], prefix: str = '') -> None:
-        """Refuse generators that were made with settings of another meaning."""
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> Any:
+        """Load the generators' entries."""
+
+
+@dataclass
+class Loading:
+    """Load weights into a bank's generators and layers.
+
+    Attributes:
+        bank: the generators and their layers.
+        reset: which layers keep their start values if a checkpoint does not fit them.
+        fit_on_load: whether loaded dense weights are fitted; if not, they are dropped, because a training checkpoint
+            follows.
+        keep_generators: whether a fit keeps the generators, because they belong to another network.
+        errors: the relative error of each layer's weight at the last fit, by name.
+        before_init: called with the bank when a trainer initialises the network.
+        after_fit: called with the bank after a fit.
+    """
+
+    bank: Bank
+    reset: Reset = field(default_factory=Reset)
+    fit_on_load: bool = True
+    keep_generators: bool = False
+    errors: dict[str, float] = field(default_factory=dict)
+    before_init: Callable[[Any], None] | None = None
+    after_fit: Callable[[Any], None] | None = None
+
+    def begin_init(self) -> None:
+        """Prepare for a trainer that initialises the network, and may load weights into it or its parts."""
+        self.reset.is_on = self.fit_on_load
+        if self.before_init is not None and self.fit_on_load:
+            self.before_init(self.bank)
+
+    def before_load(self, root: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Refuse a state dict that does not fit the generated layers of the root, and complete one that does."""
+        self.forget_loaded()
+        Incoming(root, self.bank, self.reset, state_dict, prefix).prepare()
+
+    def after_load(self) -> None:
+        """Fit loaded dense weights, and draw codes for the layers that were reset."""
+        self.fit_loaded()
+        self.draw_codes(self.reset.layers)
+
+    def forget_loaded(self) -> None:
+        """Drop dense weights that were loaded and not fitted."""
+        for conv in self.bank.layers.values():
+            conv.loaded = None
+
+    def fit_loaded(self) -> dict[str, float]:
+        """Fit generators and codes to the dense weights that were loaded, in place.
+
+        A layer without such a weight gets new codes if its generator changes.
+
+        Returns:
+            The relative error of each fitted layer's weight, by name.
+        """
+        if not self.fit_on_load:
+            self.forget_loaded()
+        dense = {name: conv.loaded for name, conv in self.bank.layers.items() if conv.loaded is not None}
+        # Drop them first, so that none remains if the fit fails.
+        self.forget_loaded()
+        self.errors = {}
+        for generator in self.bank:
+            convs = {name: conv for name, conv in self.bank.layers.items() if conv.generator is generator}
+            weights = {name: dense[name] for name in convs if name in dense}
+            if weights:
+                keep = self.keep_generators or generator.settings.freeze_generator
+                self.errors |= _fit(generator, convs, weights, keep=keep)
+        if self.errors and self.after_fit is not None:
+            self.after_fit(self.bank)
+        return self.errors
+
+    @torch.no_grad()
+    def load_generators(self, weights: Mapping[str, Tensor]) -> None:
+        """See :func:`csg_seg.load_generators`."""
+        stored = {name.removeprefix(f'{BANK}.'): each for name, each in weights.items() if name.startswith(f'{BANK}.')}
+        if not stored:
+            raise CSGError('there is no generator in these weights; give those of a CSG network')
+        count = len({name.split('.')[0] for name in stored})
+        if count != len(self.bank):
+            raise CSGError(f'the weights hold {count} generators, this network has {len(self.bank)}')
+        check_signatures(self.bank, stored)
+        own = self.bank.state_dict()
+        for name, tensor in own.items():
+            other = stored.get(name)
+            if other is None:
+                raise CSGError(f'the weights lack {BANK}.{name}; take those of a whole CSG network')
+            if other.shape != tensor.shape and not name.endswith('_extra_state'):
+                raise CSGError(f'{BANK}.{name} is {tuple(other.shape)} there and {tuple(tensor.shape)} here')
+            if other.is_floating_point():
+                check_finite(f'{BANK}.{name}', other)
+        self.bank.load_state_dict({name: stored[name] for name in own})
+        self.keep_generators = True
+        self.draw_codes(self.bank.layers)
+
+    @torch.no_grad()
+    def draw_codes(self, names: Collection[str]) -> None:
+        """Draw new codes for some layers, at Kaiming variance with the current generators."""
+        for generator in self.bank:
+            rng = torch.Generator().manual_seed(generator.settings.seed)
+            for name, conv in self.bank.layers.items():
+                if name in names and conv.generator is generator:
+                    conv.code.copy_(draw_code(conv, rng))
+
+
+def check_signatures(bank: Bank, state_dict: Mapping[str, Tensor], prefix: str = '') -> None:
+    """Refuse generators that were made with other settings.
+
+    Args:
+        bank: the network's generators.
+        state_dict: holds the bank's entries, whose names begin with the prefix.
+        prefix: before the names.
+
+    Raises:
+        CSGError: a setting differs.
+    """
+    for position, generator in enumerate(bank):
+        state = state_dict.get(f'{prefix}{position}._extra_state')
+        if state is not None:
+            check_signature(generator.settings, state)
 
 
 def check_reset(root: nn.Module, patterns: Sequence[str]) -> None:
-    """Refuse a pattern that names no layer.
+    """Refuse a pattern that matches no layer.
 
     Raises:
-        CSGError: says which.
+        CSGError: names the pattern.
     """
     names = [name for name, _ in root.named_modules(remove_duplicate=False) if name and _part(name) != BANK]
     for pattern in patterns:
@@ -81,217 +203,226 @@ def check_reset(root: nn.Module, patterns: Sequence[str]) -> None:
             raise CSGError(f'reset pattern {pattern!r} names no layer of the model{like}')
 
 
-def prepare(root: nn.Module, bank: Bank, state_dict: dict[str, Tensor], prefix: str) -> None:
-    """Refuse a state dict that does not fit the generated layers of a root, and complete one that does.
+@dataclass
+class Incoming:
+    """A state dict that is about to be loaded into a retrofitted root.
 
-    Trainers load without ``strict`` and would keep random codes in silence. A dense state dict is completed by the
-    generators as they are, which are fitted to it afterwards; layers that are reset keep their current values.
-
-    Args:
-        root: retrofitted; its bank is up to date.
-        bank: its generators; which layers may start anew, and did, is noted there.
-        state_dict: changed in place.
-        prefix: of the root's names in it.
-
-    Raises:
-        CSGError: codes or generators are missing or were made with other settings, a layer is generated in one of
-            the two and dense in the other, its weight has another shape, or a dense state dict is another network's.
+    Attributes:
+        root: its bank is up to date.
+        bank: the root's generators.
+        reset: which layers keep their start values if they do not fit.
+        state_dict: changed in place by :meth:`prepare`.
+        prefix: of the root's names in the state dict.
     """
-    reset, convs = bank.reset, named_convs(root)
-    stored_bank = {f'{prefix}{BANK}.{name}': tensor for name, tensor in bank.state_dict().items()}
-    is_dense = _is_dense(state_dict, prefix, convs) and not stored_bank.keys() & state_dict.keys()
-    if not is_dense:
-        bank.check_signatures(state_dict, f'{prefix}{BANK}.')
-    generators = {} if is_dense else _stored_generators(state_dict, prefix)
-    stored = {
-        name: (position, shape) for position, layers in generators.items() for name, shape in (layers or {}).items()
-    }
-    reset.layers = (
-        tuple(_start_anew(root, bank, reset.patterns, None if is_dense else stored, state_dict, prefix))
-        if reset.is_on
-        else ()
-    )
-    if reset.layers and reset.tell is not None:
-        reset.tell(reset.layers)
-    _check_kinds(root, state_dict, prefix)
-    if is_dense:
-        _check_dense_network(root, reset.layers, state_dict, prefix)
-        state_dict.update(stored_bank)
-    else:
-        _check_entries(stored_bank, convs, state_dict, prefix)
-        _check_count(bank, generators)
-        told = {name: conv for name, conv in convs.items() if name not in reset.layers}
-        _check_layers(bank, told, stored)
-        _check_renamed(told, stored)
-        _check_shapes(root, state_dict, prefix)
-    for conv, visits in Counter(convs.values()).items():
-        conv.__dict__['_visits'] = visits
 
+    root: nn.Module
+    bank: Bank
+    reset: Reset
+    state_dict: dict[str, Tensor]
+    prefix: str
 
-def _is_dense(state_dict: Mapping[str, Tensor], prefix: str, convs: Iterable[str]) -> bool:
-    return any(f'{prefix}{name}.weight' in state_dict for name in convs) and not any(
-        f'{prefix}{name}.code' in state_dict for name in convs
-    )
+    def prepare(self) -> None:
+        """Refuse a state dict that does not fit the generated layers, and complete one that does.
 
+        Trainers load without ``strict``, which would keep random codes without a word. A dense state dict is
+        completed by the current generators, which are fitted to it afterwards. Layers that are reset keep their
+        current values.
 
-def _stored_generators(state_dict: Mapping[str, Tensor], prefix: str) -> dict[int, dict[str, Shape] | None]:
-    """Return the layers of each generator in a state dict, by its position; None where it does not tell of them."""
-    pattern = re.compile(rf'{re.escape(prefix)}{BANK}\.(\d+)\._extra_state')
-    found = ((pattern.fullmatch(name), state) for name, state in state_dict.items())
-    return {int(match[1]): read_layers(state) for match, state in found if match}
-
-
-def _check_count(bank: Bank, stored: Mapping[int, Mapping[str, Shape] | None]) -> None:
-    """Refuse a state dict of more generators than the model's that does not tell which layers they feed."""
-    if any(position >= len(bank) and layers is None for position, layers in stored.items()):
-        raise CSGError(
-            f"the checkpoint holds {len(stored)} generators, this model has {len(bank)}; set the config's csg to the "
-            "checkpoint's"
+        Raises:
+            CSGError: codes or generators are missing or were made with other settings, a layer is generated in one
+                of the two and dense in the other, a weight has another shape, or a dense state dict belongs to
+                another network.
+        """
+        self.convs = named_convs(self.root)
+        own = {f'{self.prefix}{BANK}.{name}': tensor for name, tensor in self.bank.state_dict().items()}
+        self.is_dense = (
+            any(f'{self.prefix}{name}.weight' in self.state_dict for name in self.convs)
+            and not any(f'{self.prefix}{name}.code' in self.state_dict for name in self.convs)
+            and not own.keys() & self.state_dict.keys()
         )
+        if not self.is_dense:
+            check_signatures(self.bank, self.state_dict, f'{self.prefix}{BANK}.')
+        self.generators = {} if self.is_dense else self._read_generators()
+        # The generator's position and the weight's shape, by name of the layer; older files lack them.
+        self.stored = {
+            name: (position, shape)
+            for position, layers in self.generators.items()
+            for name, shape in (layers or {}).items()
+        }
+        self.reset.layers = tuple(self._reset_layers()) if self.reset.is_on else ()
+        if self.reset.layers and self.reset.on_reset is not None:
+            self.reset.on_reset(self.reset.layers)
+        self.loaded = {name: conv for name, conv in self.convs.items() if name not in self.reset.layers}
+        self._check_dense_layers()
+        if self.is_dense:
+            self._check_dense_network()
+            self.state_dict.update(own)
+        else:
+            self._check_entries(own)
+            self._check_count()
+            self._check_layers()
+            self._check_renamed()
+            self._check_shapes()
+        self.state_dict.update({f'{self.prefix}{name}.{FROM_ROOT}': torch.empty(0) for name in self.convs})
 
+    def _read_generators(self) -> dict[int, dict[str, Shape] | None]:
+        """Return the layers of each generator in the state dict, by its position; None if they are not stored."""
+        pattern = re.compile(rf'{re.escape(self.prefix)}{BANK}\.(\d+)\._extra_state')
+        found = ((pattern.fullmatch(name), state) for name, state in self.state_dict.items())
+        return {int(match[1]): read_layers(state) for match, state in found if match}
 
-def _check_entries(
-    stored_bank: Mapping[str, Tensor], convs: Mapping[str, CSGConv], state_dict: Mapping[str, Tensor], prefix: str
-) -> None:
-    """Refuse a state dict that lacks entries of generators or generated layers, or holds them in other shapes."""
-    wanted = dict(stored_bank)
-    for name, conv in convs.items():
-        wanted |= {f'{prefix}{name}.{key}': tensor for key, tensor in conv.stored().items()}
-    missing = [name for name in wanted if name not in state_dict]
-    if missing:
-        raise CSGError(
-            f'the checkpoint lacks {missing[0]} ({len(missing)} such entries of generated layers); '
-            'it was made from another network or with other settings: take a checkpoint of this config, '
-            'or name the layers in reset'
-        )
-    for name, tensor in wanted.items():
-        came = state_dict[name].shape
-        if came != tensor.shape and not name.endswith('_extra_state'):
+    def _check_count(self) -> None:
+        """Refuse more generators than the model has if their layers are not stored."""
+        if any(position >= len(self.bank) and layers is None for position, layers in self.generators.items()):
             raise CSGError(
-                f'{name}: the checkpoint holds {tuple(came)}, this model wants {tuple(tensor.shape)}; '
-                "set the config's csg to the checkpoint's, take another checkpoint, or name the layer in reset"
+                f'the checkpoint holds {len(self.generators)} generators, this model has {len(self.bank)}; '
+                "set the config's csg to the checkpoint's"
             )
 
-
-def _check_layers(bank: Bank, convs: Mapping[str, CSGConv], stored: Mapping[str, tuple[int, Shape]]) -> None:
-    """Refuse layers whose weight has another shape in the checkpoint, though as many codes, or another generator."""
-    for name, conv in convs.items():
-        # A name that the state dict does not tell of has been changed since it was written, or is an alias.
-        position, shape = stored.get(name, (None, None))
-        if shape is not None and shape != conv.weight_shape:
+    def _check_entries(self, own: Mapping[str, Tensor]) -> None:
+        """Refuse a state dict that lacks entries of generators or generated layers, or has them in other shapes."""
+        wanted = dict(own)
+        for name, conv in self.convs.items():
+            wanted |= {f'{self.prefix}{name}.{key}': tensor for key, tensor in conv.stored().items()}
+        missing = [name for name in wanted if name not in self.state_dict]
+        if missing:
             raise CSGError(
-                f'{name}: the checkpoint holds a weight of {shape}, this model wants {tuple(conv.weight_shape)}; '
-                'take a checkpoint of the same network, or name the layer in reset'
+                f'the checkpoint lacks {missing[0]} ({len(missing)} such entries of generated layers); '
+                'it was made from another network or with other settings: take a checkpoint of this config, '
+                'or name the layers in reset'
             )
-        if position is not None and (position >= len(bank) or bank[position] is not conv.generator):
-            raise CSGError(
-                f'{name}: generator {position} feeds it in the checkpoint and another one in this model; '
-                "set the config's csg to the checkpoint's, in the same order"
-            )
-
-
-def _check_renamed(convs: Mapping[str, CSGConv], stored: Mapping[str, tuple[int, Shape]]) -> None:
-    """Refuse layers that the state dict knows by other names, if none of these names has such a weight."""
-    known = {id(conv) for name, conv in convs.items() if name in stored}  # under one of its names
-    unknown = {id(conv): (name, tuple(conv.weight_shape)) for name, conv in convs.items() if id(conv) not in known}
-    left = Counter(shape for name, (_, shape) in stored.items() if name not in convs)
-    for name, shape in unknown.values() if stored else ():
-        left[shape] -= 1
-        if left[shape] < 0:
-            raise CSGError(
-                f'{name}: the checkpoint tells of no layer of this name, and of none more with a weight of {shape}; '
-                'take a checkpoint of the same network, or name the layer in reset'
-            )
-
-
-def _check_shapes(root: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
-    """Refuse torch's own layers of another shape, of which mmengine only writes a line into its log.
-
-    Other modules may adapt what they load, such as position embeddings of another image size.
-    """
-    for name, module in root.named_modules(remove_duplicate=False):
-        if isinstance(module, CSGConv) or not isinstance(module, FIXED):
-            continue
-        for key, own in [*module._parameters.items(), *module._buffers.items()]:
-            entry = f'{name}.{key}' if name else key
-            came = state_dict.get(f'{prefix}{entry}')
-            if own is not None and own.ndim and came is not None and came.shape != own.shape:
+        for name, tensor in wanted.items():
+            shape = self.state_dict[name].shape
+            if shape != tensor.shape and not name.endswith('_extra_state'):
                 raise CSGError(
-                    f'{entry}: the checkpoint holds {tuple(came.shape)}, this model wants {tuple(own.shape)}; take a '
-                    'checkpoint of the same network, or name the layer in reset'
+                    f'{name}: the checkpoint holds {tuple(shape)}, this model wants {tuple(tensor.shape)}; '
+                    "set the config's csg to the checkpoint's, take another checkpoint, or name the layer in reset"
                 )
 
+    def _check_layers(self) -> None:
+        """Refuse layers whose weight has another shape in the checkpoint, or another generator."""
+        for name, conv in self.loaded.items():
+            # A name that is not stored was changed after the state dict was written, or is an alias.
+            position, shape = self.stored.get(name, (None, None))
+            if shape is not None and shape != conv.weight_shape:
+                raise CSGError(
+                    f'{name}: the checkpoint holds a weight of {shape}, this model wants {tuple(conv.weight_shape)}; '
+                    'take a checkpoint of the same network, or name the layer in reset'
+                )
+            if position is not None and not self._is_generator(position, conv):
+                raise CSGError(
+                    f'{name} is generated by generator {position} in the checkpoint and by another one in this '
+                    "model; set the config's csg to the checkpoint's, in the same order"
+                )
 
-def _check_kinds(root: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
-    """Refuse codes of layers that are dense in the model: their weights would stay what they are."""
-    modules = dict(root.named_modules(remove_duplicate=False))
-    for key in state_dict:
-        name = key.removeprefix(prefix).removesuffix('.code')
-        module = modules.get(name) if key == f'{prefix}{name}.code' else None
-        if module is None or isinstance(module, CSGConv) or f'{prefix}{name}.weight' in state_dict:
-            continue
-        if 'weight' in module._parameters and 'code' not in {*module._parameters, *module._buffers}:
-            raise CSGError(
-                f'{name} is generated in the checkpoint and dense in this model; '
-                "set the config's csg (include, exclude, the number of dicts) to the checkpoint's"
-            )
+    def _is_generator(self, position: int, conv: CSGConv) -> bool:
+        return position < len(self.bank) and self.bank[position] is conv.generator
 
+    def _check_renamed(self) -> None:
+        """Refuse layers that are stored under other names, if no unmatched name has such a weight."""
+        known = {conv for name, conv in self.loaded.items() if name in self.stored}  # under one of its names
+        unknown = {conv: name for name, conv in self.loaded.items() if conv not in known}
+        unmatched = Counter(shape for name, (_, shape) in self.stored.items() if name not in self.loaded)
+        for conv, name in unknown.items() if self.stored else ():
+            shape = tuple(conv.weight_shape)
+            unmatched[shape] -= 1
+            if unmatched[shape] < 0:
+                raise CSGError(
+                    f'{name}: the checkpoint has no layer of this name, and no other unmatched layer with a weight of '
+                    f'{shape}; take a checkpoint of the same network, or name the layer in reset'
+                )
 
-def _check_dense_network(root: nn.Module, anew: Sequence[str], state_dict: Mapping[str, Tensor], prefix: str) -> None:
-    """Refuse another network's weights; a part that only one of the two has, such as a head, may differ."""
-    convs = {name: conv for name, conv in named_convs(root).items() if name not in anew}
-    stored = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
-    known, parts = root.state_dict().keys(), set(map(_part, stored))
-    wrong = [f'{name}.weight is missing' for name in convs if f'{name}.weight' not in stored and _part(name) in parts]
-    for name, tensor in stored.items():
-        conv = convs.get(name.removesuffix('.weight')) if name.endswith('.weight') else None
-        if conv is None:
-            if tensor.ndim == 4 and name not in known and _part(name) in map(_part, convs):
-                wrong.append(f'{name} {tuple(tensor.shape)} is not in the model')
-        elif tensor.shape != conv.weight_shape:
-            wrong.append(f'{name} is {tuple(tensor.shape)}, not {tuple(conv.weight_shape)}')
-        check_finite(name, tensor)
-    if wrong:
-        raise CSGError(f"the dense checkpoint is another network's: {abridge(wrong)}")
+    def _check_shapes(self) -> None:
+        """Refuse torch's own layers of another shape, which mmengine only logs.
+
+        Other modules may adapt what they load, such as position embeddings of another image size.
+        """
+        for name, module in self.root.named_modules(remove_duplicate=False):
+            if isinstance(module, CSGConv) or not isinstance(module, FIXED):
+                continue
+            for key, own in [*module._parameters.items(), *module._buffers.items()]:
+                entry = f'{name}.{key}' if name else key
+                stored = self.state_dict.get(f'{self.prefix}{entry}')
+                if own is not None and own.ndim and stored is not None and stored.shape != own.shape:
+                    raise CSGError(
+                        f'{entry}: the checkpoint holds {tuple(stored.shape)}, this model wants {tuple(own.shape)}; '
+                        'take a checkpoint of the same network, or name the layer in reset'
+                    )
+
+    def _check_dense_layers(self) -> None:
+        """Refuse codes of layers that are dense in the model, whose weights would not be loaded."""
+        modules = dict(self.root.named_modules(remove_duplicate=False))
+        for key in self.state_dict:
+            name = key.removeprefix(self.prefix).removesuffix('.code')
+            module = modules.get(name) if key == f'{self.prefix}{name}.code' else None
+            if module is None or isinstance(module, CSGConv) or f'{self.prefix}{name}.weight' in self.state_dict:
+                continue
+            if 'weight' in module._parameters and 'code' not in {*module._parameters, *module._buffers}:
+                raise CSGError(
+                    f'{name} is generated in the checkpoint and dense in this model; '
+                    "set the config's csg (include, exclude, the number of dicts) to the checkpoint's"
+                )
+
+    def _check_dense_network(self) -> None:
+        """Refuse weights of another network; a part that only one of the two has, such as a head, may differ."""
+        stored = {name.removeprefix(self.prefix): tensor for name, tensor in self.state_dict.items()}
+        known, parts = self.root.state_dict().keys(), set(map(_part, stored))
+        wrong = [
+            f'{name}.weight is missing'
+            for name in self.loaded
+            if f'{name}.weight' not in stored and _part(name) in parts
+        ]
+        for name, tensor in stored.items():
+            conv = self.loaded.get(name.removesuffix('.weight')) if name.endswith('.weight') else None
+            if conv is None:
+                if tensor.ndim == 4 and name not in known and _part(name) in map(_part, self.loaded):
+                    wrong.append(f'{name} {tuple(tensor.shape)} is not in the model')
+            elif tensor.shape != conv.weight_shape:
+                wrong.append(f'{name} is {tuple(tensor.shape)}, not {tuple(conv.weight_shape)}')
+            check_finite(name, tensor)
+        if wrong:
+            raise CSGError(f"the dense checkpoint is another network's: {abridge(wrong)}")
+
+    def _reset_layers(self) -> list[str]:
+        """Replace entries that do not fit by the model's own where ``reset`` allows it, and return these layers."""
+        patterns = self.reset.patterns
+        check_reset(self.root, patterns)
+        named = [(name, each) for name, each in self.root.named_modules(remove_duplicate=False) if _part(name) != BANK]
+        allowed = {each for name, each in named if name and any(matches(name, pattern) for pattern in patterns)}
+        own, stored = _by_layer(self.root.state_dict(), ''), _by_layer(self.state_dict, self.prefix)
+        misfits = {
+            each
+            for name, each in named
+            if each in allowed and not self._fits(name, each, own.get(name, {}), stored.get(name, {}))
+        }
+        reset = [name for name, each in named if each in misfits]
+        gone = [name for name in stored if name not in own and any(matches(name, pattern) for pattern in patterns)]
+        for name in [*reset, *gone]:
+            for key in stored.get(name, ()):
+                del self.state_dict[f'{self.prefix}{name}.{key}']
+            self.state_dict.update({f'{self.prefix}{name}.{key}': each for key, each in own.get(name, {}).items()})
+        return reset
+
+    def _fits(self, name: str, module: nn.Module, own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> bool:
+        """Return whether a module's own entries can be loaded."""
+        # Extra states need not be tensors.
+        wanted = {key: getattr(each, 'shape', None) for key, each in own.items()}
+        given = {key: getattr(each, 'shape', None) for key, each in stored.items()}
+        if isinstance(module, CSGConv):
+            if self.is_dense:
+                wanted = {key: shape for key, shape in wanted.items() if key not in module.stored()}
+                wanted['weight'] = module.weight_shape
+            elif name in self.stored:
+                position, shape = self.stored[name]
+                if shape != module.weight_shape or not self._is_generator(position, module):
+                    return False
+        wanted.pop('num_batches_tracked', None)  # which files of old PyTorch versions lack
+        given.pop('num_batches_tracked', None)
+        return wanted == given
 
 
 def _part(name: str) -> str:
     return name.split('.')[0]
-
-
-def _start_anew(
-    root: nn.Module,
-    bank: Bank,
-    patterns: Sequence[str],
-    stored: Mapping[str, tuple[int, Shape]] | None,
-    state_dict: dict[str, Tensor],
-    prefix: str,
-) -> list[str]:
-    """Replace, in a state dict, the entries of layers that may start anew and do not fit by their own.
-
-    Args:
-        root: retrofitted.
-        bank: its generators.
-        patterns: of the layers that may.
-        stored: generator and weight's shape of each layer, as far as they are known; None of a dense state dict.
-        state_dict: changed in place.
-        prefix: of the root's names in it.
-
-    Returns:
-        the names of these layers.
-    """
-    check_reset(root, patterns)
-    named = [(name, each) for name, each in root.named_modules(remove_duplicate=False) if _part(name) != BANK]
-    may = {id(each) for name, each in named if name and any(matches(name, pattern) for pattern in patterns)}
-    own, theirs = _by_layer(root.state_dict(), ''), _by_layer(state_dict, prefix)
-    misfits = {id(each) for name, each in named if id(each) in may and not _fits(name, each, bank, own, theirs, stored)}
-    anew = [name for name, each in named if id(each) in misfits]
-    gone = [name for name in theirs if name not in own and any(matches(name, pattern) for pattern in patterns)]
-    for name in [*anew, *gone]:
-        for key in theirs.get(name, ()):
-            del state_dict[f'{prefix}{name}.{key}']
-        state_dict.update({f'{prefix}{name}.{key}': each for key, each in own.get(name, {}).items()})
-    return anew
 
 
 def _by_layer(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, dict[str, Tensor]]:
@@ -304,25 +435,34 @@ def _by_layer(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, dict[s
     return layers
 
 
-def _fits(
-    name: str,
-    module: nn.Module,
-    bank: Bank,
-    own: Mapping[str, Mapping[str, Tensor]],
-    theirs: Mapping[str, Mapping[str, Tensor]],
-    stored: Mapping[str, tuple[int, Shape]] | None,
-) -> bool:
-    """Say whether all that a module itself holds can be loaded."""
-    wanted = {key: getattr(each, 'shape', None) for key, each in own.get(name, {}).items()}
-    given = {key: getattr(each, 'shape', None) for key, each in theirs.get(name, {}).items()}
-    if isinstance(module, CSGConv):
-        if stored is None:
-            wanted = {key: shape for key, shape in wanted.items() if key not in module.stored()}
-            wanted['weight'] = module.weight_shape
-        elif name in stored:
-            position, shape = stored[name]
-            if shape != module.weight_shape or position >= len(bank) or bank[position] is not module.generator:
-                return False
-    wanted.pop('num_batches_tracked', None)  # which files of old PyTorch versions lack
-    given.pop('num_batches_tracked', None)
-    return wanted == given
+def _fit(
+    generator: Generator, convs: Mapping[str, CSGConv], weights: Mapping[str, Tensor], *, keep: bool
+) -> dict[str, float]:
+    """Fit one generator, unless it is kept, and its convs to dense weights of some of them; return their errors."""
+    codes = dict(zip(weights, fit_generator(generator, list(weights.values()), keep=keep), strict=True))
+    rng = torch.Generator().manual_seed(generator.settings.seed)
+    errors = {}
+    for name, conv in convs.items():
+        if name not in weights and keep:
+            continue
+        code = codes[name] if name in codes else draw_code(conv, rng)
+        with torch.no_grad():
+            conv.code.copy_(code)
+            if name in weights:
+                dense = weights[name].to(conv.code)
+                _fit_residual(conv, dense)
+                norm = dense.norm().item()
+                errors[name] = (conv.generate_weight() - dense).norm().item() / norm if norm else 0.0
+    return errors
+
+
+def _fit_residual(conv: CSGConv, dense: Tensor) -> None:
+    """Set a conv's residual, if it has one, to a truncated SVD of the error that the generator leaves."""
+    rank = conv.generator.settings.residual
+    if rank:
+        conv.residual_out.zero_()
+        left = (dense - conv.generate_weight()).flatten(1)
+        out, scale, into = torch.linalg.svd(left, full_matrices=False)
+        # Split evenly between the factors, so that both learn at the same pace.
+        conv.residual_out.copy_(out[:, :rank] * scale[:rank].sqrt())
+        conv.residual_in.copy_(scale[:rank, None].sqrt() * into[:rank])

@@ -110,10 +110,10 @@ def retrofit_for_runner(
     bank = bank_of(retrofit(model, csg))
     if generators_from is not None:
         # Read when training begins, because tests do not need the file.
-        bank.before_init = partial(_load_generators, path=generators_from)
-    bank.after_fit = _share_and_log_fit
+        bank.loading.before_init = partial(_load_generators, path=generators_from)
+    bank.loading.after_fit = _share_and_log_fit
     bank.reset.patterns = read_patterns('CSG', 'reset', reset) or ()
-    bank.reset.tell = _log_reset
+    bank.reset.on_reset = _log_reset
     check_reset(model, bank.reset.patterns)
     return model
 
@@ -171,7 +171,7 @@ def _teach(model: nn.Module, teacher: Mapping[str, Any]) -> nn.Module:
 
 def _load_generators(bank: GeneratorBank, path: str) -> None:
     try:
-        bank.load_generators(read_checkpoint(path)['state_dict'])
+        bank.loading.load_generators(read_checkpoint(path)['state_dict'])
     except CSGError as error:
         raise CSGError(f'generators_from: {path}: {str(error).removeprefix(f"{path}: ")}') from None
     print_log(f'CSG: loaded the generators of {path}', logger='current')
@@ -183,6 +183,6 @@ def _log_reset(layers: Sequence[str]) -> None:
 
 def _share_and_log_fit(bank: GeneratorBank) -> None:
     share_fit(bank)
-    errors = bank.fitted.values()
+    errors = bank.loading.errors.values()
     mean = sum(errors) / len(errors)
     print_log(f'CSG: fitted {len(errors)} layers to dense weights, mean relative error {mean:.3f}', logger='current')

@@ -13,8 +13,9 @@ from torch.nn.parameter import UninitializedParameter
 from csg_seg.errors import CSGError, CSGWarning
 from csg_seg.generators.linear import build_generator
 from csg_seg.generators.settings import Settings
+from csg_seg.layers.ahead import generate_in_batches
 from csg_seg.layers.bank import BANK, GeneratorBank, attach_bank, detach_bank, find_bank, find_roots
-from csg_seg.layers.conv import CSGConv, add_residual, generate_weights, generated_convs, swap_in, swap_out
+from csg_seg.layers.conv import CSGConv, add_residual, generated_convs, swap_in, swap_out
 from csg_seg.layers.root import check_rootable
 from csg_seg.layers.watch import WATCH
 from csg_seg.report import summarise
@@ -80,7 +81,7 @@ def materialise(model: nn.Module) -> nn.Module:
         layers = [conv for conv in convs.values() if conv.generator is generator]
         # In one batch, as in evaluation: a product of another size rounds differently.
         with torch.no_grad():
-            weights.update(zip(layers, generate_weights(layers), strict=True))
+            weights.update(zip(layers, generate_in_batches(layers), strict=True))
     for _, root, _ in roots:
         detach_bank(root)
     for conv in convs.values():

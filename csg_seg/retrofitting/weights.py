@@ -41,7 +41,7 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
     if wrong:
         raise CSGError(f'the weights are not those of the dense network: {abridge(wrong)}')
     model.load_state_dict(weights)
-    return bank.fitted
+    return bank.loading.errors
 
 
 def load_state_dict(
@@ -88,7 +88,7 @@ def load_generators(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """
     bank = _check('load_generators', model, weights)
     _check_has_values('load_generators', model)
-    bank.load_generators(weights)
+    bank.loading.load_generators(weights)
 
 
 def dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -13,9 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-import experiments.rivals.tensor_ring  # noqa: F401 (registers a kind that is not ours)
+import experiments.rivals.tensor_ring  # noqa: F401 (registers a kind that is not part of the package)
 from csg_seg import materialise, retrofit
-from csg_seg.layers.conv import batches, generate_weights, generated_convs
+from csg_seg.layers.ahead import batches
+from csg_seg.layers.conv import generate_weights, generated_convs
 
 CSG = {'slice_shape': (12, 20, 3, 3), 'code_dim': 24}
 KINDS = {
@@ -58,7 +59,7 @@ def gradients(model):
 
 
 def kept_weights(model):
-    return [weight for kept in model.csg.kept.values() for weight in kept.weights]
+    return [weight for cached in model.csg.ahead.cached.values() for weight in cached.weights]
 
 
 @pytest.mark.parametrize('csg', KINDS.values(), ids=KINDS)
@@ -366,7 +367,7 @@ def test_casting_lets_kept_weights_go():
 
 @pytest.mark.parametrize('bound', [1, 17 * 31 * 9 + 31 * 31 * 9, 10**9])
 def test_neighbours_are_made_together_up_to_a_bound(bound, monkeypatch):
-    monkeypatch.setattr('csg_seg.layers.conv.AT_ONCE', bound)
+    monkeypatch.setattr('csg_seg.layers.ahead.AT_ONCE', bound)
     model = build()
     convs = [conv for _, conv in generated_convs(model)]
     groups = list(batches(convs))

@@ -356,30 +356,11 @@ def test_a_new_head_may_be_missing_as_a_whole():
 def test_what_a_resumed_run_loads_at_init_is_not_fitted():
     model = build(seed=1)
     kept = snapshot(model)
-    find_bank(model).fit_on_load = False
+    find_bank(model).loading.fit_on_load = False
     model.narrow.load_state_dict({'weight': torch.zeros(17, 31, 3, 3)})
-    find_bank(model).init_weights()
+    find_bank(model).fit_loaded()
     assert_same_state(model, kept)
     assert model.narrow.loaded is None
-
-
-# --- a dense weight that fades out ---
-
-
-def test_a_blend_is_for_training_alone():
-    model = build()
-    x = torch.randn(2, 31, 5, 5)
-    dense = torch.randn(17, 31, 3, 3)
-    conv = model.narrow
-    plain = conv(x)
-    kept = set(model.state_dict())
-    conv.blend = (dense, 0.25)
-    mixed = 0.75 * dense + 0.25 * conv.generate_weight()
-    assert torch.allclose(conv(x), nn.functional.conv2d(x, mixed, padding=1), atol=1e-5)
-    assert torch.equal(conv.eval()(x), plain)
-    assert set(model.state_dict()) == kept
-    materialise(model)
-    assert torch.equal(model.narrow(x), plain)
 
 
 # --- bad input ---

@@ -53,7 +53,7 @@ def test_it_computes_with_the_generated_weight_and_trains(kind):
     kept = type(model[1])
     retrofit(model, csg(kind))
     conv, x = model[1], images(model)
-    assert isinstance(conv, (CSGConv, kept)) and conv.weight_shape == twin[1].weight.shape
+    assert isinstance(conv, CSGConv) and isinstance(conv, kept) and conv.weight_shape == twin[1].weight.shape
     twin.load_state_dict({**twin.state_dict(), '1.weight': conv.generate_weight(), '0.weight': model[0].weight})
     assert torch.equal(model(x), twin(x))
     model(x).square().mean().backward()

@@ -489,7 +489,7 @@ class Initialised(nn.Sequential):
 def test_a_trained_network_is_initialised_once():
     net = build(kind=Initialised)
     begun = []
-    find_bank(net).before_init = begun.append
+    find_bank(net).loading.before_init = begun.append
     net.init_weights()
     net.init_weights()
     assert len(begun) == 1

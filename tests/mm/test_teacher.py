@@ -201,7 +201,7 @@ def test_all_processes_share_a_fit_by_hand_too(checkpoint, monkeypatch):
     shared = []
     monkeypatch.setattr('csg_seg.mm.model.broadcast', lambda tensor: shared.append(tensor))
     student = build(csg_model(CSG))
-    assert fit(student, torch.load(checkpoint)['state_dict']) == find_bank(student).fitted
+    assert fit(student, torch.load(checkpoint)['state_dict']) == find_bank(student).loading.errors
     assert len(shared) == 1 + len(list(generated_convs(student)))
 
 

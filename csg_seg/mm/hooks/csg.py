@@ -73,7 +73,7 @@ class CSGHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Fit dense weights that are loaded from now on, also in a run that was resumed."""
-        bank_of(bare_model(runner.model)).fit_on_load = True
+        bank_of(bare_model(runner.model)).loading.fit_on_load = True
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Refuse to resume from a dense checkpoint, which mmengine does when ``load_from`` names one."""
@@ -90,7 +90,7 @@ class CSGHook(Hook):
         if self.retrofit(model):
             _rewrap(runner)
         if runner._resume and (runner._load_from or find_latest_checkpoint(runner.work_dir)):
-            bank_of(model).fit_on_load = False
+            bank_of(model).loading.fit_on_load = False
         runner.logger.info(f'CSG: {summarise(model).headline()}')
         if self.save_compact and not any(isinstance(hook, CompactCheckpointHook) for hook in runner.hooks):
             runner.register_hook(CompactCheckpointHook())

@@ -1,0 +1,148 @@
+"""Weights made ahead: small ones together at the start of a forward pass, all of them once for several evaluations.
+
+On ResNet-56 this makes training 6.5 % and evaluation 78 % faster; on DeepLabV3 with ResNet-18, 1 % and 45 %.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from threading import get_ident
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from csg_seg.generators.linear import Generator
+
+from .conv import CSGConv, generate_weights
+
+# Batch layers up to this many weight values per product; beyond it, memory traffic costs more than it saves.
+AT_ONCE = 2**20
+
+
+class Cached(NamedTuple):
+    """Weights cached between evaluations: copies of their inputs, the weights, and their version counters."""
+
+    inputs: list[Tensor]
+    weights: list[Tensor]
+    versions: list[int]
+
+
+class Ready:
+    """A weight made for one forward pass, with its thread, its inputs and their version counters.
+
+    A conv calls it for the weight; it returns None if the conv must generate its weight itself.
+    """
+
+    def __init__(self, weight: Tensor, inputs: Sequence[Tensor]):
+        self.weight, self.inputs = weight, inputs
+        self.thread, self.versions = get_ident(), _versions(inputs)
+
+    def __call__(self) -> Tensor | None:
+        """Return the weight unless another thread reads it, an input was written to, or it lacks a graph."""
+        has_graph = self.weight.requires_grad or not torch.is_grad_enabled()
+        is_current = torch.compiler.is_compiling() or (
+            self.thread == get_ident() and self.versions == _versions(self.inputs)
+        )
+        return self.weight if has_graph and is_current else None
+
+
+class Ahead:
+    """Make the weights of a network's layers ahead of each forward pass of its root.
+
+    Attributes:
+        cached: the weights of the last evaluation, by the position of their generator.
+    """
+
+    def __init__(self) -> None:
+        self.cached: dict[int, Cached] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle without the cached weights."""
+        return Ahead, ()
+
+    def make(self, generators: Iterable[Generator], layers: Mapping[str, CSGConv]) -> None:
+        """Make the weights for the forward pass that begins.
+
+        Without gradients, weights are cached from pass to pass, as long as all their inputs have the same values. A
+        layer that is called outside the pass, compiled or recomputed generates its weight itself, and so does one
+        whose code or generator was written to since the pass began.
+        """
+        for position, generator in enumerate(generators):
+            if not all(type(each) is nn.Parameter for each in generator.parameters()):
+                continue
+            convs = [conv for conv in layers.values() if conv.generator is generator and _has_plain_code(conv)]
+            if torch.is_grad_enabled():
+                self.cached.pop(position, None)
+                weights = _generate_small(convs) if generator.is_product else {}
+            else:
+                weights = self._read(position, convs) if convs else {}
+            for conv, weight in weights.items():
+                # nn.Module.__setattr__ is slow.
+                conv.__dict__['ready'] = Ready(weight, (conv.code, generator.weight))
+
+    def _read(self, position: int, convs: Sequence[CSGConv]) -> dict[CSGConv, Tensor]:
+        """Return the weights of one generator's convs, from the cache if nothing has changed."""
+        generator = convs[0].generator
+        inputs = [torch.cat([conv.code for conv in convs]), *generator.parameters(), *generator.buffers()]
+        if generator.settings.residual:
+            inputs += [each for conv in convs for each in (conv.residual_out, conv.residual_in)]
+        # Compare values: a write to .data, as by an EMA, does not change the version counter.
+        cached = self.cached.get(position)
+        if cached is None or cached.versions != _versions(cached.weights) or not all(map(_same, cached.inputs, inputs)):
+            # A cropped weight is a view, which every conv would copy.
+            weights = [weight.contiguous() for weight in generate_in_batches(convs)]
+            cached = self.cached[position] = Cached([each.clone() for each in inputs], weights, _versions(weights))
+        return dict(zip(convs, cached.weights, strict=True))
+
+
+def drop(layers: Mapping[str, CSGConv]) -> None:
+    """Let each layer generate its weight itself again."""
+    for conv in layers.values():
+        conv.__dict__.pop('ready', None)
+
+
+def generate_in_batches(convs: Sequence[CSGConv]) -> list[Tensor]:
+    """Return the weights of convs of one generator, by one product for each of :func:`batches`.
+
+    Raises:
+        CSGError: a dense weight was loaded into a part of the network and not fitted.
+    """
+    return [weight for batch in batches(convs) for weight in generate_weights(batch)]
+
+
+def batches(convs: Sequence[CSGConv]) -> Iterator[list[CSGConv]]:
+    """Yield neighbouring convs whose weights have at most :data:`AT_ONCE` values together, or one larger conv."""
+    batch: list[CSGConv] = []
+    for conv in convs:
+        if batch and sum(each.weight_shape.numel() for each in (*batch, conv)) > AT_ONCE:
+            yield batch
+            batch = []
+        batch.append(conv)
+    if batch:
+        yield batch
+
+
+def _generate_small(convs: Iterable[CSGConv]) -> dict[CSGConv, Tensor]:
+    """Return the weights of small layers that learn. A large layer generates its own later, which saves memory."""
+    learning = [conv for conv in convs if conv.code.requires_grad or conv.generator.weight.requires_grad]
+    small = [batch for batch in batches(learning) if len(batch) > 1]
+    return {conv: weight for batch in small for conv, weight in zip(batch, generate_weights(batch), strict=True)}
+
+
+def _has_plain_code(conv: CSGConv) -> bool:
+    """Return whether the code is an ordinary parameter of a conv that is fitted.
+
+    Sharded, traced and swapped parameters have other types or shapes, and their values are not known yet; tensors
+    made in inference mode have no version counter.
+    """
+    code = conv.code
+    is_plain = type(code) is nn.Parameter and code.dim() == 2 and not (code.is_meta or code.is_inference())
+    return is_plain and conv.loaded is None
+
+
+def _versions(tensors: Iterable[Tensor]) -> list[int]:
+    """Return torch's version counters, 0 for tensors made in inference mode."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
