@@ -232,7 +232,7 @@ def test_training_outlives_a_compact_file_that_does_not_fit(drawn, tmp_path):
     assert len(warnings) == 2
     for line, step in zip(warnings, (2, 3), strict=True):
         assert f'{tmp_path}/iter_{step}.safetensors: cannot be written (File too large)' in line
-        assert 'tools/compact.py can make it later' in line
+        assert 'tools/compact.py can make the file later' in line
     assert not list(tmp_path.rglob('*.partial'))
 
 
