@@ -107,6 +107,12 @@ def untaught(cfg):
     return Config({**cfg.to_dict(), 'model': model})
 
 
+def test_the_first_proximal_phase_imports_its_hook(configs):
+    start = configs[-1]
+    assert start.default_hooks.proximal.type == 'ProximalHook'
+    assert {'csg_seg.mm', 'experiments.carry_over.proximal'} <= set(start.custom_imports.imports)
+
+
 def test_each_way_starts_and_learns_as_its_name_says(configs):
     _, _, ways, _ = configs
     starts = {way: (each.model.get('init_cfg') or {}).get('checkpoint') for way, each in ways.items()}
