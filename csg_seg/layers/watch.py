@@ -1,8 +1,8 @@
-"""Say once, in the first steps of a training, where generators do not train as the optimizer's settings suggest.
+"""Warn once, in the first training steps, if generators do not train as the optimizer's settings suggest.
 
-A generated weight moves with its layer's code and with the generator. A layer that is frozen, or has a rate of its own,
-still moves with a generator that trains for other layers; a generator that no optimizer holds stays as it is. Both
-happen in silence: parameter groups are made by layer, and a generator belongs to many.
+A generated weight depends on its layer's code and on the generator. A layer that is frozen or has its own learning rate
+still changes if its generator trains with other layers; a generator that is in no optimizer does not change at all.
+Both are easy to miss, because parameter groups are made by layer and a generator belongs to many layers.
 """
 
 import gc
@@ -22,14 +22,14 @@ from csg_seg.generators.linear import Generator
 from .conv import CSGConv
 from .root import CSGRoot
 
-# Steps of any optimizer after which a network that has had no gradient is watched no more.
+# A network without a gradient is no longer watched after this many steps of any optimizer.
 STEPS = 100
 
 
 class Rate(NamedTuple):
-    """How an optimizer moves a parameter.
+    """How an optimizer changes a parameter.
 
-    ``state`` is 'held', or 'frozen' of one that gets no gradient, or 'left out' of one that no optimizer holds.
+    ``state`` is 'held', 'frozen' if the parameter gets no gradient, or 'left out' if it is in no optimizer.
     """
 
     lr: float
@@ -38,14 +38,14 @@ class Rate(NamedTuple):
 
 
 NOT_HELD, FROZEN = Rate(0.0, 0.0, 'left out'), Rate(0.0, 0.0, 'frozen')
-# What is odd about a generator.
+# Why a generator does not change.
 NO_OPTIMIZER, NO_RATE = 'no optimizer holds it', 'its learning rate is 0'
 MOST_NAMES = 6
 Found = dict[str, list[str]]
 
 
 class Watch:
-    """The layers that are watched, while there are any; one for a process, as torch's hook of all optimizers is."""
+    """The layers that are watched; one object per process, like torch's hooks on all optimizers."""
 
     def __init__(self) -> None:
         self.layers: WeakKeyDictionary[CSGConv, str] = WeakKeyDictionary()
@@ -56,7 +56,7 @@ class Watch:
         self.is_over = False
 
     def begin(self, layers: Mapping[str, CSGConv], root: nn.Module | None = None) -> None:
-        """Watch layers, by name, and those that a root gets later, until their generator has had its first step."""
+        """Watch layers, by name, and those that the root gets later, until the first step of their generator."""
         if root is not None:
             self.roots.add(root)
         new = self._new(layers)
@@ -77,18 +77,18 @@ class Watch:
         self.roots.clear()
 
     def refresh(self, *_: Any) -> None:
-        """Look up, before a step changes generators, which layers they feed: a copied layer may not have been seen."""
+        """Look up the layers of all roots before a step changes generators: copied layers may be new."""
         for root in [*self.roots]:
             if isinstance(root, CSGRoot) and not self.is_over:
-                fed = root.refresh()
-                generators = {conv.generator for conv in fed.values()}
+                layers = root.refresh()
+                generators = {conv.generator for conv in layers.values()}
                 for conv in [*self.layers]:
-                    if isinstance(conv, CSGConv) and conv.generator in generators and conv not in fed.values():
+                    if isinstance(conv, CSGConv) and conv.generator in generators and conv not in layers.values():
                         self.layers.pop(conv)  # replaced since
-                self.layers.update(self._new(fed))
+                self.layers.update(self._new(layers))
 
     def look(self, optimizer: Optimizer, *_: Any) -> None:
-        """Look, after a step, at the generators that had a gradient in it."""
+        """Examine, after a step, the generators that had a gradient."""
         if self.is_over:
             return
         by_generator: dict[Generator, dict[str, CSGConv]] = defaultdict(dict)
@@ -113,7 +113,7 @@ class Watch:
             self.is_over = True
 
     def end(self) -> None:
-        """Watch nothing any more; optimizers' steps are then what they were."""
+        """Stop watching, and remove the hooks on optimizers."""
         self._forget()
         self.is_over = False
         for hook in self.hooks:
@@ -125,7 +125,7 @@ WATCH = Watch()
 
 
 def examine(generator: Generator, layers: Mapping[str, CSGConv], optimizer: Optimizer) -> Found | None:
-    """Find the layers that move otherwise than the optimizer's settings suggest.
+    """Find the layers that change otherwise than the optimizer's settings suggest.
 
     Args:
         generator: of these layers.
@@ -133,8 +133,8 @@ def examine(generator: Generator, layers: Mapping[str, CSGConv], optimizer: Opti
         optimizer: has just made a step.
 
     Returns:
-        names of layers by what is odd about them; None if the step was none of this generator's, or one whose rates
-        were all zero.
+        Names of layers by problem, '' for none; None if the step did not concern this generator, or all its rates
+        were zero.
     """
     learning = [each for each in generator.parameters() if each.requires_grad and each.grad is not None]
     codes = {name: conv.code for name, conv in layers.items()}
@@ -154,7 +154,7 @@ def examine(generator: Generator, layers: Mapping[str, CSGConv], optimizer: Opti
 
 
 def _rates(optimizers: Iterable[Optimizer]) -> dict[int, Rate]:
-    """Return how each parameter is moved, by its identity."""
+    """Return the rate of each parameter, by its id."""
     return {
         id(parameter): Rate(float(group.get('lr', 1)), float(group.get('weight_decay') or 0))
         for optimizer in optimizers
@@ -164,7 +164,7 @@ def _rates(optimizers: Iterable[Optimizer]) -> dict[int, Rate]:
 
 
 def _compare(layer: Rate, generator: Rate) -> str:
-    """Say what is odd about the rates of a layer's code and of its generator; '' if nothing is."""
+    """Return the problem with the rates of a layer's code and its generator; '' if there is none."""
     if generator.lr == 0:
         if layer.lr == 0:
             return ''
@@ -183,7 +183,7 @@ def _compare(layer: Rate, generator: Rate) -> str:
 
 
 def describe(found: Iterable[Found]) -> str:
-    """Say in one text what :func:`examine` found of several generators; '' if that was nothing."""
+    """Describe what :func:`examine` found about several generators; '' if it found nothing."""
     layers: Found = defaultdict(list)
     for each in found:
         for reason, names in each.items():

@@ -334,7 +334,7 @@ def test_weights_loaded_into_a_part_are_fitted_at_init():
     trained = Even(seed=2).state_dict()
     model.backbone.load_state_dict(trained)
     bank = find_bank(model)
-    bank.init_weights()
+    bank.fit_loaded()
     alone = retrofit(Even(seed=1), EVEN)
     fit(alone, trained)
     assert torch.equal(model.backbone.first.code, alone.first.code)
@@ -342,7 +342,7 @@ def test_weights_loaded_into_a_part_are_fitted_at_init():
     std = model.head.generate_weight().std().item()
     assert std == pytest.approx(kaiming_std(model.head), rel=0.25)
     after = snapshot(model)
-    bank.init_weights()
+    bank.fit_loaded()
     assert_same_state(model, after)
 
 

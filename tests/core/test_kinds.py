@@ -48,7 +48,7 @@ def csg(kind: str) -> dict:
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_it_computes_with_the_generated_weight_and_trains(kind):
+def test_a_conv_computes_with_its_generated_weight_and_trains(kind):
     model, twin = dense(kind), dense(kind)
     kept = type(model[1])
     retrofit(model, csg(kind))
@@ -66,7 +66,7 @@ def test_it_computes_with_the_generated_weight_and_trains(kind):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_it_is_stored_copied_and_becomes_plain_again(kind, tmp_path):
+def test_a_conv_is_stored_copied_and_materialised(kind, tmp_path):
     model = retrofit(dense(kind), csg(kind))
     x = images(model)
     expected = model(x)
@@ -88,7 +88,7 @@ def test_it_is_stored_copied_and_becomes_plain_again(kind, tmp_path):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_it_starts_at_kaiming_variance(kind):
+def test_a_generated_weight_starts_at_kaiming_variance(kind):
     squares = []
     for seed in range(20):
         model = retrofit(dense(kind), csg(kind) | {'seed': seed})

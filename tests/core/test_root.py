@@ -1,4 +1,4 @@
-"""Generators are the root's own: what goes through the layers of a network finds those of the dense one."""
+"""The root owns the generators: code that iterates over a network's layers sees those of the dense network."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""What does not train as the optimizer's settings suggest is told once, in the first steps."""
+"""Generators that do not train as the optimizer's settings suggest are warned of once, in the first steps."""
 
 import copy
 import gc
@@ -83,7 +83,7 @@ def in_two(net):
 
 @pytest.mark.parametrize('kind', [{}, {'generator': 'mlp', 'hidden': 3}])
 @pytest.mark.parametrize('recipe', [by_part, by_name, at_no_rate, in_two])
-def test_a_generator_that_never_changes_is_told_once(recipe, kind):
+def test_a_generator_that_never_changes_is_warned_of_once(recipe, kind):
     net = build(**kind)
     before = net.csg[0].weight.clone()
     (told,) = train(net, *recipe(net))
@@ -93,12 +93,12 @@ def test_a_generator_that_never_changes_is_told_once(recipe, kind):
     assert 'Add model.csg.parameters()' in told
 
 
-def test_the_first_step_tells_it():
+def test_the_first_step_warns():
     net = build()
     assert len(train(net, *by_part(net), steps=1)) == 1
 
 
-def test_a_slice_whose_generator_is_left_out_is_told():
+def test_a_slice_whose_generator_is_in_no_optimizer_is_warned_of():
     net = retrofit(nn.Sequential(*Net().backbone, *Net().head), CSG)
     features = nn.Sequential(*list(net.children())[:-1])
     del net
@@ -136,7 +136,7 @@ RECIPES = {
 
 
 @pytest.mark.parametrize(('recipe', 'says'), RECIPES.values(), ids=RECIPES)
-def test_layers_that_are_held_and_change_are_told_once(recipe, says):
+def test_layers_meant_to_stay_fixed_that_change_are_warned_of_once(recipe, says):
     net = build()
     before = net.backbone[2].weight.detach().clone()
     (told,) = train(net, recipe(net))
@@ -168,7 +168,7 @@ def test_layers_frozen_before_retrofit_stay_dense_and_still():
     assert not isinstance(net.backbone[2], CSGConv) and torch.equal(net.backbone[2].weight, before)
 
 
-# --- nothing to tell ---
+# --- no warning ---
 
 
 def of_all(net):
@@ -190,7 +190,7 @@ def test_usual_recipes_are_silent(recipe, every):
     assert train(net, *recipe(net), every=every) == []
 
 
-def test_a_warm_up_from_zero_is_waited_for():
+def test_a_warm_up_from_zero_delays_the_warning():
     net = build()
     optimizer = rate(lr=0.0)(net)
     rates = [group['lr'] for group in optimizer.param_groups]
@@ -202,7 +202,7 @@ def test_a_warm_up_from_zero_is_waited_for():
     assert len(train(net, optimizer)) == 1
 
 
-def test_steps_of_another_network_are_not_this_ones():
+def test_steps_of_another_network_do_not_end_the_watch():
     net, other = build(), nn.Conv2d(3, 3, 3)
     assert train(other, sgd({'params': params(other)}), steps=2) == []
     assert len(train(net, *by_part(net))) == 1
@@ -222,7 +222,7 @@ def test_a_network_that_is_retrofitted_again_is_watched_again():
     assert len(train(net, *by_part(net))) == 1
 
 
-def test_layers_that_were_replaced_are_not_told_of():
+def test_replaced_layers_are_not_warned_of():
     net = build()
     net(torch.zeros(1, 3, 12, 12))
     net.head = nn.Conv2d(24, 5, 1)
@@ -256,7 +256,7 @@ def test_hooks_of_others_are_called_all_the_same():
     assert len(steps) == 3
 
 
-def test_what_was_told_is_not_told_again():
+def test_no_warning_is_repeated():
     net = nn.Sequential(*Net().backbone, *Net().head)
     retrofit(net, CSG)
     net[2].requires_grad_(False)
