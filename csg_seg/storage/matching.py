@@ -173,10 +173,8 @@ def _check_values(model: nn.Module, compact: Compact, wanted: Collection[str]) -
 
 
 def _matches_any(name: str, patterns: Sequence[str]) -> bool:
-    """Whether one of several patterns matches the name of a layer or of one of its entries."""
     return any(matches(name, pattern) for pattern in patterns)
 
 
 def _without(named: Mapping[str, T], patterns: Sequence[str]) -> dict[str, T]:
-    """Return the items whose names match none of the patterns."""
     return {name: each for name, each in named.items() if not _matches_any(name, patterns)}
