@@ -98,13 +98,13 @@ class ObserveHook(Hook):
 
 OTHER_MACHINE = '''
 """On the second rank, a fit's basis has the other sign, as another machine's libraries may give it."""
-import importlib
 import os
 
-fit = importlib.import_module('csg_seg.fit')
+from csg_seg import fitting
+
 if os.environ['RANK'] == '1':
-    nearest_basis = fit._nearest_basis
-    fit._nearest_basis = lambda *args: -nearest_basis(*args)
+    nearest_basis = fitting._nearest_basis
+    fitting._nearest_basis = lambda *args: -nearest_basis(*args)
 '''
 
 
