@@ -203,7 +203,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize(
-    ('content', 'says'), [(None, 'copy it again'), ([1, 2], 'give a'), (Hostile(), 'copy it again')]
+    ('content', 'says'), [(None, 'copy it again'), ([1, 2], 'give a training checkpoint'), (Hostile(), 'not unpickled')]
 )
 def test_foreign_pickles_are_refused(refused, tmp_path, content, says):
     if content is None:
