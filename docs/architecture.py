@@ -29,7 +29,7 @@ PATHS = {
     ],
     'A file becomes a network': [
         ('small.safetensors', 'generators once, codes,\nthe rest, and how to build'),
-        ('storage/READ', 'verifies the checksum, and the\nheader against the tensors'),
+        ('storage/format.py', 'verifies the checksum, and the\nheader against the tensors'),
         ('storage/precision.py', 'int8 and half floats\nbecome float32 again'),
         ('storage/builders.py', 'builds the dense network from\nregistered names only'),
         ('retrofitting/surgery.py', 'retrofits it as the file says'),

@@ -133,8 +133,8 @@ def test_several_seeds_are_gathered_and_not_trained_twice(npz, tmp_path):
     settings += ['test_dataloader.dataset.indices=100', 'val_dataloader.dataset.indices=100']
     settings += [f'{split}_dataloader.dataset.data_root={npz}' for split in ('train', 'val', 'test')]
     out = tmp_path / 'new' / 'result.json'
-    command = ['benchmark.py', CSG, '--seeds', 0, 1, '--jobs', 2, '--work-dir', tmp_path]
-    printed = run_tool(*command, '--out', out, '--cfg-options', *settings).stdout
+    command = ['runs', CSG, '--seeds', 0, 1, '--jobs', 2, '--work-dir', tmp_path]
+    printed = run_experiment(*command, '--out', out, '--cfg-options', *settings).stdout
     result = json.loads(out.read_text())
     network = result['networks'][CSG.stem]
     assert network['stored_params'] == 115_426
@@ -145,12 +145,12 @@ def test_several_seeds_are_gathered_and_not_trained_twice(npz, tmp_path):
     assert {'device', 'torch', 'mmengine', 'python'} <= result['made_with'].keys()
     logs = {path: path.stat().st_mtime_ns for path in tmp_path.glob('*/*/train.txt')}
     assert len(logs) == 2
-    again = run_tool(*command, '--json', '--cfg-options', *settings).stdout
+    again = run_experiment(*command, '--json', '--cfg-options', *settings).stdout
     assert json.loads(again)['networks'] == result['networks']
     assert all(path.stat().st_mtime_ns == before for path, before in logs.items())
-    other = run_tool(*command, '--cfg-options', *settings, 'model.csg.code_dim=36', check=False)
+    other = run_experiment(*command, '--cfg-options', *settings, 'model.csg.code_dim=36', check=False)
     assert other.returncode == 1
-    assert 'holds a run of other settings' in other.stderr.splitlines()[-1]
+    assert 'holds a run with other settings' in other.stderr.splitlines()[-1]
 
 
 def test_a_failed_run_is_named(tmp_path):
