@@ -12,7 +12,8 @@ from csg_seg.generators.products import is_recorded
 
 from .ahead import Ahead, drop
 from .conv import CSGConv, check_fitted, generated_convs
-from .loading import Loading, Reset
+from .incoming import Reset
+from .loading import Loading
 from .root import BANK, CSGRoot, enroot, uproot
 from .watch import WATCH
 
