@@ -1,4 +1,4 @@
-"""Command-line options that several tools have, and the check of files to write."""
+"""Options that several tools have (--out, --overwrite, --json, --cfg-options), and the check of files to write."""
 
 import os
 from argparse import SUPPRESS, ArgumentParser

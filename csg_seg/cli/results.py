@@ -1,4 +1,4 @@
-"""Result files: the command, its figures, and the versions that made them."""
+"""Result files: the command, its figures, and the versions and device that made them."""
 
 import json
 import os
