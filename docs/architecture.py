@@ -35,13 +35,13 @@ PATHS = {
         ('retrofitting/surgery.py', 'retrofits it as the file says'),
         ('checkpoint.pth', 'of a training run,\ndense or CSG'),
         ('mm/checkpoints/unpickling.py', 'reads tensors,\nunpickles no object'),
-        ('layers/incoming.py', 'refuses what does not fit,\nbefore anything is copied'),
+        ('layers/state_dict_checks.py', 'refuses what does not fit,\nbefore anything is copied'),
         ('fitting.py', 'dense weights only: finds the\nnearest generator and codes'),
         ('a network', 'train, test, or materialise\nto plain convs'),
     ],
 }
 # A step that no arrow leads to, and where the arrow of the step before it leads instead.
-STARTS = {'checkpoint.pth': 'layers/incoming.py'}
+STARTS = {'checkpoint.pth': 'layers/state_dict_checks.py'}
 COLUMNS = 5
 WIDTH, HEIGHT, GAP_X, GAP_Y, TITLE = 3.0, 1.0, 0.5, 0.55, 0.6
 FILL = {'mm': '#dbe9f6', 'generators': '#fde8cf', 'layers': '#fde8cf', 'fitting.py': '#fde8cf'}

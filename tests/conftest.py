@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # Importing the libraries takes longer than running most tools, so tools are forked from a process that has them.
 PROCESSES = multiprocessing.get_context('forkserver')
-PROCESSES.set_forkserver_preload(['csg_seg.mm.running.preflight', 'mmseg.apis', 'mmpretrain.apis'])
+PROCESSES.set_forkserver_preload(['csg_seg.running.preflight', 'mmseg.apis', 'mmpretrain.apis'])
 
 # A narrow network on small crops, so that a test takes seconds; the rest of the config stays real.
 SMALL_MODEL = {

@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 
 from csg_seg.cli import console, options
-from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.failures import one_line_errors
 
 with one_line_errors():
+    from csg_seg.deploy.compact_export import compact, logit_error
     from csg_seg.errors import CSGError
-    from csg_seg.mm.deploy.compact_export import compact, logit_error
-    from csg_seg.mm.running.configs import read_config
-    from csg_seg.mm.running.preflight import check_data
+    from csg_seg.running.configs import read_config
+    from csg_seg.running.preflight import check_data
     from csg_seg.storage.precision import DTYPES
 
 

@@ -3,14 +3,14 @@
 import argparse
 
 from csg_seg.cli import console, options
-from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.failures import one_line_errors
 from csg_seg.files import writing_into
 
 with one_line_errors():
     from csg_seg.cli.results import made_with, write_result
-    from csg_seg.mm.running.comparison import compare
-    from csg_seg.mm.running.configs import read_config
-    from csg_seg.mm.running.preflight import check_data
+    from csg_seg.running.comparison import compare
+    from csg_seg.running.configs import read_config
+    from csg_seg.running.preflight import check_data
 
 
 def parse_args() -> argparse.Namespace:

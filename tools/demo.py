@@ -3,11 +3,11 @@
 import argparse
 
 from csg_seg.cli import console, options
-from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.failures import one_line_errors
 
 with one_line_errors():
+    from csg_seg.deploy.inference import draw, load_network, name_classes, predict, save_picture
     from csg_seg.errors import CSGError
-    from csg_seg.mm.deploy.inference import draw, load_network, name_classes, predict, save_picture
 
 
 def parse_args() -> argparse.Namespace:

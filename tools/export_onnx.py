@@ -5,12 +5,12 @@ from contextlib import nullcontext
 
 from csg_seg import materialise
 from csg_seg.cli import console, options
-from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.failures import one_line_errors
 
 with one_line_errors():
+    from csg_seg.deploy.inference import inputs, load_network
+    from csg_seg.deploy.onnx_export import DTYPES, export_onnx
     from csg_seg.layers.bank import find_bank
-    from csg_seg.mm.deploy.inference import inputs, load_network
-    from csg_seg.mm.deploy.onnx_export import DTYPES, export_onnx
 
 
 def parse_args() -> argparse.Namespace:
@@ -35,7 +35,7 @@ def main() -> None:
         images = [inputs(network, [each]) for each in args.images]
         if not args.generated and find_bank(network) is not None:
             network = materialise(network)
-        with nullcontext() if args.json else console.error_console().status('exporting and comparing'):
+        with nullcontext() if args.json else console.stderr_console().status('exporting and comparing'):
             found = export_onnx(network, args.out, images, dtype=args.dtype, labels=args.labels)
 
     def print_lines(found: dict) -> None:

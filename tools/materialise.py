@@ -5,13 +5,13 @@ from pathlib import Path
 
 from csg_seg import materialise
 from csg_seg.cli import console, options
-from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.failures import one_line_errors
 from csg_seg.files import write_tensors
 
 with one_line_errors():
     from csg_seg.mm.checkpoints.reading import load_weights, read_checkpoint
     from csg_seg.mm.model import build_model
-    from csg_seg.mm.running.configs import read_config
+    from csg_seg.running.configs import read_config
 
 
 def parse_args() -> argparse.Namespace:

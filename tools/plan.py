@@ -6,13 +6,13 @@ from pathlib import Path
 
 from csg_seg import plan, retrofit, summarise
 from csg_seg.cli import console, options
-from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.failures import one_line_errors
 from csg_seg.files import write_whole
 
 with one_line_errors():
     from csg_seg.mm.plan_files.config import describe_layers, planned_config
     from csg_seg.mm.plan_files.dense import build_dense
-    from csg_seg.mm.running.configs import read_config
+    from csg_seg.running.configs import read_config
 
 
 def parse_args() -> argparse.Namespace:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from csg_seg import summarise
 from csg_seg.cli import console, options
-from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.failures import one_line_errors
 
 with one_line_errors():
     from csg_seg.errors import CSGError
@@ -14,8 +14,8 @@ with one_line_errors():
     from csg_seg.mm.model import build_model
     from csg_seg.mm.plan_files.curve import draw_curve, mark_settings
     from csg_seg.mm.plan_files.dense import build_dense
-    from csg_seg.mm.running.configs import read_config
     from csg_seg.planning.planner import trade_off
+    from csg_seg.running.configs import read_config
 
 
 def parse_args() -> argparse.Namespace:

@@ -5,7 +5,7 @@ import json
 import os
 
 from csg_seg.cli import console, options
-from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.failures import one_line_errors
 
 with one_line_errors():
     from mmengine.runner import Runner
@@ -17,9 +17,9 @@ with one_line_errors():
     from csg_seg.mm.hooks.label_guard import LabelGuardHook
     from csg_seg.mm.hooks.progress_bar import ProgressBarHook
     from csg_seg.mm.model import build_model
-    from csg_seg.mm.running.configs import load_config
-    from csg_seg.mm.running.preflight import check_data
-    from csg_seg.mm.running.processes import use_cpu_processes
+    from csg_seg.running.configs import load_config
+    from csg_seg.running.preflight import check_data
+    from csg_seg.running.processes import use_cpu_processes
 
 
 def parse_args() -> argparse.Namespace:

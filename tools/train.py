@@ -4,7 +4,7 @@ import argparse
 import os
 
 from csg_seg.cli import options
-from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.failures import one_line_errors
 
 with one_line_errors():
     import torch
@@ -18,10 +18,10 @@ with one_line_errors():
     from csg_seg.mm.hooks.label_guard import LabelGuardHook
     from csg_seg.mm.hooks.progress_bar import ProgressBarHook
     from csg_seg.mm.model import build_model
-    from csg_seg.mm.running.configs import load_config
-    from csg_seg.mm.running.preflight import check_data, check_optimizer, check_starts
-    from csg_seg.mm.running.processes import use_cpu_processes
-    from csg_seg.mm.running.work_dir import RESUME, guard_checkpoints, latest_checkpoint
+    from csg_seg.running.configs import load_config
+    from csg_seg.running.preflight import check_data, check_optimizer, check_starts
+    from csg_seg.running.processes import use_cpu_processes
+    from csg_seg.running.work_dir import RESUME, guard_checkpoints, latest_checkpoint
 
 
 def parse_args() -> argparse.Namespace:

@@ -11,12 +11,12 @@ from typing import Any
 # rich is imported on use: if mm packages are missing too, the error names those, and their extra includes rich.
 
 
-def console(*, width: int = 110) -> Any:
+def stdout_console(*, width: int = 110) -> Any:
     """Return a rich console on stdout, as wide as the terminal, or ``width`` columns if stdout is no terminal."""
     return import_module('rich.console').Console(width=None if sys.stdout.isatty() else width)
 
 
-def error_console() -> Any:
+def stderr_console() -> Any:
     """Return a rich console on stderr."""
     return import_module('rich.console').Console(stderr=True)
 
@@ -29,7 +29,7 @@ def progress_bar(description: str = 'Working...', *, transient: bool = False) ->
         transient: whether to remove the bar when done.
     """
     track = import_module('rich.progress').track
-    return partial(track, description=description, console=error_console(), transient=transient)
+    return partial(track, description=description, console=stderr_console(), transient=transient)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, width: int = 110) -> None:
@@ -39,7 +39,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, width:
         table.add_column(column, justify='right' if position else 'left')
     for row in rows:
         table.add_row(*row)
-    console(width=width).print(table)
+    stdout_console(width=width).print(table)
 
 
 def print_result(result: Any, print_text: Callable[[Any], object] = print, *, as_json: bool) -> None:

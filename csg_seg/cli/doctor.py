@@ -12,7 +12,7 @@ import torch
 
 from csg_seg.version import __version__
 
-from .errors import EXTRAS
+from .failures import EXTRAS
 
 # Import name, the distribution that we install, and the distribution of OpenMMLab.
 MM = (

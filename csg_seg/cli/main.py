@@ -10,7 +10,7 @@ from pathlib import Path
 from csg_seg.errors import CSGError
 
 from .doctor import examine
-from .errors import one_line_errors
+from .failures import one_line_errors
 
 TOOLS = Path(__file__).parents[1] / '.mim' / 'tools'
 
@@ -21,7 +21,7 @@ def tools() -> dict[str, Path]:
     return {path.stem: path for path in paths}
 
 
-def doctor(*, as_json: bool) -> int:
+def print_findings(*, as_json: bool) -> int:
     """Print what is installed; return 1 if something must be corrected."""
     findings = examine()
     if as_json:
@@ -52,7 +52,7 @@ def main() -> None:
         unknown = [each for each in rest if each != '--json']
         if unknown:
             sys.exit(f'error: doctor does not know {unknown[0]}; it takes --json alone')
-        sys.exit(doctor(as_json='--json' in rest))
+        sys.exit(print_findings(as_json='--json' in rest))
     else:
         with one_line_errors():
             if command not in tools():

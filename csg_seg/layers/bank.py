@@ -12,9 +12,9 @@ from csg_seg.generators.products import is_recorded
 
 from .ahead import Ahead, drop
 from .conv import CSGConv, check_fitted, generated_convs
-from .incoming import Reset
 from .loading import Loading
 from .root import BANK, CSGRoot, enroot, uproot
+from .state_dict_checks import Reset
 from .watch import WATCH
 
 

@@ -12,8 +12,8 @@ from csg_seg.fitting import fit_generator
 from csg_seg.generators.linear import Generator
 
 from .conv import CSGConv, check_finite, draw_code
-from .incoming import Bank, Incoming, Reset, check_signatures
 from .root import BANK
+from .state_dict_checks import Bank, Incoming, Reset, check_signatures
 
 
 @dataclass

@@ -17,7 +17,7 @@ from csg_seg.errors import CSGError, abridge
 from csg_seg.generators.settings import read_patterns
 from csg_seg.layers.bank import GeneratorBank, bank_of
 from csg_seg.layers.conv import find_convs
-from csg_seg.layers.incoming import check_reset
+from csg_seg.layers.state_dict_checks import check_reset
 from csg_seg.mm.checkpoints.reading import read_checkpoint
 from csg_seg.retrofitting.surgery import CSG, retrofit
 

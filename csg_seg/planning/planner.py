@@ -18,7 +18,7 @@ from csg_seg.retrofitting.surgery import CSG, check_root, retrofit
 from csg_seg.retrofitting.weights import fit
 
 from .frontier import Frontier, thin
-from .search import Choice, Convs, Track, search
+from .search import Choice, Convs, Track, search_settings
 
 # Points of a curve while the size grows by a factor of e.
 POINTS_PER_FACTOR = 100
@@ -96,7 +96,7 @@ def plan(
     budget = _read_budget({'ratio': ratio, 'params': params, 'bytes': bytes}, summary)
     convs, others = _candidates(model)
     unit = next(iter(convs.values())).weight.element_size() if bytes is not None else None
-    frontier = search(convs, slice_shapes, unit, track)
+    frontier = search_settings(convs, slice_shapes, unit, track)
     curve = _curve(frontier, _convs(model).values(), summary)
     rest = budget.dense - sum(conv.weight.numel() for conv in convs.values()) * (unit or 1)
     stored = frontier.size + rest
@@ -120,7 +120,7 @@ def trade_off(
     """
     check_root(model)
     convs, _ = _candidates(model)
-    return _curve(search(convs, slice_shapes, None, track), _convs(model).values(), summarise(model))
+    return _curve(search_settings(convs, slice_shapes, None, track), _convs(model).values(), summarise(model))
 
 
 def predict(model: nn.Module, csg: CSG) -> Plan:

@@ -62,7 +62,9 @@ class Choice:
         return unit * params + encode_signature(Settings(self.slice_shape, self.code_dim), layers).nbytes
 
 
-def search(convs: Convs, slice_shapes: Sequence[Sequence[int]] | None, unit: int | None, track: Track) -> Frontier:
+def search_settings(
+    convs: Convs, slice_shapes: Sequence[Sequence[int]] | None, unit: int | None, track: Track
+) -> Frontier:
     """Return the best ways to store all convs; in the last one, all are dense.
 
     Args:

@@ -3,12 +3,12 @@
 import argparse
 
 from csg_seg.cli.console import print_result, print_table
-from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.failures import one_line_errors
 from csg_seg.cli.options import add_cfg_options, add_checkpoint, add_config
 
 with one_line_errors():
     from csg_seg.cli.results import add_result_options, check_result_options, write_result
-    from csg_seg.mm.running.configs import read_config
+    from csg_seg.running.configs import read_config
 
     from .ways import WAYS, carry_over
 

@@ -11,10 +11,10 @@ from csg_seg.errors import CSGError
 from csg_seg.files import check_folder
 from csg_seg.mm.model import build_model
 from csg_seg.mm.plan_files.dense import build_dense
-from csg_seg.mm.running.preflight import check_optimizer
 from csg_seg.mm.teacher import match_layers
 from csg_seg.planning.planner import Plan, plan
 from csg_seg.report import summarise
+from csg_seg.running.preflight import check_optimizer
 from experiments.runs.runner import check_counts, evaluate, train_and_test
 
 # Arguments of the teacher of each way; an empty dict means no teacher.

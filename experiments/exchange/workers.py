@@ -26,8 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from csg_seg.errors import CSGError
 from csg_seg.layers.bank import find_bank
 from csg_seg.mm.model import build_model
-from csg_seg.mm.running.preflight import check_optimizer
-from csg_seg.mm.running.processes import replace_sync_bn
+from csg_seg.running.preflight import check_optimizer
+from csg_seg.running.processes import replace_sync_bn
 from experiments.batches import held_bytes, random_batch
 
 from .links import End, limit, link, parse_rate

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from csg_seg.cli.console import notes_to_stderr, print_result, print_table, progress_bar
-from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.failures import one_line_errors
 from csg_seg.cli.options import add_cfg_options
 from csg_seg.files import writing_into
 

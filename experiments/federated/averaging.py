@@ -20,8 +20,8 @@ from csg_seg.files import check_folder, write_tensors
 from csg_seg.mm.hooks.checkpoint_guard import CheckpointGuardHook
 from csg_seg.mm.hooks.label_guard import LabelGuardHook
 from csg_seg.mm.model import build_model
-from csg_seg.mm.running.configs import read_config
-from csg_seg.mm.running.preflight import check_data, check_optimizer, check_starts
+from csg_seg.running.configs import read_config
+from csg_seg.running.preflight import check_data, check_optimizer, check_starts
 
 
 def federate(

@@ -3,17 +3,17 @@
 import argparse
 
 from csg_seg.cli.console import print_result, print_table, progress_bar
-from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.failures import one_line_errors
 from csg_seg.cli.options import add_checkpoint, add_config
 
 with one_line_errors():
     from csg_seg.cli.results import add_result_options, check_result_options, made_with, write_result
     from csg_seg.errors import CSGError
     from csg_seg.mm.model import build_model
-    from csg_seg.mm.running.configs import read_config
-    from csg_seg.mm.running.preflight import check_optimizer
+    from csg_seg.running.configs import read_config
+    from csg_seg.running.preflight import check_optimizer
 
-    from .comparison import check_ways, compare_fits, train_from_fits
+    from .measure import check_ways, compare_fits, train_from_fits
 
 SETTINGS = ['s12-d72', 's8-2.3x', 's8-5x']
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from csg_seg.cli.console import print_result, print_table
-from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.failures import one_line_errors
 from csg_seg.cli.options import add_cfg_options
 
 with one_line_errors():
@@ -12,7 +12,7 @@ with one_line_errors():
 
     from csg_seg.cli.results import add_result_options, check_result_options, write_result
     from csg_seg.errors import CSGError
-    from csg_seg.mm.running.configs import read_config
+    from csg_seg.running.configs import read_config
 
     from .runner import train_and_test
 

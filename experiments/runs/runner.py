@@ -22,9 +22,9 @@ from csg_seg.errors import CSGError
 from csg_seg.files import check_folder, write_whole
 from csg_seg.mm.checkpoints.descriptions import leaves
 from csg_seg.mm.model import build_model
-from csg_seg.mm.running.preflight import check_optimizer
-from csg_seg.mm.running.work_dir import latest_checkpoint
 from csg_seg.report import summarise
+from csg_seg.running.preflight import check_optimizer
+from csg_seg.running.work_dir import latest_checkpoint
 
 ROOT = Path(__file__).parents[2]
 

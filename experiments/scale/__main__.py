@@ -4,12 +4,12 @@ import argparse
 from pathlib import Path
 
 from csg_seg.cli.console import notes_to_stderr, print_result, print_table, progress_bar
-from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.failures import one_line_errors
 
 with one_line_errors():
     from csg_seg.cli.results import add_result_options, check_result_options, made_with, write_result
     from csg_seg.errors import CSGError
-    from csg_seg.mm.running.configs import read_config
+    from csg_seg.running.configs import read_config
 
     from .costs import PHASES, measure_scale
     from .picture import draw_scale

@@ -18,10 +18,10 @@ from torch import nn
 from csg_seg.errors import CSGError
 from csg_seg.layers.bank import find_bank
 from csg_seg.mm.model import build_model
-from csg_seg.mm.running.processes import replace_sync_bn
 from csg_seg.report import summarise
 from csg_seg.retrofitting.surgery import retrofit
 from csg_seg.retrofitting.weights import fit
+from csg_seg.running.processes import replace_sync_bn
 from csg_seg.storage.compact import load_compact, save_compact
 from experiments.zoo.network import settings_for
 

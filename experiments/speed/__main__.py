@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from csg_seg.cli.console import notes_to_stderr, print_result, print_table, progress_bar
-from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.failures import one_line_errors
 from csg_seg.cli.options import add_cfg_options, add_config
 
 with one_line_errors():
@@ -13,7 +13,7 @@ with one_line_errors():
 
     from csg_seg.cli.results import add_result_options, check_result_options, made_with, write_result
     from csg_seg.errors import CSGError
-    from csg_seg.mm.running.configs import read_config
+    from csg_seg.running.configs import read_config
 
     from .picture import draw_speed
     from .timing import HELD, Load, measure_speed, summarise_speed, training_load

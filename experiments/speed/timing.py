@@ -21,8 +21,8 @@ from csg_seg.layers.bank import bank_of, find_bank
 from csg_seg.layers.conv import CSGConv
 from csg_seg.mm.checkpoints.descriptions import dense_model
 from csg_seg.mm.model import build_model
-from csg_seg.mm.running.processes import replace_sync_bn
 from csg_seg.retrofitting.surgery import materialise
+from csg_seg.running.processes import replace_sync_bn
 from experiments.batches import held_bytes, random_batch
 
 WORK = ('step', 'evaluation', 'generation')

@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 from csg_seg.cli.console import print_result, print_table, progress_bar
-from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.failures import one_line_errors
 from csg_seg.cli.options import add_json, add_out, check_out
 from csg_seg.files import writing
 

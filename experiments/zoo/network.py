@@ -23,10 +23,10 @@ from csg_seg.generators.settings import Settings
 from csg_seg.layers.bank import bank_of
 from csg_seg.layers.conv import find_convs, generated_convs
 from csg_seg.mm.model import retrofit_for_runner
-from csg_seg.mm.running.processes import replace_sync_bn
 from csg_seg.report import summarise
 from csg_seg.retrofitting.selection import Cause, Reason, generable, not_generable, reason_to_skip
 from csg_seg.retrofitting.surgery import materialise
+from csg_seg.running.processes import replace_sync_bn
 from csg_seg.storage.compact import load_compact, save_compact
 from experiments.batches import random_batch
 

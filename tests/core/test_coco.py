@@ -368,7 +368,7 @@ def test_the_config_trains_on_what_the_tool_wrote(coco, made):
     from mmseg.registry import MODELS
 
     from csg_seg.mm.datasets.segmentation import COCOVOCDataset
-    from csg_seg.mm.running.preflight import check_data
+    from csg_seg.running.preflight import check_data
 
     name = 'csg-s16-d128_deeplabv3_r50-d8_4xb8-30e_coco-voc-480x480.py'
     cfg = Config.fromfile(ROOT / 'configs' / 'deeplabv3' / name)

@@ -31,6 +31,8 @@ ORDER = [
     {'storage'},
     {'planning'},
     {'mm'},
+    {'running'},
+    {'deploy'},
     {'cli'},
     {'__init__', '__main__'},
 ]
@@ -42,8 +44,6 @@ MM_ORDER = [
     {'teacher'},
     {'model'},
     {'hooks', 'plan_files'},
-    {'running'},
-    {'deploy'},
     {'__init__'},
 ]
 LIBRARIES = {'torch', 'numpy', 'safetensors'}
@@ -52,7 +52,7 @@ LARGEST_SHARE = 1 / 4
 
 ALL = sorted(path for path in PACKAGE.rglob('*.py') if '.mim' not in path.parts)
 MM = [path for path in ALL if path.is_relative_to(PACKAGE / 'mm')]
-CORE = [path for path in ALL if room_of(path) not in ('mm', 'cli')]
+CORE = [path for path in ALL if room_of(path) not in ('mm', 'running', 'deploy', 'cli')]
 
 
 def parse(path):
@@ -153,9 +153,10 @@ def test_models_and_data_see_errors_and_files_only():
 
 
 def test_no_folder_holds_more_than_a_quarter_of_the_lines():
+    """Of the whole package, with all that is below a folder."""
     lines = Counter()
     for path in ALL:
-        lines[path.parent] += len(path.read_text().splitlines())
+        lines[room_of(path)] += len(path.read_text().splitlines())
     folder, most = lines.most_common(1)[0]
     assert most <= LARGEST_SHARE * sum(lines.values()), folder
 

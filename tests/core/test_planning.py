@@ -16,9 +16,9 @@ import csg_seg
 from csg_seg.errors import CSGError
 from csg_seg.generators.slices import join
 from csg_seg.mm.model import build_model
-from csg_seg.mm.running.configs import read_config
 from csg_seg.models import CIFARResNet
 from csg_seg.planning.planner import predict, trade_off
+from csg_seg.running.configs import read_config
 
 # A few shapes, so that a test takes seconds.
 SHAPES = [(4, 4, 3, 3), (8, 8, 3, 3), (16, 8, 3, 3), (16, 16, 1, 1)]

@@ -10,7 +10,7 @@ from conftest import ROOT, run_experiment
 from csg_seg import summarise
 from csg_seg.errors import CSGError
 from csg_seg.mm.model import build_model
-from csg_seg.mm.running.configs import read_config
+from csg_seg.running.configs import read_config
 from experiments.batches import random_batch
 from experiments.exchange.__main__ import print_tables
 from experiments.exchange.links import NAMESPACES, link, parse_rate

@@ -14,7 +14,7 @@ from small_runs import CSG, DENSE, small_config, train
 from csg_seg.errors import CSGError
 from csg_seg.mm.checkpoints.reading import read_checkpoint
 from csg_seg.mm.model import build_model
-from csg_seg.mm.running.configs import read_config
+from csg_seg.running.configs import read_config
 from experiments.federated.averaging import federate
 from experiments.federated.picture import draw_federated
 

@@ -15,8 +15,8 @@ from csg_seg.generators.settings import Settings
 from csg_seg.layers.conv import generated_convs
 from csg_seg.mm.checkpoints.reading import load_weights, read_checkpoint
 from csg_seg.mm.model import build_model
-from csg_seg.mm.running.configs import read_config
-from experiments.fits.comparison import (
+from csg_seg.running.configs import read_config
+from experiments.fits.measure import (
     check_ways,
     compare_fits,
     input_moments,

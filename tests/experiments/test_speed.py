@@ -11,7 +11,7 @@ from csg_seg import summarise
 from csg_seg.errors import CSGError
 from csg_seg.layers.conv import CSGConv
 from csg_seg.mm.model import build_model
-from csg_seg.mm.running.configs import read_config
+from csg_seg.running.configs import read_config
 from experiments.scale.__main__ import print_costs
 from experiments.scale.picture import draw_scale
 from experiments.speed.__main__ import print_tables

@@ -13,7 +13,7 @@ from PIL import Image
 
 from csg_seg.errors import CSGError
 from csg_seg.mm.metrics import draw_confusion
-from csg_seg.mm.running.preflight import check_data
+from csg_seg.running.preflight import check_data
 
 CIFAR10 = ROOT / 'configs' / 'cifar10'
 CLASSES = ('cat', 'dog', 'eel')

@@ -8,7 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from csg_seg import save_compact
-from csg_seg.mm.running.configs import read_config
+from csg_seg.running.configs import read_config
 
 DEMO = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
 

@@ -15,11 +15,11 @@ from mmseg.apis import MMSegInferencer
 from mmseg.datasets import PascalVOCDataset
 
 import csg_seg
+from csg_seg.deploy.compact_export import compact
+from csg_seg.deploy.inference import draw, inputs, load_network, name_classes, predict
 from csg_seg.errors import CSGError
-from csg_seg.mm.deploy.compact_export import compact
-from csg_seg.mm.deploy.inference import draw, inputs, load_network, name_classes, predict
 from csg_seg.mm.model import build_model
-from csg_seg.mm.running.configs import read_config
+from csg_seg.running.configs import read_config
 
 DEMO = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
 DENSE = DEMO.with_name(DEMO.name.removeprefix('csg-s16-d128_'))

@@ -14,8 +14,8 @@ from PIL import Image
 from csg_seg.errors import CSGError
 from csg_seg.mm.datasets import labels
 from csg_seg.mm.model import build_model
-from csg_seg.mm.running.configs import read_config
-from csg_seg.mm.running.preflight import check_data
+from csg_seg.running.configs import read_config
+from csg_seg.running.preflight import check_data
 
 DEMO = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
 RESNET20 = ROOT / 'configs' / 'cifar10' / 'resnet20_b64-20e_cifar10-npz.py'

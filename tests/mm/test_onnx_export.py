@@ -10,11 +10,11 @@ import torch
 from conftest import ROOT, run_tool
 
 import csg_seg
+from csg_seg.deploy.onnx_export import Scores, export_onnx, max_difference
 from csg_seg.errors import CSGError
 from csg_seg.mm.checkpoints.writing import write_with_config
-from csg_seg.mm.deploy.onnx_export import Scores, export_onnx, max_difference
 from csg_seg.mm.model import build_model
-from csg_seg.mm.running.configs import read_config
+from csg_seg.running.configs import read_config
 
 DEMO = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
 CIFAR = ROOT / 'configs' / 'cifar10' / 'csg-s12-d72_resnet20_b64-20e_cifar10-npz.py'
@@ -72,7 +72,7 @@ def test_the_file_says_how_images_are_prepared(exported):
 
 def test_a_file_that_computes_something_else_is_not_left(exported, tmp_path, monkeypatch):
     _, folder, _ = exported
-    monkeypatch.setattr('csg_seg.mm.deploy.onnx_export._exported', lambda *_: onnx.load(folder / 'plain'))
+    monkeypatch.setattr('csg_seg.deploy.onnx_export._exported', lambda *_: onnx.load(folder / 'plain'))
     other = network(DEMO)
     other.decode_head.conv_seg.bias.data += 1
     with pytest.raises(CSGError, match='onnxruntime and torch differ by 1'):

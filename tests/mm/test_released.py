@@ -12,10 +12,10 @@ from mmengine.config import Config
 from released_oracle import evaluate
 
 from csg_seg import summarise
+from csg_seg.deploy.conversion import convert_released
 from csg_seg.errors import CSGError
 from csg_seg.mm.checkpoints.reading import load_weights
 from csg_seg.mm.checkpoints.unpickling import read_tensors
-from csg_seg.mm.deploy.conversion import convert_released
 from csg_seg.mm.model import build_model
 from csg_seg.storage.released import read_released
 

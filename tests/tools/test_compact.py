@@ -11,12 +11,12 @@ from mmengine.config import Config
 from mmseg.apis import inference_model
 
 import csg_seg
+from csg_seg.deploy.compact_export import compact as write_compact_file
 from csg_seg.errors import CSGError
 from csg_seg.mm.checkpoints.descriptions import describe
 from csg_seg.mm.checkpoints.reading import load_weights, read_checkpoint
-from csg_seg.mm.deploy.compact_export import compact as write_compact_file
 from csg_seg.mm.model import build_model
-from csg_seg.mm.running.configs import read_config
+from csg_seg.running.configs import read_config
 from csg_seg.storage.builders import build
 
 DEMO = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-80x80.py'

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, cfg_options, run_tool
 from mmseg.datasets import PascalVOCDataset
 
-from csg_seg.mm.deploy.inference import load_network
+from csg_seg.deploy.inference import load_network
 from csg_seg.storage.format import read_compact
 
 DEMO = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-80x80.py'

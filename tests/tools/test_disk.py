@@ -17,11 +17,11 @@ from mmengine.runner import Runner
 from safetensors.torch import save_file
 
 from csg_seg import materialise
-from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.failures import one_line_errors
 from csg_seg.errors import CSGError
 from csg_seg.files import NotWrittenError, check_folder, write_tensors, write_whole, writing, writing_into
 from csg_seg.mm.model import build_model
-from csg_seg.mm.running.configs import read_config
+from csg_seg.running.configs import read_config
 
 DEMO = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
 DENSE = DEMO.with_name(DEMO.name.removeprefix('csg-s16-d128_'))

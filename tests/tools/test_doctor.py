@@ -11,7 +11,7 @@ from conftest import ROOT
 
 import csg_seg
 from csg_seg.cli import doctor
-from csg_seg.cli.errors import EXTRAS, one_line_errors
+from csg_seg.cli.failures import EXTRAS, one_line_errors
 from csg_seg.cli.main import TOOLS, tools
 
 

@@ -28,7 +28,7 @@ FIT = """
 import json, resource, time
 import torch
 from csg_seg import fit, materialise
-from csg_seg.mm.running.configs import read_config
+from csg_seg.running.configs import read_config
 from csg_seg.mm.model import build_model
 
 def peak():

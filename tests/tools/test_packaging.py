@@ -17,9 +17,9 @@ from mmengine.config import Config
 from packaging.requirements import Requirement
 
 import csg_seg
-from csg_seg.cli.errors import EXTRAS
+from csg_seg.cli.failures import EXTRAS
 from csg_seg.errors import CSGError
-from csg_seg.mm.running.configs import read_config
+from csg_seg.running.configs import read_config
 
 PIP = [sys.executable, '-m', 'pip', '-q', '--disable-pip-version-check']
 INDEX = yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import']

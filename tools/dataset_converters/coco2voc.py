@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from csg_seg.cli import console, options
-from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.failures import one_line_errors
 
 with one_line_errors():
     from csg_seg.data.coco import make_masks

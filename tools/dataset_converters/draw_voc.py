@@ -5,7 +5,7 @@ import inspect
 from pathlib import Path
 
 from csg_seg.cli import console, options
-from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.failures import one_line_errors
 
 with one_line_errors():
     from csg_seg.data.drawn import draw_dataset

@@ -4,12 +4,12 @@ import argparse
 from pathlib import Path
 
 from csg_seg.cli import console, options
-from csg_seg.cli.errors import one_line_errors
+from csg_seg.cli.failures import one_line_errors
 from csg_seg.files import write_tensors, write_whole
 
 with one_line_errors():
-    from csg_seg.mm.deploy.conversion import convert_released
-    from csg_seg.mm.running.configs import read_config
+    from csg_seg.deploy.conversion import convert_released
+    from csg_seg.running.configs import read_config
 
 LIKE = Path(__file__).parents[2] / 'configs' / 'cifar10' / 'resnet20_b192-200e_cifar10.py'
 

@@ -70,7 +70,7 @@ def export_onnx(
     """Write an ONNX file with any batch size, height and width, and compare it with torch.
 
     Args:
-        network: a network from :func:`csg_seg.mm.deploy.inference.load_network`. If it is a CSG
+        network: a network from :func:`csg_seg.deploy.inference.load_network`. If it is a CSG
             network, the file contains codes and generators, and generates the weights when it runs.
         out: the file to write.
         images: normalised images ``(batch, 3, height, width)`` to compare on.
