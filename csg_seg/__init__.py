@@ -7,12 +7,10 @@ This package needs only torch, numpy and safetensors. Everything for mmengine, m
 mmpretrain is in :mod:`csg_seg.mm`, which configs import: ``custom_imports = dict(imports=['csg_seg.mm'])``.
 """
 
-import sys
-from importlib import import_module
-
 from .errors import CSGError, CSGWarning
 from .generators.registry import register_generator
 from .planning.planner import plan
+from .registration import register_with_mmengine
 from .report import summarise
 from .retrofitting.surgery import materialise, retrofit
 from .retrofitting.weights import fit, load_generators, load_state_dict
@@ -37,7 +35,4 @@ __all__ = [
     'summarise',
 ]
 
-# Configs written for version 0.2 or earlier import ``csg_seg`` and expect ``CSGModel`` to be registered.
-# mmengine is loaded when it reads them.
-if 'mmengine' in sys.modules:
-    import_module('csg_seg.mm')
+register_with_mmengine()

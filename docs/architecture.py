@@ -19,7 +19,7 @@ PATHS = {
         ('a config', "model = dict(type='CSGModel',\nbase_type=..., csg=dict(...))"),
         ('mm/model.py', 'builds the dense model that the\nconfig inherited, retrofits it'),
         ('generators/settings.py', 'checks the csg dict'),
-        ('retrofitting/selection.py', 'decides which convs are\ngenerated, or why not'),
+        ('retrofitting/selection.py', 'chooses the convs to generate,\nwith a reason for the others'),
         ('retrofitting/surgery.py', 'swaps each chosen conv:\nits weight becomes a code'),
         ('layers/bank.py', 'holds the generators,\nonce, at the root'),
         ('layers/ahead.py', 'in each forward pass, makes the\nweights of small layers together'),

@@ -1,4 +1,4 @@
-"""Make one small file of a trained CSG network, enough by itself to build and use it."""
+"""Write one small file from which a trained CSG network can be built and used."""
 
 import argparse
 import json

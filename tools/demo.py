@@ -1,4 +1,4 @@
-"""Let a trained network look at an image: draw the classes on it, and print shares or scores."""
+"""Predict an image with a trained network: draw the classes on it, and print shares or scores."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""Say what a config stores: parameters, bytes, layers and generators, against its dense network."""
+"""Count what a config stores: parameters, bytes, layers and generators, compared with its dense network."""
 
 import argparse
 import sys

@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     options.add_config(parser)
     parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/CONFIG)')
-    parser.add_argument('--resume', action='store_true', help='go on from the latest checkpoint in the work folder')
+    parser.add_argument('--resume', action='store_true', help='resume from the latest checkpoint in the work folder')
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision (needs a GPU)')
     options.add_cfg_options(parser)
     options.add_launcher(parser)
@@ -49,7 +49,10 @@ def use_amp(cfg) -> None:
 
 
 def resume_latest(cfg, *, named: bool) -> None:
-    """Go on from the checkpoint that the user named, or the work folder's latest; a config's own is to begin with."""
+    """Resume from the checkpoint that the user named, or the latest in the work folder.
+
+    A config's ``load_from`` only starts a run.
+    """
     if not named and cfg.get('load_from') is not None:
         cfg.load_from = None if latest_checkpoint(cfg.work_dir) else cfg.load_from
         cfg.resume = cfg.load_from is None

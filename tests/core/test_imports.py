@@ -21,7 +21,7 @@ def room_of(path, folder=PACKAGE):
 
 # Rooms are folders, or files beside them. A room imports its own files and the rooms on the lines above its own.
 ORDER = [
-    {'errors', 'version'},
+    {'errors', 'registration', 'version'},
     {'files'},
     {'generators', 'models', 'data'},
     {'fitting'},

@@ -50,15 +50,30 @@ model = dict(type='CSGModel', base_type={{{{_base_.model.type}}}}, csg=dict(slic
     return path
 
 
-def test_plain_mmengine_builds_a_config_of_version_0_2(old_config):
+@pytest.mark.parametrize('imports', ['import mmengine', 'import csg_seg, mmengine'])
+def test_plain_mmengine_builds_a_config_of_version_0_2(old_config, imports):
     script = f"""
-import mmengine
+{imports}
 cfg = mmengine.Config.fromfile({str(old_config)!r})
 mmengine.registry.init_default_scope(cfg.default_scope)
 model = mmengine.registry.MODELS.build(cfg.model)
 print(sum(each.numel() for each in model.parameters()))
 """
     assert run_python(script).stdout.splitlines()[-1] == '115426'
+
+
+@pytest.mark.parametrize('first', ['csg_seg', 'mmengine'])
+def test_parts_that_cannot_be_imported_are_warned_about(first):
+    second = 'csg_seg' if first == 'mmengine' else 'mmengine'
+    script = f"""
+import warnings, {first}, sys
+sys.modules['csg_seg.mm'] = None
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter('always')
+    import {second}
+print([str(each.message) for each in told if 'csg_seg.mm' in str(each.message)])
+"""
+    assert 'csg_seg.mm cannot be imported' in run_python(script).stdout
 
 
 def test_the_tools_read_a_config_of_version_0_2(old_config):

@@ -32,7 +32,7 @@ def main() -> None:
     with one_line_errors():
         progress = None if args.json else console.progress_bar('Drawing')
         home = draw_dataset(args.out, **settings, progress=progress)
-    text = f'{args.train} images to train on and {args.val} to evaluate on lie in {home}'
+    text = f'{args.train} images to train on and {args.val} to evaluate on are in {home}'
     console.print_result({'data_root': str(home), **settings}, lambda _: print(text), as_json=args.json)
 
 

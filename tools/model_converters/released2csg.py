@@ -17,7 +17,7 @@ LIKE = Path(__file__).parents[2] / 'configs' / 'cifar10' / 'resnet20_b192-200e_c
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('file', help='released checkpoint (.t7, .th); network and settings are read from its tensors')
-    options.add_out(parser, 'checkpoint to write (.pth); the config goes beside it (.py)')
+    options.add_out(parser, 'checkpoint to write (.pth); the config is written next to it (.py)')
     parser.add_argument(
         '--like', default=LIKE, help='config whose data and schedule to take (default: CIFAR-10 in full)'
     )
