@@ -32,13 +32,21 @@ def progress_bar(description: str = 'Working...', *, transient: bool = False) ->
     return partial(track, description=description, console=stderr_console(), transient=transient)
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, width: int = 110) -> None:
-    """Print a table with names in the first column and numbers in the others."""
-    table = import_module('rich.table').Table()
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, width: int = 110) -> None:
+    """Print a table. Long cells are folded, not cut.
+
+    Args:
+        columns: headers.
+        rows: cells, printed as they are.
+        left: number of left-aligned columns: the first ones hold text, the others numbers.
+        width: width in characters if stdout is no terminal.
+    """
+    # As Text, because rich reads markup and emoji names in strings.
+    table, text = import_module('rich.table').Table(), import_module('rich.text').Text
     for position, column in enumerate(columns):
-        table.add_column(column, justify='right' if position else 'left')
+        table.add_column(text(column), justify='left' if position < left else 'right', overflow='fold')
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(text, row))
     stdout_console(width=width).print(table)
 
 

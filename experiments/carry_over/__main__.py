@@ -44,7 +44,7 @@ def print_scores(result: dict) -> None:
         for way, each in found['networks'].items():
             score, stored = each['mean'], f'{each["stored_params"]:,}'
             rows.append((f'{ratio}x', way, stored, f'{score:.2f}', f'{score - dense:+.2f}'))
-    print_table(columns, rows)
+    print_table(columns, rows, left=2)
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ def print_tables(result: dict) -> None:
                     found = summarise_seconds(each['seconds'], first['seconds'])
                     numbers = (f'{found["seconds"]:.2f}', f'{found["ratio"]:.2f}x', f'{each["sent"][-1] / 1e6:.1f}')
                     rows.append((rate, name, hook, *numbers))
-        print_table(columns, rows, width=130)
+        print_table(columns, rows, left=3, width=130)
 
 
 def main() -> None:

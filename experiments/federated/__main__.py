@@ -63,7 +63,7 @@ def print_scores(result: dict) -> None:
         for point in each['scores']:
             total, score = f'{point["bytes"] / 1e6:.1f}', f'{point["score"]:.2f}'
             rows.append((name, each['travels'], f'{each["bytes"]:,}', str(point['round']), total, score))
-    print_table(columns, rows)
+    print_table(columns, rows, left=2)
 
 
 if __name__ == '__main__':

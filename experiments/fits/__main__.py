@@ -51,7 +51,7 @@ def print_errors(result: dict) -> None:
             trained = f'{each["accuracy_trained"]:.2f}' if 'accuracy_trained' in each else ''
             errors = f'{each["weight_error"]:.3f}', f'{each["output_error"]:.3f}'
             rows.append((text, way, *errors, f'{each["accuracy"]:.2f}', f'{each["accuracy_bn"]:.2f}', trained))
-    print_table(columns, rows, width=120)
+    print_table(columns, rows, left=2, width=120)
 
 
 def main() -> None:

@@ -13,8 +13,6 @@ from csg_seg.cli.options import add_json, add_out, check_out
 from csg_seg.files import writing
 
 with one_line_errors():
-    from rich.markup import escape
-
     from .libraries import SCOPES, check_all, list_networks
     from .rows import read_rows, summarise_rows
 
@@ -58,9 +56,9 @@ def main() -> None:
 def print_summary(rows: list) -> None:
     """Print the networks that did not pass, and a summary."""
     keys = ('name', 'result', 'reason', 'seconds')
-    failed = [[escape(str(row[key])) for key in keys] for row in rows if row['result'] != 'pass']
+    failed = [[str(row[key]) for key in keys] for row in rows if row['result'] != 'pass']
     if failed:
-        print_table(('network', *keys[1:]), failed, width=130)
+        print_table(('network', *keys[1:]), failed, left=3, width=130)
     summary = summarise_rows(rows)
     print(', '.join(f'{count} {result}' for result, count in summary['results'].items() if count))
     if summary['ratio']:
