@@ -1,4 +1,4 @@
-"""Write the tables of README and docs from the figures in results/.
+"""Write the tables of README, docs and experiments from the figures in results/.
 
 A document marks the place of a table with ``<!-- table: NAME -->`` and ``<!-- end -->``.
 """
@@ -16,6 +16,7 @@ from csg_seg.cli.failures import one_line_errors
 from csg_seg.errors import CSGError
 from csg_seg.files import write_whole
 
+from .rivals.compared import GENERATORS, config_name
 from .zoo.rows import RESULTS, read_rows, summarise_rows
 
 ROOT = Path(__file__).parents[1]
@@ -246,11 +247,12 @@ WAYS = {
 }
 
 
-def carry_over() -> str:
+def carry_over(ways: Iterable[str] = WAYS) -> str:
     """Accuracy after three epochs, by network, ratio and way."""
     found = {depth: read(f'carry-over-resnet{depth}')['ratios'] for depth in (20, 32, 56)}
     rows = []
-    for way, label in WAYS.items():
+    for way in ways:
+        label = WAYS[way]
         cells = []
         for each in (each for ratios in found.values() for each in ratios.values()):
             score = each['fitted']['score'] if way == 'fitted' else each['networks'][way]['mean']
@@ -274,24 +276,14 @@ def carry_over_camvid() -> str:
     return markdown(('network', 'parameters stored', 'mIoU after the fit', 'after 250 steps'), rows)
 
 
-GENERATORS = {
-    's4-d57': 'linear, codes of 57',
-    's4-d52-mlp48': 'MLP of 48 hidden units, codes of 52',
-    's4-d53-residual1': 'linear with a residual of rank 1, codes of 53',
-    '3x-s4': 'three linear ones, one for each stage',
-    's4-d52-ring18': 'tensor ring of rank 18, codes of 52',
-    's4-d61-binary': 'random binary, codes of 61',
-}
-
-
 def generators() -> str:
     """Accuracy of different generators at equal size."""
     networks = read('generators-resnet20')['networks']
-    rows = [
-        (label, f'{networks[f"taught-csg-{name}_resnet20_b64-3e_cifar10-npz"]["mean"]:.2f}')
-        for name, label in GENERATORS.items()
-    ]
-    return markdown(('generator', 'top-1'), rows)
+    rows = []
+    for name, label in GENERATORS.items():
+        each = networks[config_name(name)]
+        rows.append((label, f'{each["stored_params"]:,}', f'{each["mean"]:.2f}'))
+    return markdown(('generator', 'parameters stored', 'top-1'), rows)
 
 
 FITS = {
@@ -337,6 +329,134 @@ def cifar10() -> str:
     return markdown(('network', 'parameters stored', 'ratio', 'accuracy, mean and standard deviation'), rows)
 
 
+def runs_result() -> str:
+    """The result of ``experiments.runs``."""
+    dense, csg, *_ = read('cifar10-npz')['networks'].values()
+    scores = [f'{each["mean"]:.2f} +- {each["std"]:.2f}' for each in (dense, csg)]
+    both = f'dense {scores[0]}, CSG at {csg["compression_ratio"]:.2f}x {scores[1]}'
+    return f'{link("cifar10-npz")}: ResNet-20 on a tenth of CIFAR-10, {both}'
+
+
+def speed_result() -> str:
+    """The result of ``experiments.speed``."""
+    first, second = (read(f'speed-{name}')['summary']['csg'] for name in TIMED)
+    step, evaluation = f'{first["step_ratio"]:.3f}', f'{first["evaluation_ratio"]:.3f}'
+    others = f'{second["step_ratio"]:.3f}, {second["evaluation_ratio"]:.3f}'
+    links = [link(f'speed-{name}') for name in TIMED]
+    return f'{links[0]}: step {step}, evaluation {evaluation} of dense; {links[1]}: {others}'
+
+
+def exchange_result() -> str:
+    """The result of ``experiments.exchange``."""
+    result = read('exchange-deeplabv3-r50')
+    dense, csg = (f'{each["all_reduced_bytes"] / 1e6:.2f}' for each in result['networks'].values())
+    slow, fast = (median(hooks['none']['seconds']) for hooks in result['links']['100mbit'].values())
+    return f'{link("exchange-deeplabv3-r50")}: {csg} MB for {dense}; at 100 Mbit/s {fast} s for {slow} s'
+
+
+def federated_result() -> str:
+    """The result of ``experiments.federated``."""
+    result = read('federated-camvid')
+    gained = {}
+    for name, each in result['networks'].items():
+        first, last = each['scores'][0], each['scores'][-1]
+        gained[name] = f'{last["score"] - first["score"]:.1f}', f'{last["bytes"] / 1e6:,.0f} MB'
+    (codes, codes_sent), (dense, dense_sent) = gained['codes'], gained['dense']
+    both = f'codes gain {codes} points of mIoU for {codes_sent}, dense {dense} for {dense_sent}'
+    return f'{link("federated-camvid")}: in {result["rounds"]} rounds, {both}'
+
+
+def scale_result() -> str:
+    """The result of ``experiments.scale``."""
+    each = read('scale')['networks']['deeplabv3_r50-d8_4xb4-20k_voc12-512x512']
+    return f'{link("scale")}: fit of {each["params"] / 1e6:.0f} M parameters {each["seconds"]["fit"]:.2f} s'
+
+
+def zoo_result() -> str:
+    """The result of ``experiments.zoo``."""
+    counts = [each['results'] for each in summaries().values()]
+    total = {result: sum(each[result] for each in counts) for result in RESULTS}
+    results = ', '.join(f'{count:,} {result}' for result, count in total.items())
+    return f'`results/zoo-*.jsonl`: of {sum(total.values()):,} networks {results}'
+
+
+def fits_result() -> str:
+    """The result of ``experiments.fits``."""
+    each = read('fits-resnet20')['settings']['s12-d72']
+    inputs, ours = (each['ways'][way]['accuracy_bn'] for way in ('input moments', 'free overhang (csg_seg.fit)'))
+    after = f'with second moments of inputs {inputs:.1f} % after the fit at {each["compression_ratio"]:.2g}x'
+    return f'{link("fits-resnet20")}: {after}, `csg_seg.fit` {ours:.1f} % (BatchNorm recomputed)'
+
+
+def carry_over_result() -> str:
+    """The result of ``experiments.carry_over``."""
+    score = read('carry-over-resnet56')['ratios']['2.3']['networks']['features']['mean']
+    names = ('resnet20', 'resnet32', 'resnet56', 'resnet56-10e', 'camvid')
+    links = ', '.join(link(f'carry-over-{name}') for name in names)
+    return f'{links}: ResNet-56 at 2.3x {score:.2f} after three epochs'
+
+
+def rivals_result() -> str:
+    """The result of ``experiments.rivals``."""
+    networks = read('generators-resnet20')['networks']
+    names = {'linear': 's4-d57', 'tensor ring': 's4-d52-ring18', 'MLP': 's4-d52-mlp48'}
+    scores = (f'{label} {networks[config_name(name)]["mean"]:.2f}' for label, name in names.items())
+    return f'{link("generators-resnet20")}: {", ".join(scores)}'
+
+
+def link(name: str) -> str:
+    """Return a link from experiments/README.md to ``results/NAME.json``."""
+    return f'[{name}](../results/{name}.json)'
+
+
+# Name, question, result and verdict of each experiment.
+EXPERIMENTS: dict[str, tuple[str, Callable[[], str], str]] = {
+    'runs': ('What do several configs score with several seeds?', runs_result, 'as good as dense within the noise'),
+    'speed': (
+        'How long do a step and an evaluation take, and what memory do they need?',
+        speed_result,
+        'generation costs a few percent of a step; see [speed](../docs/speed.md)',
+    ),
+    'exchange': (
+        'How many bytes do workers hold and exchange, and how long is a step over a slow link?',
+        exchange_result,
+        'faster where the link is slow; see [distributed](../docs/distributed.md)',
+    ),
+    'federated': (
+        'Is it enough to exchange codes in federated averaging?',
+        federated_result,
+        'codes suffice to improve; one seed, short runs',
+    ),
+    'scale': (
+        'How do retrofit, fit, save and load scale with the network?',
+        scale_result,
+        'about linear in the parameters',
+    ),
+    'zoo': (
+        'Does every network of a library work?',
+        zoo_result,
+        'yes, except networks with momentum encoders, which are refused; see [supported](../docs/supported.md)',
+    ),
+    'fits': (
+        'Which error should the fit minimise?',
+        fits_result,
+        'inputs help before training but need images; `csg_seg.fit` minimises the error of weights',
+    ),
+    'carry_over': (
+        'How does a trained dense network become a generated one?',
+        carry_over_result,
+        "fit, then a teacher's logits and block outputs; see [from trained weights](../docs/from_trained_weights.md)",
+    ),
+    'rivals': ('Are other generators better at equal size?', rivals_result, 'no; see [rivals](rivals/README.md)'),
+}
+
+
+def experiments() -> str:
+    """Questions and results of all experiments."""
+    rows = [(f'`{name}`', asks, result(), verdict) for name, (asks, result, verdict) in EXPERIMENTS.items()]
+    return markdown(('experiment', 'question', 'result', 'verdict'), rows, left=range(4))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     'demo': demo,
     'exchange-summary': exchange_summary,
@@ -353,15 +473,18 @@ TABLES: dict[str, Callable[[], str]] = {
     'zoo-convs': zoo_convs,
     'carry-over': carry_over,
     'carry-over-camvid': carry_over_camvid,
+    'dropped': lambda: carry_over(('features', 'anneal', 'proximal')),
     'generators': generators,
     'fits': fits,
     'cifar10': cifar10,
+    'experiments': experiments,
 }
 
 
 def documents() -> dict[Path, str]:
     """Return the documents that may have tables."""
-    return {path: path.read_text() for path in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')))}
+    paths = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')), *sorted((ROOT / 'experiments').rglob('*.md'))]
+    return {path: path.read_text() for path in paths}
 
 
 def fill(text: str) -> tuple[str, list[str]]:

@@ -1,6 +1,7 @@
 """Train and test configs with several seeds; print parameters and scores."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from csg_seg.cli.console import print_result, print_table
@@ -20,13 +21,19 @@ with one_line_errors():
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('configs', nargs='+', help='config files; the others are compared with the first')
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='(default: 0 1 2)')
+    add_options(parser, seeds=[0, 1, 2])
+    return parser.parse_args()
+
+
+def add_options(parser: argparse.ArgumentParser, *, seeds: Sequence[int]) -> None:
+    """Add the options of a comparison of configs, with default seeds."""
+    default = f'(default: {" ".join(map(str, seeds))})'
+    parser.add_argument('--seeds', type=int, nargs='+', default=seeds, help=default)
     parser.add_argument('--work-dir', required=True, help='folder for the runs; finished runs are not repeated')
     parser.add_argument('--metric', default='accuracy/top1', help='score to report (default: %(default)s)')
     parser.add_argument('--jobs', type=int, default=1, help='number of runs at a time (default: 1)')
     add_cfg_options(parser, 'override settings of all: key=value ...')
     add_result_options(parser)
-    return parser.parse_args()
 
 
 def print_scores(result: dict) -> None:
@@ -42,8 +49,8 @@ def print_scores(result: dict) -> None:
     print_table(columns, rows, width=130)
 
 
-def main() -> None:
-    args = parse_args()
+def compare(args: argparse.Namespace) -> None:
+    """Train and test the configs of the arguments, and print the scores."""
     with one_line_errors():
         check_result_options(args.out, overwrite=args.overwrite)
         configs: dict[str, Config] = {}
@@ -56,6 +63,10 @@ def main() -> None:
         figures = train_and_test(configs, args.seeds, args.work_dir, **options)
         result = write_result(args.out, figures)
     print_result(result, print_scores, as_json=args.json)
+
+
+def main() -> None:
+    compare(parse_args())
 
 
 if __name__ == '__main__':

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from rich.console import Console
-from rich.progress import track
 
+from csg_seg.cli.console import progress_bar
 from csg_seg.cli.results import made_with
 from csg_seg.errors import CSGError
 from csg_seg.files import check_folder, write_whole
@@ -149,7 +148,7 @@ def _run_all(folders: Sequence[Path], metric: str, *, jobs: int, threads: int) -
     with ThreadPoolExecutor(jobs) as pool:
         waiting = {pool.submit(_run, folder, threads): folder for folder in folders}
         try:
-            for each in track(as_completed(waiting), 'Training', total=len(waiting), console=Console(stderr=True)):
+            for each in progress_bar('Training')(as_completed(waiting), total=len(waiting)):
                 each.result()
                 _score(waiting[each], metric)  # finds a wrong metric after the first run
         except BaseException:

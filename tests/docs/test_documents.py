@@ -6,6 +6,7 @@ import subprocess
 import sys
 from argparse import ArgumentParser
 from collections import OrderedDict
+from importlib import import_module
 from pathlib import Path
 
 import mmseg
@@ -25,7 +26,8 @@ from experiments.zoo.libraries import SCOPES
 from experiments.zoo.rows import read_rows
 
 README = (ROOT / 'README.md').read_text()
-DOCUMENTS = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
+DOCUMENTS = [ROOT / 'CONTRIBUTING.md', *tables.documents()]
+EXPERIMENTS = sorted(path.parent.name for path in (ROOT / 'experiments').glob('*/__main__.py'))
 
 
 def blocks(language: str) -> list[str]:
@@ -62,7 +64,7 @@ def test_a_network_of_several_kernels_is_retrofitted_as_the_page_says(capsys):
     assert "left dense, the network's first conv: features.0.0\n" in printed and printed.count('left dense') == 1
 
 
-@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_named_files_exist(document):
     text = document.read_text()
     links = re.findall(r'\]\((?!http)([^)#]+)\)', text)
@@ -77,18 +79,48 @@ class OptionsFoundError(Exception):
     """Ends a tool when its parser has all options."""
 
 
-@pytest.mark.parametrize('tool', ['train.py', 'test.py'])
-def test_options_of_the_tools_are_mmsegs(tool, monkeypatch):
+@pytest.fixture
+def options_of(monkeypatch):
+    """Return the options of a tool or experiment, given its function ``parse_args``."""
+
     def stop(parser):
         raise OptionsFoundError(*parser._option_string_actions)
 
+    def call(parse_args):
+        with pytest.raises(OptionsFoundError) as found:
+            parse_args()
+        return set(found.value.args)
+
     monkeypatch.setattr(ArgumentParser, 'parse_args', stop)
-    with pytest.raises(OptionsFoundError) as ours:
-        runpy.run_path(str(ROOT / 'tools' / tool))['parse_args']()
+    return call
+
+
+@pytest.mark.parametrize('tool', ['train.py', 'test.py'])
+def test_options_of_the_tools_are_mmsegs(tool, options_of):
+    ours = options_of(runpy.run_path(str(ROOT / 'tools' / tool))['parse_args'])
     theirs = (Path(mmseg.__file__).parent / '.mim' / 'tools' / tool).read_text()
     options = set(re.findall(r"'(--[\w-]+)'", theirs))
     assert options
-    assert options <= set(ours.value.args)
+    assert options <= ours
+
+
+def commands_of_experiments():
+    """The name and the rest of each ``python -m experiments.NAME`` in the documents."""
+    for document in DOCUMENTS:
+        text = document.read_text().replace('\\\n', ' ')
+        yield from re.findall(r'python -m experiments\.([A-Za-z_]+)([^\n`]*)', text)
+
+
+@pytest.mark.parametrize('name', EXPERIMENTS)
+def test_commands_of_experiments_have_only_options_that_exist(name, options_of):
+    given = [re.findall(r'--[\w-]+', rest) for found, rest in commands_of_experiments() if found == name]
+    assert given
+    assert set().union(*given) <= options_of(import_module(f'experiments.{name}.__main__').parse_args)
+
+
+def test_every_experiment_of_a_command_and_of_the_table_exists():
+    assert {name for name, _ in commands_of_experiments()} - {'NAME', 'tables'} == {*EXPERIMENTS}
+    assert sorted(tables.EXPERIMENTS) == EXPERIMENTS
 
 
 @pytest.fixture
@@ -126,13 +158,13 @@ def test_the_recipes_from_trained_weights_train(recipes, drawn, tmp_path):
 
 def test_tables_are_the_results():
     assert not tables.missing_tables(tables.documents())
-    differing = {path.name: tables.fill(text)[1] for path, text in tables.documents().items()}
+    differing = {str(path.relative_to(ROOT)): tables.fill(text)[1] for path, text in tables.documents().items()}
     assert {name: each for name, each in differing.items() if each} == {}
 
 
 @pytest.mark.parametrize('name', tables.TABLES)
 def test_a_changed_figure_is_found(name):
-    (text,) = [text for text in tables.documents().values() if f'<!-- table: {name} -->' in text]
+    text = next(text for text in tables.documents().values() if f'<!-- table: {name} -->' in text)
     before, start, rest = text.partition(f'<!-- table: {name} -->')
     table, end, after = rest.partition('<!-- end -->')
     digit = list(re.finditer(r'\d', table))[-1]
