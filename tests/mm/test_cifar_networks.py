@@ -1,5 +1,7 @@
 """The paper's CIFAR-10 networks: what they are made of, and every row of its table of counts."""
 
+import re
+
 import pytest
 import torch
 from conftest import ROOT
@@ -29,7 +31,7 @@ GOLDEN = {
         'csg-1x1-s16-d16-binary': 1_591_226,
     },
     'cifar10/shufflenet-v2-05x_b192-200e_cifar10': {'': 352_042, 'csg-1x1-s16-d16': 171_818},
-    'imagenet/resnet18_8xb32_in1k': {'csg-s16-d128-conv1': 7_527_976},
+    'imagenet/resnet18_8xb32_in1k': {'csg-s16-d128': 1_609_256, 'csg-s16-d128-conv1': 7_527_976},
     'imagenet/resnet34_8xb32_in1k': {'csg-s16-d128': 2_177_832},
     'imagenet/resnet50_8xb32_in1k': {'csg-s16-d128': 15_163_432},
     'imagenet/resnet101_8xb32_in1k': {'csg-s16-d128': 24_685_608},
@@ -45,8 +47,21 @@ def test_every_count_of_the_paper_to_the_single_parameter(leaf, prefix, count):
     path = ROOT / 'configs' / folder / f'{prefix}{"_" if prefix else ""}{name}.py'
     summary = summarise(build_model(Config.fromfile(path)))
     assert summary.trainable_params == count
-    dense = GOLDEN[leaf].get('') or DENSE[int(name.removeprefix('resnet').split('_')[0])]
-    assert summary.dense_params == dense
+    assert summary.dense_params == dense_count(leaf)
+
+
+def dense_count(leaf):
+    return GOLDEN[leaf].get('') or DENSE[int(leaf.removeprefix('imagenet/resnet').split('_')[0])]
+
+
+def test_the_table_of_the_documents_has_these_counts():
+    text = (ROOT / 'docs' / 'classification.md').read_text()
+    rows = re.findall(r'^\| ([^|]+, (?:CIFAR-10|ImageNet)) \| (\S+) \| (.+?) \| (.+?) \|$', text, flags=re.MULTILINE)
+    for (network, dense, stored, ratios), leaf in zip(rows, GOLDEN, strict=True):
+        assert int(dense.replace(',', '')) == dense_count(leaf), network
+        counts = [int(count.replace(',', '')) for count in re.findall(r'\d+(?:,\d{3})+', stored)]
+        assert counts and set(counts) <= set(GOLDEN[leaf].values()), network
+        assert ratios == ', '.join(f'{dense_count(leaf) / count:.2f}' for count in counts), network
 
 
 def cifar_model(name, **backbone):
