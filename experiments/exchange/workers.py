@@ -15,14 +15,13 @@ import torch
 import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from rich.console import Console
-from rich.progress import track
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.futures import Future
 from torch.multiprocessing.spawn import ProcessException
 from torch.nn.parallel import DistributedDataParallel
 
+from csg_seg.cli.console import progress_bar
 from csg_seg.errors import CSGError
 from csg_seg.layers.bank import find_bank
 from csg_seg.mm.model import build_model
@@ -231,8 +230,7 @@ def _time(
     links: dict[str, Any] = {}
     # The first turn does not count: TCP still adapts to the link.
     turns = [(rate, turn) for rate in ('none', *measurement.rates) for turn in range(measurement.rounds + 1)]
-    console = Console(stderr=True)
-    for rate, turn in track(turns, 'Timing', console=console, disable=not first):
+    for rate, turn in progress_bar('Timing')(turns, disable=not first):
         if turn == 0:
             if first and rate != 'none':
                 limit(ends, rate)

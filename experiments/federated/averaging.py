@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -64,29 +65,22 @@ def federate(
         CSGError: a number is out of range, nothing trained matches ``travels``, or the metric does not exist.
     """
     _check_numbers(workers=workers, rounds=rounds, steps=steps, test_every=test_every)
-    cfg = deepcopy(cfg)
-    cfg.load_from = str(checkpoint)
-    runner = Runner.from_cfg(cfg)
-    runner.register_hook(CheckpointGuardHook())
-    runner.register_hook(LabelGuardHook(cfg))
+    runner = _build_runner(cfg, checkpoint)
     scores = [{'round': 0, 'bytes': 0, 'score': _score(runner, metric)}]
     shared = _shared(runner.model, travels)
     batches = [iter(Runner.build_dataloader(loader, seed=runner.seed)) for loader in _loaders(cfg, workers)]
     in_a_round = 2 * workers * _bytes(shared.values())
     returned: list[dict[str, Tensor]] = []
     for turn in track(range(rounds * workers)):
-        _set(runner.model, shared)
-        _train(runner, shared, (next(batches[turn % workers]) for _ in range(steps)))
-        returned.append(_get(runner.model, shared))
+        returned.append(_train(runner, shared, islice(batches[turn % workers], steps)))
         if len(returned) == workers:
-            shared = {name: torch.stack([each[name] for each in returned]).mean(0) for name in shared}
+            shared = _mean(returned)
             returned.clear()
             done = turn // workers + 1
             if done % test_every == 0 or done == rounds:
                 _set(runner.model, shared)
                 scores.append({'round': done, 'bytes': in_a_round * done, 'score': _score(runner, metric)})
-    meta = {'dataset_meta': runner.test_dataloader.dataset.metainfo}
-    write_tensors(Path(out), {'meta': meta, 'state_dict': runner.model.state_dict()})
+    _write_checkpoint(runner, out)
     return {'travels': travels, 'tensors': len(shared), 'bytes': _bytes(shared.values()), 'scores': scores}
 
 
@@ -191,15 +185,35 @@ def _loaders(cfg: Config, workers: int) -> list[dict[str, Any]]:
     return loaders
 
 
-def _train(runner: Runner, shared: Mapping[str, Tensor], batches: Iterable[Any]) -> None:
-    """Train one worker for its turn, with a new optimizer."""
+def _build_runner(cfg: Config, checkpoint: str | os.PathLike) -> Runner:
+    cfg = deepcopy(cfg)
+    cfg.load_from = str(checkpoint)
+    runner = Runner.from_cfg(cfg)
+    runner.register_hook(CheckpointGuardHook())
+    runner.register_hook(LabelGuardHook(cfg))
+    return runner
+
+
+def _train(runner: Runner, shared: Mapping[str, Tensor], batches: Iterable[Any]) -> dict[str, Tensor]:
+    """Train one worker from the shared tensors, with a new optimizer, and return its tensors."""
     model = runner.model.train()
+    _set(model, shared)
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and f'{name}.running_mean' not in shared:
             module.eval()
     optim_wrapper = runner.build_optim_wrapper(deepcopy(runner.cfg.optim_wrapper))
     for batch in batches:
         model.train_step(batch, optim_wrapper)
+    return _get(model, shared)
+
+
+def _mean(tensors: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([each[name] for each in tensors]).mean(0) for name in tensors[0]}
+
+
+def _write_checkpoint(runner: Runner, out: str | os.PathLike) -> None:
+    meta = {'dataset_meta': runner.test_dataloader.dataset.metainfo}
+    write_tensors(Path(out), {'meta': meta, 'state_dict': runner.model.state_dict()})
 
 
 def _score(runner: Runner, metric: str) -> float:

@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--without-ahead',
         action='store_true',
-        help='also measure CSG with weights neither made ahead nor kept',
+        help='also measure CSG with weights neither made ahead nor cached',
     )
     add_cfg_options(parser)
     add_result_options(parser, picture='where time and memory go')

@@ -1,4 +1,4 @@
-"""Time and memory of dense, generated and materialised networks, measured in turn on one device."""
+"""Time and memory of dense, generated and materialised networks, measured alternately on one device."""
 
 import statistics
 import time
@@ -212,7 +212,7 @@ def measure_speed(
     without_ahead: bool = False,
     track: Callable[[Sequence[tuple[str, int]]], Iterable[tuple[str, int]]] = iter,
 ) -> dict[str, dict[str, Any]]:
-    """Train and evaluate a network dense, generated and materialised, in turn in one process, on random images.
+    """Train and evaluate a network dense, generated and materialised alternately in one process, on random images.
 
     Args:
         cfg: CSG config of mmseg or mmpretrain; its teacher is ignored.
@@ -261,7 +261,7 @@ def measure_speed(
 
 
 class NeverAhead(Ahead):
-    """Neither makes weights ahead nor keeps them."""
+    """Neither makes weights ahead nor caches them."""
 
     def make(self, generators: Iterable[Generator], layers: Mapping[str, CSGConv]) -> None:
         """Make nothing."""
