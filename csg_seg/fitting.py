@@ -66,7 +66,8 @@ def fit_generator(generator: Generator, weights: Sequence[Tensor], *, keep: bool
     settings = generator.settings
     keep = keep or settings.freeze_generator
     slices = torch.cat([_split(weight, settings) for weight in weights])
-    if generator.is_linear() if keep else generator.has_linear_part:
+    has_best_fit = generator.is_linear() if keep else generator.has_linear_part
+    if has_best_fit:
         code = _fit_linear(generator, slices, _overhangs([weight.shape for weight in weights], settings), keep)
     else:
         code = _descend(generator, slices.float(), keep)

@@ -523,7 +523,7 @@ def write(path: Path, text: str) -> None:
 
 def parse_args() -> argparse.Namespace:
     """Return the arguments of the command."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog='python -m experiments.tables', description=__doc__)
     parser.add_argument('--check', action='store_true', help='change nothing; fail if a table differs from its results')
     return parser.parse_args()
 
@@ -545,6 +545,8 @@ def main() -> None:
                 print(f'{path.relative_to(ROOT)}: {", ".join(differing)}')
     if problems:
         sys.exit('\n'.join(problems))
+    if args.check:
+        print('all tables agree with results/')
 
 
 if __name__ == '__main__':

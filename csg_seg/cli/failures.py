@@ -1,5 +1,6 @@
 """Errors of command-line tools: one line, without a traceback."""
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,12 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(f'error: {error}')
     except OSError as error:
         sys.exit(f'error: {describe(error)}')
+    except KeyError as error:
+        # mmengine's, of a type that no imported module registers.
+        unknown = re.match(r'\S+ is not in the \S+ registry', str(error.args[0]) if error.args else '')
+        if unknown is None:
+            raise
+        sys.exit(f'error: {unknown[0]}; correct the name, or import the module that registers it (custom_imports)')
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         sys.exit(130)

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from .lengths import row_length
-from .linear import Generator
-from .registry import register_generator
+from .linear import Generator, register_generator
 from .settings import Settings
-from .signature import read_signature
+from .signature import VALUE, read_signature
 
 
 @register_generator('binary')
@@ -29,7 +28,7 @@ class BinaryGenerator(Generator):
     @classmethod
     def signature_extras(cls, settings: Settings) -> dict[str, Any]:
         """Return the size of the signs, so codes are never read with signs of another size, and the seed."""
-        return {'value': _sign_size(settings), 'seed': settings.seed}
+        return {VALUE: _sign_size(settings), 'seed': settings.seed}
 
     def draw_weight(self, rng: torch.Generator) -> None:
         """Set the signs from the settings' seed; ``rng`` is not used."""
@@ -49,10 +48,10 @@ class BinaryGenerator(Generator):
         """Adopt the seed of a stored generator and rebuild its signs.
 
         Raises:
-            CSGError: a setting other than the seed differs.
+            CSGError: a setting other than the seed differs, or the seed is missing.
         """
         super().set_extra_state(state)
-        seed, like = read_signature(state).get('seed'), self.weight
+        seed, like = read_signature(state)['seed'], self.weight
         if seed != self.settings.seed:
             self.settings = Settings.from_dict({**self.settings.to_dict(), 'seed': seed})
         # Also for the same seed: state dicts do not hold the signs, and ``to_empty`` discards them.

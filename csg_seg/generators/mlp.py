@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .linear import Generator
-from .registry import Option, register_generator
+from .linear import Generator, register_generator
+from .registry import Option
 
 
 @register_generator('mlp')

@@ -1,11 +1,9 @@
-"""The kinds of generators by name, and how to add one."""
+"""The kinds of generators by name, and the options of a kind."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 KINDS: dict[str, type[Any]] = {}
-Kind = TypeVar('Kind', bound=type[Any])
 
 
 @dataclass(frozen=True)
@@ -19,22 +17,3 @@ class Option:
 
     minimum: int
     default: int | None = None
-
-
-def register_generator(name: str) -> Callable[[Kind], Kind]:
-    """Register a class of generators under a name, for ``csg=dict(generator=name)``.
-
-    The page ``docs/your_own_generator.md`` has a complete example.
-
-    Args:
-        name: the value of ``generator``; an earlier class with this name is replaced.
-
-    Returns:
-        A decorator for subclasses of :class:`csg_seg.generators.linear.Generator`.
-    """
-
-    def register(kind: Kind) -> Kind:
-        KINDS[name] = kind
-        return kind
-
-    return register

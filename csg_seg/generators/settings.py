@@ -12,13 +12,15 @@ from .registry import KINDS
 from .slices import LAYOUTS
 
 MAX_SEED = 2**64 - 1
+# What became of kinds of earlier versions.
+REMOVED = {'tensor_ring': ', which was removed in 0.3.0 and is now in experiments/rivals'}
 
 
 @dataclass(frozen=True)
 class Settings:
     """Settings of one generator and of the layers that use it.
 
-    In a ``csg`` dict, the options of the generator's kind stand beside the other keys.
+    In a ``csg`` dict, the options of the generator's kind are keys next to the others.
 
     Args:
         slice_shape: ``(s_out, s_in, kh, kw)`` of a slice; ``(s_out, s_in, k)`` for 1d convs,
@@ -109,8 +111,9 @@ def _own_keys() -> list[str]:
 
 def _generator(where: str, value: Any) -> str:
     if not isinstance(value, str) or value not in KINDS:
+        removed = REMOVED.get(value, '') if isinstance(value, str) else ''
         raise CSGError(
-            f'{where}: unknown generator {value!r}; known are {", ".join(map(repr, KINDS))}; '
+            f'{where}: unknown generator {value!r}{removed}; known are {", ".join(map(repr, KINDS))}; '
             'register it with csg_seg.register_generator'
         )
     return value

@@ -3,6 +3,7 @@
 import json
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from .settings import Settings
 SIGNATURE = ('generator', 'slice_shape', 'code_dim', 'layout')
 
 LAYERS, CHECK = 'layers', 'crc32'
+# The size of a binary generator's signs.
+VALUE = 'value'
+# No option of a kind may have one of these names.
+RESERVED = {*(each.name for each in fields(Settings)), LAYERS, CHECK, VALUE}
 
 DAMAGED = "the checkpoint's generator settings are damaged"
 
@@ -97,13 +102,18 @@ def check_signature(settings: Settings, state: Tensor) -> None:
     """Compare a model's generator with the one in a checkpoint.
 
     Raises:
-        CSGError: a setting other than the seed differs.
+        CSGError: a setting other than the seed differs, or a value of the kind's ``signature_extras`` is missing.
     """
-    wanted, stored = _signature(settings), read_signature(state)
-    for key in [key for key in wanted | stored if key != 'seed']:
+    kind = KINDS[settings.generator]
+    wanted, stored, extras = _signature(settings), read_signature(state), kind.signature_extras(settings)
+    # The first key is the kind.
+    for key in wanted | stored:
+        if key in extras and key not in stored:
+            raise CSGError(f'{DAMAGED} ({key!r} is missing); use another copy of it')
         # A setting that is not stored has its default.
-        came, want = (each.get(key, getattr(Settings, key, None)) for each in (stored, wanted))
-        if came != want:
+        default = kind.OPTIONS[key].default if key in kind.OPTIONS else getattr(Settings, key, None)
+        came, want = stored.get(key, default), wanted.get(key, default)
+        if came != want and key != 'seed':
             raise CSGError(
                 f'the checkpoint was made with {key}={came!r}, this model has {key}={want!r}; '
                 "set the config's csg to the checkpoint's, or take another checkpoint"

@@ -2,8 +2,8 @@
 
 1. ``mmengine.runner.checkpoint.load_state_dict``, which loads every checkpoint in mmengine, refuses codes for layers
    that are dense in the model: mmengine would only log them as unexpected and leave the layers random.
-2. ``DefaultOptimWrapperConstructor`` treats the hidden bias of an mlp generator as a bias: mmengine recognises biases
-   only by the name ``bias``.
+2. ``DefaultOptimWrapperConstructor`` treats each generator parameter whose name ends in ``bias`` as a bias: mmengine
+   recognises biases only by the name ``bias``.
 """
 
 from collections.abc import Callable, Mapping
@@ -67,7 +67,7 @@ mmengine.runner.checkpoint.load_state_dict = _refuse_codes(mmengine.runner.check
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module(name='DefaultOptimWrapperConstructor', force=True)
 class OptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """mmengine's constructor, which also applies ``bias_lr_mult`` and ``bias_decay_mult`` to hidden biases."""
+    """mmengine's constructor, which also applies ``bias_lr_mult`` and ``bias_decay_mult`` to generators' biases."""
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = '', **kwargs: Any) -> None:
         """Add a group for each parameter, as mmengine does, with the settings of ``paramwise_cfg``."""

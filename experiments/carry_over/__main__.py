@@ -14,7 +14,7 @@ with one_line_errors():
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog='python -m experiments.carry_over', description=__doc__)
     add_config(parser, "dense config file, with the fine-tuning's schedule")
     add_checkpoint(parser, 'its trained weights')
     parser.add_argument('--ratios', type=float, nargs='+', default=[2.3, 5.0], help='compression (default: 2.3 5)')

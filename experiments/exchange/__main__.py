@@ -17,7 +17,7 @@ with one_line_errors():
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog='python -m experiments.exchange', description=__doc__)
     parser.add_argument('configs', nargs='+', help='config files; the others are compared with the first')
     parser.add_argument('--processes', type=int, default=2, help='ranks, on gloo (default: 2)')
     parser.add_argument('--links', nargs='+', default=[], metavar='RATE', help='such as 100mbit 1gbit; needs root')

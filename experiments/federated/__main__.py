@@ -17,7 +17,7 @@ with one_line_errors():
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog='python -m experiments.federated', description=__doc__)
     names = ('NAME', 'CONFIG', 'CHECKPOINT', 'TRAVELS')
     what = "CHECKPOINT is the start of all workers, TRAVELS a pattern such as '*' or '*.code' of the tensors to train"
     network = parser.add_argument('--network', nargs=4, metavar=names, action='append', required=True)

@@ -19,7 +19,7 @@ SETTINGS = ['s12-d72', 's8-2.3x', 's8-5x']
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog='python -m experiments.fits', description=__doc__)
     add_config(parser, 'dense config file')
     add_checkpoint(parser, 'its trained weights')
     parser.add_argument(

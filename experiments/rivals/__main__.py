@@ -11,7 +11,7 @@ with one_line_errors():
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog='python -m experiments.rivals', description=__doc__)
     add_options(parser, seeds=[0])
     return parser.parse_args()
 

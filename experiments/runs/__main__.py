@@ -19,7 +19,7 @@ with one_line_errors():
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog='python -m experiments.runs', description=__doc__)
     parser.add_argument('configs', nargs='+', help='config files; the others are compared with the first')
     add_options(parser, seeds=[0, 1, 2])
     return parser.parse_args()

@@ -16,7 +16,7 @@ with one_line_errors():
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog='python -m experiments.scale', description=__doc__)
     parser.add_argument('configs', nargs='+', help='dense config files')
     add_result_options(parser, picture='seconds and memory over parameters')
     return parser.parse_args()

@@ -20,7 +20,7 @@ with one_line_errors():
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog='python -m experiments.speed', description=__doc__)
     add_config(parser, 'CSG config file')
     parser.add_argument('--batch-size', type=int, help="images in a training step (default: the config's)")
     parser.add_argument('--size', type=int, nargs=2, help="height and width (default: the config's crop)")

@@ -18,7 +18,7 @@ with one_line_errors():
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog='python -m experiments.zoo', description=__doc__)
     parser.add_argument('--scope', required=True, choices=SCOPES, help='library')
     parser.add_argument('--names', nargs='+', default=['*'], help="patterns of names (default: '*')")
     parser.add_argument('--jobs', type=int, default=1, help='networks at a time (default: 1)')

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from csg_seg.errors import CSGError
-from csg_seg.generators.linear import Generator
-from csg_seg.generators.registry import KINDS, Option, register_generator
+from csg_seg.generators.linear import Generator, register_generator
+from csg_seg.generators.registry import KINDS, Option
 from csg_seg.generators.settings import Settings, matches
 
 GOOD = {'slice_shape': (16, 16, 3, 3), 'code_dim': 128}

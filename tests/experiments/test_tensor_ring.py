@@ -157,7 +157,10 @@ def test_without_the_plug_in_a_config_and_a_file_are_refused_in_one_line(monkeyp
     save_compact(retrofit(network(), csg), tmp_path / 'ring')
     assert 'csg' in dict(load_compact(tmp_path / 'ring', network()).named_modules())
     monkeypatch.delitem(KINDS, 'tensor_ring')
-    says = "csg.0.: unknown generator 'tensor_ring'; known are 'linear', 'binary', 'mlp'; register it with csg_seg.reg"
+    says = (
+        "csg.0.: unknown generator 'tensor_ring', which was removed in 0.3.0 and is now in experiments/rivals; "
+        "known are 'linear', 'binary', 'mlp'; register it with csg_seg.register_generator"
+    )
     for refused in (lambda: retrofit(network(), csg), lambda: load_compact(tmp_path / 'ring', network())):
         with pytest.raises(CSGError, match=says) as caught:
             refused()

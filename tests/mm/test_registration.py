@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import ROOT, run_tool
+from mmengine.config import Config
 
 # The names that configs may use, by mmengine's registry.
 REGISTERED = {
@@ -39,15 +40,13 @@ for root, names in {REGISTERED}.items():
 
 @pytest.fixture
 def old_config(tmp_path):
-    """A config of version 0.2, which imports csg_seg."""
-    path = tmp_path / 'old.py'
-    path.write_text(
-        f"""_base_ = {str(DENSE)!r}
-custom_imports = dict(imports=['csg_seg'])
-model = dict(type='CSGModel', base_type={{{{_base_.model.type}}}}, csg=dict(slice_shape=(12, 12, 3, 3), code_dim=72))
-"""
-    )
-    return path
+    """A config of version 0.2, which imports csg_seg; no base of it imports csg_seg.mm."""
+    cfg = Config.fromfile(DENSE).to_dict()
+    cfg['model'].update(type='CSGModel', base_type='ImageClassifier', csg=dict(slice_shape=(12, 12, 3, 3), code_dim=72))
+    cfg['custom_imports'] = dict(imports=['csg_seg'])
+    Config(cfg).dump(tmp_path / 'old.py')
+    assert 'csg_seg.mm' not in (tmp_path / 'old.py').read_text()
+    return tmp_path / 'old.py'
 
 
 @pytest.mark.parametrize('imports', ['import mmengine', 'import csg_seg, mmengine'])

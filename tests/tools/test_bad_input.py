@@ -181,6 +181,18 @@ def test_voc12aug_without_its_list(refused, drawn):
     assert 'does not exist' in message and 'SegmentationClassAug' in message
 
 
+@pytest.mark.parametrize(
+    ('setting', 'registry'),
+    [("custom_hooks = [dict(type='NoSuch')]", 'hook'), ("model = dict(backbone=dict(type='NoSuch'))", 'model')],
+)
+def test_a_type_that_nothing_registers(drawn, tmp_path, setting, registry):
+    (tmp_path / 'typo.py').write_text(f'_base_ = {str(DENSE)!r}\n{setting}\n')
+    done = run_tool('train.py', tmp_path / 'typo.py', *small(drawn), '--work-dir', tmp_path / 'work', check=False)
+    assert done.returncode == 1
+    said = f'error: NoSuch is not in the mmseg::{registry} registry; correct the name, or import the module that'
+    assert done.stderr.strip().splitlines()[-1].startswith(said)
+
+
 def test_missing_config(refused):
     assert 'absent.py' in refused('train.py', CONFIGS / 'absent.py')
     assert 'README.md: not a config' in refused('report.py', ROOT / 'README.md')
