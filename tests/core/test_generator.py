@@ -11,7 +11,9 @@ from torch import nn
 
 from csg_seg.errors import CSGError
 from csg_seg.generators.lengths import row_length
-from csg_seg.generators.linear import build_generator
+from csg_seg.generators.linear import Generator, build_generator, register_generator
+from csg_seg.generators.registry import KINDS as REGISTERED
+from csg_seg.generators.registry import Option
 from csg_seg.generators.settings import Settings
 from csg_seg.generators.signature import encode_signature, read_layers, read_signature
 
@@ -291,6 +293,65 @@ def test_damaged_settings_bytes_are_refused(text):
     state = torch.tensor(list(text), dtype=torch.uint8)
     with pytest.raises(CSGError, match='damaged .* use another copy'):
         read_signature(state)
+
+
+def to_state(stored):
+    return torch.tensor(list(json.dumps(stored).encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize('key', ['seed', 'value'])
+def test_binary_settings_without_a_value_of_their_kind_are_damaged(key):
+    generator = build(generator='binary')
+    stored = json.loads(bytes(generator.get_extra_state().tolist()))
+    del stored[key]
+    with pytest.raises(CSGError, match=rf"generator settings are damaged \('{key}' is missing\); use another copy"):
+        generator.set_extra_state(to_state(stored))
+
+
+@pytest.fixture
+def registered():
+    """The kinds by name; those that a test registers are removed after it."""
+    before = dict(REGISTERED)
+    yield REGISTERED
+    REGISTERED.clear()
+    REGISTERED.update(before)
+
+
+def test_an_option_that_is_not_stored_has_the_kinds_default(registered):
+    @register_generator('grown')
+    class Grown(Generator):
+        OPTIONS = {'width': Option(minimum=1, default=3)}
+
+    stored = json.loads(bytes(build(generator='grown').get_extra_state().tolist()))
+    assert stored.pop('width') == 3
+    build(generator='grown').set_extra_state(to_state(stored))
+    with pytest.raises(CSGError, match='made with width=3, this model has width=4'):
+        build(generator='grown', width=4).set_extra_state(to_state(stored))
+
+
+OWN_NAMES = [
+    *('slice_shape', 'code_dim', 'layout', 'generator', 'freeze_generator', 'include', 'exclude', 'seed', 'options'),
+    *('residual', 'layers', 'crc32', 'value'),
+]
+
+
+@pytest.mark.parametrize('name', OWN_NAMES)
+def test_an_option_with_a_name_of_the_package_is_refused_and_breaks_no_other_kind(registered, name):
+    with pytest.raises(CSGError, match=f"generator 'clash': csg_seg itself uses the name '{name}'; rename the option"):
+
+        @register_generator('clash')
+        class Clash(Generator):
+            OPTIONS = {'width': Option(minimum=1), name: Option(minimum=1, default=2)}
+
+    assert 'clash' not in registered
+    build(residual=1, seed=3)
+
+
+@pytest.mark.parametrize('kind', [nn.Linear, build_generator, 7])
+def test_only_a_subclass_of_generator_is_registered(registered, kind):
+    with pytest.raises(CSGError, match="generator 'other': .* is not a subclass of csg_seg.generators.linear.Gen"):
+        register_generator('other')(kind)
+    assert 'other' not in registered
 
 
 def test_the_weight_is_a_parameter_or_a_buffer():
