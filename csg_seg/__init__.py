@@ -8,7 +8,7 @@ mmpretrain is in :mod:`csg_seg.mm`, which configs import: ``custom_imports = dic
 """
 
 from .errors import CSGError, CSGWarning
-from .generators.linear import register_generator
+from .generators.registry import register_generator
 from .planning.planner import plan
 from .registration import register_with_mmengine
 from .report import summarise

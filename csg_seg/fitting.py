@@ -14,7 +14,8 @@ from torch import Tensor
 
 from csg_seg.errors import CSGError
 from csg_seg.generators.lengths import row_length
-from csg_seg.generators.linear import Generator, build_generator
+from csg_seg.generators.linear import Generator
+from csg_seg.generators.registry import build_generator
 from csg_seg.generators.settings import Settings
 from csg_seg.generators.slices import grid, split
 

@@ -1,5 +1,5 @@
 """Generators: they map a code to a slice of a weight."""
 
-from . import binary, linear, mlp
+from . import binary, mlp, registry
 
-__all__ = ['binary', 'linear', 'mlp']
+__all__ = ['binary', 'mlp', 'registry']

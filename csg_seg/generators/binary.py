@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .lengths import row_length
-from .linear import Generator, register_generator
+from .linear import Generator
+from .registry import register_generator
 from .settings import Settings
 from .signature import VALUE, read_signature
 

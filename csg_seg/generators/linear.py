@@ -1,19 +1,19 @@
-"""The linear generator, which is the base class of all others, and how to add a kind."""
+"""The linear generator, which is the base class of all others."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from csg_seg.errors import CSGError
 
+from .kinds import Option
 from .lengths import row_length
 from .products import multiply
-from .registry import KINDS, Option
 from .settings import Settings
-from .signature import RESERVED, check_signature, encode_signature
+from .signature import check_signature, encode_signature
 
 
 class Generator(nn.Module):
@@ -147,39 +147,3 @@ class Generator(nn.Module):
             CSGError: a setting other than the seed differs.
         """
         check_signature(self.settings, state)
-
-
-Kind = TypeVar('Kind', bound=type[Generator])
-
-
-def register_generator(name: str) -> Callable[[Kind], Kind]:
-    """Register a class of generators under a name, for ``csg=dict(generator=name)``.
-
-    The page ``docs/your_own_generator.md`` has a complete example.
-
-    Args:
-        name: the value of ``generator``; an earlier class with this name is replaced.
-
-    Returns:
-        A decorator for subclasses of :class:`Generator`. It raises :class:`CSGError` for other classes, and for
-        options that have the name of a setting or of another entry of the signature.
-    """
-
-    def register(kind: Kind) -> Kind:
-        if not (isinstance(kind, type) and issubclass(kind, Generator)):
-            raise CSGError(f'generator {name!r}: {kind!r} is not a subclass of csg_seg.generators.linear.Generator')
-        for option in kind.OPTIONS:
-            if option in RESERVED:
-                raise CSGError(f'generator {name!r}: csg_seg itself uses the name {option!r}; rename the option')
-        KINDS[name] = kind
-        return kind
-
-    return register
-
-
-register_generator('linear')(Generator)
-
-
-def build_generator(settings: Settings, rng: torch.Generator) -> Generator:
-    """Build the generator that the settings describe, with start values drawn by ``rng``."""
-    return KINDS[settings.generator](settings, rng)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .linear import Generator, register_generator
-from .registry import Option
+from .kinds import Option
+from .linear import Generator
+from .registry import register_generator
 
 
 @register_generator('mlp')

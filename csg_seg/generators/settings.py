@@ -8,7 +8,7 @@ from typing import Any
 
 from csg_seg.errors import CSGError
 
-from .registry import KINDS
+from .kinds import KINDS
 from .slices import LAYOUTS
 
 MAX_SEED = 2**64 - 1
@@ -114,7 +114,7 @@ def _generator(where: str, value: Any) -> str:
         removed = REMOVED.get(value, '') if isinstance(value, str) else ''
         raise CSGError(
             f'{where}: unknown generator {value!r}{removed}; known are {", ".join(map(repr, KINDS))}; '
-            'register it with csg_seg.register_generator'
+            'import the module that registers it (csg_seg.register_generator)'
         )
     return value
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from csg_seg.errors import CSGError
 
-from .registry import KINDS
+from .kinds import KINDS
 from .settings import Settings
 
 # The settings of any generator without which its codes cannot be read.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from csg_seg.errors import CSGError, abridge
-from csg_seg.generators.linear import build_generator
+from csg_seg.generators.registry import build_generator
 from csg_seg.generators.settings import Settings, matches
 from csg_seg.generators.signature import SIGNATURE
 from csg_seg.generators.slices import grid

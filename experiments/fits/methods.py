@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from csg_seg.fitting import fit_generator, gram
-from csg_seg.generators.linear import build_generator
+from csg_seg.generators.registry import build_generator
 from csg_seg.generators.settings import Settings
 from csg_seg.generators.slices import join, split
 

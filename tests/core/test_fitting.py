@@ -10,8 +10,8 @@ from csg_seg import fit, fitting, materialise, retrofit
 from csg_seg.errors import CSGError
 from csg_seg.fitting import fit_generator, gram
 from csg_seg.generators.lengths import row_length
-from csg_seg.generators.linear import Generator, build_generator, register_generator
-from csg_seg.generators.registry import KINDS
+from csg_seg.generators.linear import Generator
+from csg_seg.generators.registry import KINDS, build_generator, register_generator
 from csg_seg.generators.settings import Settings
 from csg_seg.generators.slices import split
 from csg_seg.layers.bank import find_bank

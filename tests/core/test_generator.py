@@ -11,9 +11,9 @@ from torch import nn
 
 from csg_seg.errors import CSGError
 from csg_seg.generators.lengths import row_length
-from csg_seg.generators.linear import Generator, build_generator, register_generator
+from csg_seg.generators.linear import Generator
 from csg_seg.generators.registry import KINDS as REGISTERED
-from csg_seg.generators.registry import Option
+from csg_seg.generators.registry import Option, build_generator, register_generator
 from csg_seg.generators.settings import Settings
 from csg_seg.generators.signature import encode_signature, read_layers, read_signature
 
@@ -118,7 +118,7 @@ def test_binary_signs_are_rebuilt_bit_for_bit_by_a_fresh_process():
     script = f"""
 import hashlib
 import torch
-from csg_seg.generators.linear import build_generator
+from csg_seg.generators.registry import build_generator
 from csg_seg.generators.settings import Settings
 settings = Settings.from_dict({CSG | {'generator': 'binary', 'seed': 5}!r})
 weight = build_generator(settings, torch.Generator()).weight
@@ -345,6 +345,17 @@ def test_an_option_with_a_name_of_the_package_is_refused_and_breaks_no_other_kin
 
     assert 'clash' not in registered
     build(residual=1, seed=3)
+
+
+def test_a_kind_does_not_take_the_name_of_another():
+    class Zero(Generator):
+        pass
+
+    with pytest.raises(CSGError, match="'linear': Generator has this name already; choose another"):
+        register_generator('linear')(Zero)
+    assert REGISTERED['linear'] is Generator
+    with pytest.raises(CSGError, match=r"needs a name, such as @register_generator\('mine'\)"):
+        register_generator(Zero)
 
 
 @pytest.mark.parametrize('kind', [nn.Linear, build_generator, 7])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from csg_seg.errors import CSGError
-from csg_seg.generators.linear import build_generator
+from csg_seg.generators.registry import build_generator
 from csg_seg.generators.settings import Settings
 
 CSG = {'slice_shape': (12, 20, 3, 3), 'code_dim': 7, 'generator': 'mlp', 'hidden': 5}

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from csg_seg.errors import CSGError
-from csg_seg.generators.linear import Generator, register_generator
-from csg_seg.generators.registry import KINDS, Option
+from csg_seg.generators.linear import Generator
+from csg_seg.generators.registry import KINDS, Option, register_generator
 from csg_seg.generators.settings import Settings, matches
 
 GOOD = {'slice_shape': (16, 16, 3, 3), 'code_dim': 128}
@@ -37,7 +37,7 @@ BAD_VALUES = [
     ({'layout': None}, "layout must be one of 'block', 'flat'"),
     ({'layout': ['flat']}, "layout must be one of 'block', 'flat'"),
     ({'generator': 'cnn'}, "unknown generator 'cnn'; known are 'linear', 'binary', 'mlp'"),
-    ({'generator': 'cnn', 'rank': 3}, 'register it with csg_seg.register_generator'),
+    ({'generator': 'cnn', 'rank': 3}, 'import the module that registers it'),
     ({'generator': None}, "unknown generator None; known are 'linear', 'binary', 'mlp'"),
     ({'generator': ['mlp']}, r"unknown generator \['mlp'\]; known are 'linear', 'binary', 'mlp'"),
     ({'hidden': 8}, "'hidden' is a key of generator='mlp', not of 'linear'; drop it"),

@@ -13,8 +13,7 @@ from two_convs import assert_starts_at_kaiming_variance
 from csg_seg import load_compact, retrofit, save_compact, summarise
 from csg_seg.errors import CSGError
 from csg_seg.generators.lengths import row_length
-from csg_seg.generators.linear import build_generator
-from csg_seg.generators.registry import KINDS
+from csg_seg.generators.registry import KINDS, build_generator
 from csg_seg.generators.settings import Settings
 from csg_seg.mm.model import build_model
 from experiments.rivals.tensor_ring import count_cores
@@ -159,7 +158,7 @@ def test_without_the_plug_in_a_config_and_a_file_are_refused_in_one_line(monkeyp
     monkeypatch.delitem(KINDS, 'tensor_ring')
     says = (
         "csg.0.: unknown generator 'tensor_ring', which was removed in 0.3.0 and is now in experiments/rivals; "
-        "known are 'linear', 'binary', 'mlp'; register it with csg_seg.register_generator"
+        "known are 'linear', 'binary', 'mlp'; import the module that registers it"
     )
     for refused in (lambda: retrofit(network(), csg), lambda: load_compact(tmp_path / 'ring', network())):
         with pytest.raises(CSGError, match=says) as caught:
