@@ -101,11 +101,7 @@ def drop(layers: Mapping[str, CSGConv]) -> None:
 
 
 def generate_in_batches(convs: Sequence[CSGConv]) -> list[Tensor]:
-    """Return the weights of convs of one generator, by one product for each of :func:`batches`.
-
-    Raises:
-        CSGError: a dense weight was loaded into a part of the network and not fitted.
-    """
+    """Return the weights of convs of one generator, by one product for each of :func:`batches`."""
     return [weight for batch in batches(convs) for weight in generate_weights(batch)]
 
 

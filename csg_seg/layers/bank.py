@@ -13,19 +13,20 @@ from csg_seg.generators.products import is_recorded
 from .ahead import Ahead, drop
 from .conv import CSGConv, check_fitted, generated_convs
 from .loading import Loading
-from .root import BANK, CSGRoot, enroot, uproot
-from .state_dict_checks import Reset
+from .root import BANK, CSGRoot, Generators, enroot, uproot
+from .state_dict_checks import StateDictChecks
 from .watch import WATCH
 
 
-class GeneratorBank(nn.ModuleList):
+class GeneratorBank(Generators):
     """The generators of a model, registered on its root under the name ``csg``; see :mod:`csg_seg.layers.root`.
 
     Attributes:
         left_dense: why a conv stayed dense, a :class:`csg_seg.retrofitting.selection.Reason` by name.
         layers: the generated layers by name, as :meth:`refresh` found them; the bank does not register them.
         ahead: makes weights ahead of forward passes, and caches them between evaluations.
-        loading: loads and fits weights.
+        loading: fits weights that were loaded, and holds the settings of loading.
+        reset: which layers the last load reset, as ``reset.layers``.
     """
 
     def __init__(self, generators: Iterable[Generator], left_dense: Mapping[str, object]):
@@ -34,13 +35,9 @@ class GeneratorBank(nn.ModuleList):
         self.layers: dict[str, CSGConv] = {}
         self.ahead = Ahead()
         self.loading = Loading(self)
+        self.reset = self.loading.reset
         self._changes = CSGConv.changes
         self._is_watched = False
-
-    @property
-    def reset(self) -> Reset:
-        """Which layers the last load reset, as ``reset.layers``."""
-        return self.loading.reset
 
     def fit_loaded(self) -> dict[str, float]:
         """Fit the dense weights that were loaded into parts of the network; return each layer's relative error."""
@@ -49,9 +46,6 @@ class GeneratorBank(nn.ModuleList):
     def forward(self, input: Any) -> Any:
         """Return the input, so that a root whose forward calls all registered modules in turn still works."""
         return input
-
-    def __iter__(self) -> Iterator[Generator]:
-        return cast(Iterator[Generator], super().__iter__())
 
     def __getstate__(self) -> dict[str, Any]:
         """Watch copies like any new network."""
@@ -97,8 +91,8 @@ class GeneratorBank(nn.ModuleList):
         bank.loading.keep_generators = True  # a fit of the part must not change the rest
         attach_bank(root, bank)
 
-    def begin_pass(self, root: nn.Module) -> None:
-        """Find new layers before a forward pass of the root, and watch the first training."""
+    def prepare_pass(self, root: nn.Module) -> None:
+        """Find new layers before a forward pass of the root, watch the first training, and make weights ahead."""
         self.reset.is_on = False
         begins = not self._is_watched and torch.is_grad_enabled()
         if begins or self._changes != CSGConv.changes:
@@ -108,6 +102,7 @@ class GeneratorBank(nn.ModuleList):
             self._is_watched = True
         elif WATCH.is_over:
             WATCH.end()
+        self.ahead.make(self, self.layers)
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode; training clears the cached weights."""
@@ -163,11 +158,9 @@ def detach_bank(root: nn.Module) -> None:
 
 
 def begin_pass(root: nn.Module, inputs: Any) -> None:
-    """Make weights ahead; in a compiled graph, each layer generates its own."""
+    """Prepare the pass; in a compiled graph, each layer generates its own weight."""
     if not is_recorded():
-        bank = bank_of(root)
-        bank.begin_pass(root)
-        bank.ahead.make(bank, bank.layers)
+        bank_of(root).prepare_pass(root)
 
 
 def end_pass(root: nn.Module, inputs: Any, outputs: Any) -> None:
@@ -177,11 +170,7 @@ def end_pass(root: nn.Module, inputs: Any, outputs: Any) -> None:
 
 
 def refresh_before_save(root: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Check that all layers can be saved.
-
-    Raises:
-        CSGError: a dense weight was loaded into a part of the network and not fitted.
-    """
+    """Check that all layers can be saved."""
     bank = bank_of(root)
     bank.refresh(root)
     check_fitted(bank.layers.values())
@@ -192,12 +181,15 @@ def check_before_load(root: nn.Module, state_dict: dict[str, Tensor], prefix: st
     bank = bank_of(root)
     bank.refresh(root)
     drop(bank.layers)  # of a forward pass that was interrupted
-    bank.loading.before_load(root, state_dict, prefix)
+    bank.loading.forget_loaded()
+    StateDictChecks(root, bank, bank.reset, state_dict, prefix).run()
 
 
 def fit_after_load(root: nn.Module, incompatible_keys: Any) -> None:
     """Fit loaded dense weights, and draw codes for the layers that were reset."""
-    bank_of(root).loading.after_load()
+    bank = bank_of(root)
+    bank.fit_loaded()
+    bank.loading.draw_codes(bank.reset.layers)
 
 
 def _same_generators(one: Generator, other: Generator) -> bool:

@@ -77,11 +77,7 @@ class CSGConv(_ConvNd):
         return {name: getattr(self, name) for name in names}
 
     def generate_weight(self) -> Tensor:
-        """Return the weight of the current code, generator and residual.
-
-        Raises:
-            CSGError: a dense weight was loaded into this part of the network and not fitted.
-        """
+        """Return the weight of the current code, generator and residual."""
         return generate_weights([self])[0]
 
     def _assemble(self, slices: Tensor) -> Tensor:
@@ -117,11 +113,7 @@ class CSGConv(_ConvNd):
 
 
 def generate_weights(convs: Sequence[CSGConv]) -> list[Tensor]:
-    """Return the weights of convs of one generator, by one product.
-
-    Raises:
-        CSGError: a dense weight was loaded into a part of the network and not fitted.
-    """
+    """Return the weights of convs of one generator, by one product, after :func:`check_fitted`."""
     check_fitted(convs)
     # Half-precision generation nearly doubles the rounding error: let the conv cast instead.
     with torch.autocast(convs[0].code.device.type, enabled=False):
@@ -248,17 +240,14 @@ def find_others(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def generated_convs(model: nn.Module) -> Iterator[tuple[str, CSGConv]]:
-    """Yield the name and the conv of each generated layer."""
-    for name, module in model.named_modules():
+def generated_convs(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, CSGConv]]:
+    """Yield the name and the conv of each generated layer.
+
+    If duplicates are kept, a layer has all its names: one that is registered twice has two in a state dict.
+    """
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
         if isinstance(module, CSGConv):
             yield name, module
-
-
-def named_convs(model: nn.Module) -> dict[str, CSGConv]:
-    """Return each generated layer by all its names: a layer registered twice has two names in a state dict."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in modules if isinstance(module, CSGConv)}
 
 
 def check_dense(name: str, conv: CSGConv, weight: Tensor) -> None:

@@ -5,15 +5,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from csg_seg.errors import CSGError
 from csg_seg.fitting import fit_generator
 from csg_seg.generators.linear import Generator
 
 from .conv import CSGConv, check_finite, draw_code
-from .root import BANK
-from .state_dict_checks import Bank, Incoming, Reset, check_signatures
+from .root import BANK, Generators
+from .state_dict_checks import Reset, check_entries, check_signatures, generator_entries
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Loading:
         after_fit: called with the bank after a fit.
     """
 
-    bank: Bank
+    bank: Generators
     reset: Reset = field(default_factory=Reset)
     fit_on_load: bool = True
     keep_generators: bool = False
@@ -44,16 +44,6 @@ class Loading:
         self.reset.is_on = self.fit_on_load
         if self.before_init is not None and self.fit_on_load:
             self.before_init(self.bank)
-
-    def before_load(self, root: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """Refuse a state dict that does not fit the generated layers of the root, and complete one that does."""
-        self.forget_loaded()
-        Incoming(root, self.bank, self.reset, state_dict, prefix).prepare()
-
-    def after_load(self) -> None:
-        """Fit loaded dense weights, and draw codes for the layers that were reset."""
-        self.fit_loaded()
-        self.draw_codes(self.reset.layers)
 
     def forget_loaded(self) -> None:
         """Drop dense weights that were loaded and not fitted."""
@@ -87,23 +77,17 @@ class Loading:
     @torch.no_grad()
     def load_generators(self, weights: Mapping[str, Tensor]) -> None:
         """See :func:`csg_seg.load_generators`."""
-        stored = {name.removeprefix(f'{BANK}.'): each for name, each in weights.items() if name.startswith(f'{BANK}.')}
-        if not stored:
+        count = len({name.split('.')[1] for name in weights if name.startswith(f'{BANK}.')})
+        if not count:
             raise CSGError('there is no generator in these weights; give those of a CSG network')
-        count = len({name.split('.')[0] for name in stored})
         if count != len(self.bank):
             raise CSGError(f'the weights hold {count} generators, this network has {len(self.bank)}')
-        check_signatures(self.bank, stored)
-        own = self.bank.state_dict()
-        for name, tensor in own.items():
-            other = stored.get(name)
-            if other is None:
-                raise CSGError(f'the weights lack {BANK}.{name}; take those of a whole CSG network')
-            if other.shape != tensor.shape and not name.endswith('_extra_state'):
-                raise CSGError(f'{BANK}.{name} is {tuple(other.shape)} there and {tuple(tensor.shape)} here')
-            if other.is_floating_point():
-                check_finite(f'{BANK}.{name}', other)
-        self.bank.load_state_dict({name: stored[name] for name in own})
+        check_signatures(self.bank, weights)
+        own = generator_entries(self.bank)
+        check_entries(own, weights, 'take the weights of a whole CSG network')
+        for name in own:
+            check_finite(name, weights[name])
+        self.bank.load_state_dict({name.removeprefix(f'{BANK}.'): weights[name] for name in own})
         self.keep_generators = True
         self.draw_codes(self.bank.layers)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from csg_seg.errors import CSGError
+from csg_seg.generators.linear import Generator
 
 from .conv import CSGConv, generated_convs
 
@@ -25,6 +26,15 @@ BANK = 'csg'
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Methods of a container that do not concern its items.
 NOT_ITEMS = {'__init__', '__repr__', '__dir__', '__iter__', 'forward'}
+
+
+class Generators(nn.ModuleList):
+    """Generators and, by name, the layers that use them; the base class of the bank."""
+
+    layers: dict[str, CSGConv]
+
+    def __iter__(self) -> Iterator[Generator]:
+        return cast(Iterator[Generator], super().__iter__())
 
 
 class CSGRoot(nn.Module):

@@ -4,23 +4,24 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from csg_seg.errors import CSGError, abridge
-from csg_seg.generators.linear import Generator
 from csg_seg.generators.settings import matches
 from csg_seg.generators.signature import check_signature, read_layers
 
-from .conv import DENSE_KINDS, FROM_ROOT, CSGConv, check_finite, named_convs
-from .root import BANK
+from .conv import DENSE_KINDS, FROM_ROOT, CSGConv, check_finite, generated_convs
+from .root import BANK, Generators
 
 Shape = tuple[int, ...]
 FIXED = (*DENSE_KINDS, nn.Linear, _NormBase, nn.GroupNorm, nn.LayerNorm)
+OTHER_NETWORK = 'take a checkpoint of the same network, or name the layer in reset'
+OTHER_SETTINGS = "set the config's csg to the checkpoint's, take another checkpoint, or name the layer in reset"
 
 
 @dataclass
@@ -56,36 +57,43 @@ class Reset:
             self.patterns, self.is_on = before
 
 
-class Bank(Protocol):
-    """What loading needs of a :class:`csg_seg.layers.bank.GeneratorBank`."""
-
-    layers: dict[str, CSGConv]
-
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[Generator]: ...
-    def __getitem__(self, position: int) -> Any: ...
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the generators' entries."""
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> Any:
-        """Load the generators' entries."""
+def generator_entries(bank: Generators, prefix: str = '') -> dict[str, Tensor]:
+    """Return the generators' entries in the state dict of a root whose names begin with the prefix."""
+    return {f'{prefix}{BANK}.{name}': tensor for name, tensor in bank.state_dict().items()}
 
 
-def check_signatures(bank: Bank, state_dict: Mapping[str, Tensor], prefix: str = '') -> None:
+def check_signatures(bank: Generators, state_dict: Mapping[str, Tensor], prefix: str = '') -> None:
     """Refuse generators that were made with other settings.
 
     Args:
         bank: the network's generators.
-        state_dict: holds the bank's entries, whose names begin with the prefix.
-        prefix: before the names.
+        state_dict: of a network, with the generators' settings.
+        prefix: of the root's names in the state dict.
 
     Raises:
         CSGError: a setting differs.
     """
     for position, generator in enumerate(bank):
-        state = state_dict.get(f'{prefix}{position}._extra_state')
+        state = state_dict.get(f'{prefix}{BANK}.{position}._extra_state')
         if state is not None:
             check_signature(generator.settings, state)
+
+
+def check_entries(needed: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], remedy: str) -> None:
+    """Refuse a state dict that lacks entries of generators or generated layers, or has them in other shapes."""
+    missing = [name for name in needed if name not in state_dict]
+    if missing:
+        raise CSGError(f'the checkpoint lacks {abridge(missing)}; {remedy}')
+    for name, tensor in needed.items():
+        if not name.endswith('_extra_state'):
+            _check_shape(name, state_dict[name].shape, tensor.shape, remedy)
+
+
+def _check_shape(name: str, stored: Sequence[int], needed: Sequence[int], remedy: str, *, what: str = '') -> None:
+    if tuple(stored) != tuple(needed):
+        raise CSGError(
+            f'{name}: the checkpoint holds {what}{tuple(stored)}, this model needs {tuple(needed)}; {remedy}'
+        )
 
 
 def check_reset(root: nn.Module, patterns: Sequence[str]) -> None:
@@ -102,24 +110,53 @@ def check_reset(root: nn.Module, patterns: Sequence[str]) -> None:
 
 
 @dataclass
-class Incoming:
-    """A state dict that is about to be loaded into a retrofitted root.
+class StateDictChecks:
+    """The checks of a state dict that is about to be loaded into a retrofitted root.
 
     Attributes:
         root: its bank is up to date.
         bank: the root's generators.
         reset: which layers keep their start values if they do not fit.
-        state_dict: changed in place by :meth:`prepare`.
+        state_dict: changed in place by :meth:`run`.
         prefix: of the root's names in the state dict.
+        convs: the generated layers by all their names.
+        own: the bank's entries, by their names in the state dict.
+        is_dense: whether the state dict is that of a dense network.
+        generators: the layers of each generator in the state dict, by its position; None if they are not stored.
+        stored: the generator's position and the weight's shape, by name of the layer; older files lack them.
+        loaded: the generated layers that are not reset.
     """
 
     root: nn.Module
-    bank: Bank
+    bank: Generators
     reset: Reset
     state_dict: dict[str, Tensor]
     prefix: str
+    convs: dict[str, CSGConv] = field(init=False)
+    own: dict[str, Tensor] = field(init=False)
+    is_dense: bool = field(init=False)
+    generators: dict[int, dict[str, Shape] | None] = field(init=False)
+    stored: dict[str, tuple[int, Shape]] = field(init=False)
+    loaded: dict[str, CSGConv] = field(init=False)
 
-    def prepare(self) -> None:
+    def __post_init__(self) -> None:
+        self.convs = self.loaded = dict(generated_convs(self.root, remove_duplicate=False))
+        self.own = generator_entries(self.bank, self.prefix)
+        self.is_dense = (
+            any(f'{self.prefix}{name}.weight' in self.state_dict for name in self.convs)
+            and not any(f'{self.prefix}{name}.code' in self.state_dict for name in self.convs)
+            and not self.own.keys() & self.state_dict.keys()
+        )
+        pattern = re.compile(rf'{re.escape(self.prefix)}{BANK}\.(\d+)\._extra_state')
+        found = [] if self.is_dense else [(pattern.fullmatch(name), state) for name, state in self.state_dict.items()]
+        self.generators = {int(match[1]): read_layers(state) for match, state in found if match}
+        self.stored = {
+            name: (position, shape)
+            for position, layers in self.generators.items()
+            for name, shape in (layers or {}).items()
+        }
+
+    def run(self) -> None:
         """Refuse a state dict that does not fit the generated layers, and complete one that does.
 
         Trainers load without ``strict``, which would keep random codes without a word. A dense state dict is
@@ -131,22 +168,8 @@ class Incoming:
                 of the two and dense in the other, a weight has another shape, or a dense state dict belongs to
                 another network.
         """
-        self.convs = named_convs(self.root)
-        own = {f'{self.prefix}{BANK}.{name}': tensor for name, tensor in self.bank.state_dict().items()}
-        self.is_dense = (
-            any(f'{self.prefix}{name}.weight' in self.state_dict for name in self.convs)
-            and not any(f'{self.prefix}{name}.code' in self.state_dict for name in self.convs)
-            and not own.keys() & self.state_dict.keys()
-        )
         if not self.is_dense:
-            check_signatures(self.bank, self.state_dict, f'{self.prefix}{BANK}.')
-        self.generators = {} if self.is_dense else self._read_generators()
-        # The generator's position and the weight's shape, by name of the layer; older files lack them.
-        self.stored = {
-            name: (position, shape)
-            for position, layers in self.generators.items()
-            for name, shape in (layers or {}).items()
-        }
+            check_signatures(self.bank, self.state_dict, self.prefix)
         self.reset.layers = tuple(self._reset_layers()) if self.reset.is_on else ()
         if self.reset.layers and self.reset.on_reset is not None:
             self.reset.on_reset(self.reset.layers)
@@ -154,20 +177,16 @@ class Incoming:
         self._check_dense_layers()
         if self.is_dense:
             self._check_dense_network()
-            self.state_dict.update(own)
+            self.state_dict.update(self.own)
         else:
-            self._check_entries(own)
+            needed = {f'{name}.{key}': each for name, conv in self.convs.items() for key, each in conv.stored().items()}
+            prefixed = {f'{self.prefix}{name}': each for name, each in needed.items()}
+            check_entries(self.own | prefixed, self.state_dict, OTHER_SETTINGS)
             self._check_count()
             self._check_layers()
             self._check_renamed()
             self._check_shapes()
         self.state_dict.update({f'{self.prefix}{name}.{FROM_ROOT}': torch.empty(0) for name in self.convs})
-
-    def _read_generators(self) -> dict[int, dict[str, Shape] | None]:
-        """Return the layers of each generator in the state dict, by its position; None if they are not stored."""
-        pattern = re.compile(rf'{re.escape(self.prefix)}{BANK}\.(\d+)\._extra_state')
-        found = ((pattern.fullmatch(name), state) for name, state in self.state_dict.items())
-        return {int(match[1]): read_layers(state) for match, state in found if match}
 
     def _check_count(self) -> None:
         """Refuse more generators than the model has if their layers are not stored."""
@@ -177,37 +196,15 @@ class Incoming:
                 "set the config's csg to the checkpoint's"
             )
 
-    def _check_entries(self, own: Mapping[str, Tensor]) -> None:
-        """Refuse a state dict that lacks entries of generators or generated layers, or has them in other shapes."""
-        wanted = dict(own)
-        for name, conv in self.convs.items():
-            wanted |= {f'{self.prefix}{name}.{key}': tensor for key, tensor in conv.stored().items()}
-        missing = [name for name in wanted if name not in self.state_dict]
-        if missing:
-            raise CSGError(
-                f'the checkpoint lacks {missing[0]} ({len(missing)} such entries of generated layers); '
-                'it was made from another network or with other settings: take a checkpoint of this config, '
-                'or name the layers in reset'
-            )
-        for name, tensor in wanted.items():
-            shape = self.state_dict[name].shape
-            if shape != tensor.shape and not name.endswith('_extra_state'):
-                raise CSGError(
-                    f'{name}: the checkpoint holds {tuple(shape)}, this model wants {tuple(tensor.shape)}; '
-                    "set the config's csg to the checkpoint's, take another checkpoint, or name the layer in reset"
-                )
-
     def _check_layers(self) -> None:
         """Refuse layers whose weight has another shape in the checkpoint, or another generator."""
         for name, conv in self.loaded.items():
             # A name that is not stored was changed after the state dict was written, or is an alias.
-            position, shape = self.stored.get(name, (None, None))
-            if shape is not None and shape != conv.weight_shape:
-                raise CSGError(
-                    f'{name}: the checkpoint holds a weight of {shape}, this model wants {tuple(conv.weight_shape)}; '
-                    'take a checkpoint of the same network, or name the layer in reset'
-                )
-            if position is not None and not self._is_generator(position, conv):
+            if name not in self.stored:
+                continue
+            position, shape = self.stored[name]
+            _check_shape(name, shape, conv.weight_shape, OTHER_NETWORK, what='a weight of ')
+            if not self._is_generator(position, conv):
                 raise CSGError(
                     f'{name} is generated by generator {position} in the checkpoint and by another one in this '
                     "model; set the config's csg to the checkpoint's, in the same order"
@@ -227,7 +224,7 @@ class Incoming:
             if unmatched[shape] < 0:
                 raise CSGError(
                     f'{name}: the checkpoint has no layer of this name, and no other unmatched layer with a weight of '
-                    f'{shape}; take a checkpoint of the same network, or name the layer in reset'
+                    f'{shape}; {OTHER_NETWORK}'
                 )
 
     def _check_shapes(self) -> None:
@@ -241,11 +238,8 @@ class Incoming:
             for key, own in [*module._parameters.items(), *module._buffers.items()]:
                 entry = f'{name}.{key}' if name else key
                 stored = self.state_dict.get(f'{self.prefix}{entry}')
-                if own is not None and own.ndim and stored is not None and stored.shape != own.shape:
-                    raise CSGError(
-                        f'{entry}: the checkpoint holds {tuple(stored.shape)}, this model wants {tuple(own.shape)}; '
-                        'take a checkpoint of the same network, or name the layer in reset'
-                    )
+                if own is not None and own.ndim and stored is not None:
+                    _check_shape(entry, stored.shape, own.shape, OTHER_NETWORK)
 
     def _check_dense_layers(self) -> None:
         """Refuse codes of layers that are dense in the model, whose weights would not be loaded."""
@@ -314,7 +308,7 @@ class Incoming:
                 position, shape = self.stored[name]
                 if shape != module.weight_shape or not self._is_generator(position, module):
                     return False
-        wanted.pop('num_batches_tracked', None)  # which files of old PyTorch versions lack
+        wanted.pop('num_batches_tracked', None)  # files of old PyTorch versions lack it
         given.pop('num_batches_tracked', None)
         return wanted == given
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from csg_seg.errors import CSGError, abridge
 from csg_seg.generators.settings import read_patterns
 from csg_seg.layers.bank import BANK, GeneratorBank, find_bank
-from csg_seg.layers.conv import named_convs
+from csg_seg.layers.conv import generated_convs
 
 
 def fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
@@ -93,7 +93,7 @@ def load_generators(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the state-dict shapes of the dense network that a retrofitted model was made from."""
-    convs = named_convs(model)
+    convs = dict(generated_convs(model, remove_duplicate=False))
     stored = {f'{name}.{key}' for name, conv in convs.items() for key in conv.stored()}
     shapes = {f'{name}.weight': tuple(conv.weight_shape) for name, conv in convs.items()}
     for name, tensor in model.state_dict().items():

@@ -102,7 +102,7 @@ def test_a_pickled_model_comes_back_whole(change):
     assert torch.equal(twin.eval()(x), model.eval()(x))
     assert {conv.generator for _, conv in generated_convs(twin)} == {find_bank(twin)[0]}
     assert train(twin.train(), steps=2) == train(model.train(), steps=2)
-    with pytest.raises(CSGError, match='take a checkpoint of this config'):
+    with pytest.raises(CSGError, match='take another checkpoint'):
         twin.load_state_dict({name: each for name, each in twin.state_dict().items() if name != 'widen.code'})
 
 
@@ -274,7 +274,7 @@ def test_anothers_state_dict_is_refused_before_anything_is_copied(other, prefix,
     model = build()
     kept = snapshot(model)
     root = nn.ModuleDict({'net': model}) if prefix else model
-    says = "set the config's csg to the checkpoint's|take a checkpoint of this config"
+    says = "set the config's csg to the checkpoint's|take another checkpoint"
     with pytest.raises(CSGError, match=says):
         root.load_state_dict(state_dict, strict=strict)
     assert_same_state(model, kept)
@@ -286,7 +286,7 @@ def test_a_state_dict_without_a_generated_entry_is_refused(lost, strict):
     model = build()
     kept = snapshot(model)
     state_dict = {name: tensor for name, tensor in build(seed=1).state_dict().items() if name != lost}
-    with pytest.raises(CSGError, match=f'lacks {lost}.*take a checkpoint of this config'):
+    with pytest.raises(CSGError, match=f'lacks {lost}.*take another checkpoint'):
         model.load_state_dict(state_dict, strict=strict)
     assert_same_state(model, kept)
 
@@ -295,7 +295,7 @@ def test_a_deepcopy_checks_what_it_loads_against_itself():
     model = build()
     twin = copy.deepcopy(model)
     materialise(model)
-    with pytest.raises(CSGError, match='take a checkpoint of this config'):
+    with pytest.raises(CSGError, match='take another checkpoint'):
         twin.load_state_dict({name: each for name, each in twin.state_dict().items() if name != 'narrow.code'})
     twin.load_state_dict(build(seed=1).state_dict())
     model.load_state_dict(Net().state_dict())

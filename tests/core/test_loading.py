@@ -79,7 +79,7 @@ def test_a_network_of_other_widths_is_refused(old, new, layer, csg, load):
     trained, model = retrofit(network(**old), csg | ALL), retrofit(network(**new), csg | ALL)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(
-        CSGError, match=rf'^(module\.)?{layer}(\.residual_out|\.residual_in)?: the checkpoint holds .*this model wants'
+        CSGError, match=rf'^(module\.)?{layer}(\.residual_out|\.residual_in)?: the checkpoint holds .*this model needs'
     ):
         load(model, trained.state_dict())
     for name, tensor in model.state_dict().items():
@@ -88,7 +88,7 @@ def test_a_network_of_other_widths_is_refused(old, new, layer, csg, load):
 
 def test_both_shapes_are_named():
     trained, model = (retrofit(network(classes=classes), CSG | ALL) for classes in (21, 19))
-    says = r'4: the checkpoint holds a weight of \(21, 32, 3, 3\), this model wants \(19, 32, 3, 3\)'
+    says = r'4: the checkpoint holds a weight of \(21, 32, 3, 3\), this model needs \(19, 32, 3, 3\)'
     with pytest.raises(CSGError, match=says):
         model.load_state_dict(trained.state_dict())
 

@@ -135,7 +135,7 @@ def test_another_residual_is_refused(tmp_path, residuals, strict):
 @pytest.mark.parametrize('lost', ['narrow.residual_out', 'widen.residual_in'])
 def test_a_state_dict_without_a_factor_is_refused(lost, strict):
     state = {name: tensor for name, tensor in build(residual=2).state_dict().items() if name != lost}
-    with pytest.raises(CSGError, match=f'lacks {lost}.*take a checkpoint of this config'):
+    with pytest.raises(CSGError, match=f'lacks {lost}.*take another checkpoint'):
         build(residual=2).load_state_dict(state, strict=strict)
 
 

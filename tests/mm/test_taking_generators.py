@@ -103,8 +103,16 @@ def refusals():
         'other code length': (SMALL | {'code_dim': 16}, weights, 'code_dim'),
         'other kind': (SMALL | {'generator': 'binary'}, weights, 'generator'),
         'too few': ([SMALL, NARROW], weights, 'hold 1 generators, this network has 2'),
-        'other shape': (SMALL, {**weights, 'csg.0.weight': torch.ones(3, 3)}, r'csg.0.weight is \(3, 3\) there and'),
-        'half of it': (SMALL, {'csg.0.weight': weights['csg.0.weight']}, 'the weights lack csg.0._extra_state'),
+        'other shape': (
+            SMALL,
+            {**weights, 'csg.0.weight': torch.ones(3, 3)},
+            r'csg.0.weight: the checkpoint holds \(3, 3\)',
+        ),
+        'half of it': (
+            SMALL,
+            {'csg.0.weight': weights['csg.0.weight']},
+            'the checkpoint lacks csg.0._extra_state; take the weights of a whole CSG network',
+        ),
         'no state dict': (SMALL, {'state_dict': weights}, "give its entry 'state_dict'"),
         'a path': (SMALL, 'trained.pth', 'load_generators needs a dict of tensors'),
         'not finite': (SMALL, spoiled, 'csg.0.weight holds NaN or infinite values'),
