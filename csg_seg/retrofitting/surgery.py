@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
 from csg_seg.errors import CSGError, CSGWarning
-from csg_seg.generators.linear import build_generator
+from csg_seg.generators.registry import build_generator
 from csg_seg.generators.settings import Settings
 from csg_seg.layers.ahead import generate_in_batches
 from csg_seg.layers.bank import BANK, GeneratorBank, attach_bank, detach_bank, find_bank, find_roots
