@@ -17,18 +17,24 @@ from types import ModuleType
 class _AfterMMEngine(MetaPathFinder):
     """Find mmengine as usual, and register once it is imported."""
 
+    is_searching = False
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != 'mmengine' or self not in sys.meta_path:
+        if fullname != 'mmengine' or self.is_searching:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        self.is_searching = True
+        try:
+            spec = find_spec(fullname)  # by the other finders
+        finally:
+            self.is_searching = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
+                sys.meta_path.remove(self)
                 _register()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
@@ -37,7 +43,7 @@ class _AfterMMEngine(MetaPathFinder):
 
 def register_with_mmengine() -> None:
     """Import :mod:`csg_seg.mm` now if mmengine is imported, otherwise right after it."""
-    if 'mmengine' in sys.modules:
+    if sys.modules.get('mmengine') is not None:
         _register()
     else:
         sys.meta_path.insert(0, _AfterMMEngine())

@@ -160,9 +160,7 @@ class Teacher:
         """Return a module's outputs in the student and in the teacher."""
         for who in ('student', 'teacher'):
             if (who, name) not in self._outputs:
-                raise CSGError(
-                    f'teacher: layer {name!r} is not called as a module in the {who}; name a module inside it'
-                )
+                raise CSGError(f'teacher: layer {name!r} is not called as a module in the {who}; name one inside it')
         mine, wanted = (self._outputs[who, name] for who in ('student', 'teacher'))
         for one, other in zip(_as_list(mine), _as_list(wanted), strict=True):
             if one.shape != other.shape:

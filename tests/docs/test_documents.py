@@ -182,7 +182,7 @@ def test_a_table_without_a_place_is_found():
 
 
 def test_the_command_checks_all_tables():
-    assert run_experiment('tables', '--check').stdout == ''
+    assert run_experiment('tables', '--check').stdout == 'all tables agree with results/\n'
 
 
 def test_figures_in_the_text_are_the_results():

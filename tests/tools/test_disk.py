@@ -153,6 +153,7 @@ def commands(files, drawn, image):
         'test.py': ([*network, *data], '--work-dir', 'x'),
         'compare.py': ([DENSE, DEMO, *data], '--work-dir', 'x'),
         'experiments.runs': ([DENSE, DEMO, *data], '--work-dir', 'x'),
+        'experiments.rivals': ([], '--work-dir', 'x'),
         'experiments.carry_over': ([DENSE, files / 'dense.pth', *data], '--work-dir', 'x'),
         'experiments.federated': (['--network', 'a', *network, '*', *data], '--work-dir', 'x'),
         'model_converters/released2csg.py': ([files / 'csg.pth'], '--out', 'x.pth'),
