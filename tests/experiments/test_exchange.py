@@ -20,7 +20,7 @@ DENSE = ROOT / 'configs' / 'cifar10' / 'resnet20_b192-200e_cifar10.py'
 CSG = DENSE.with_name(f'csg-s12-d72_{DENSE.name}')
 # Many layers, and more than DDP's first bucket.
 LARGE = ROOT / 'configs' / 'deeplabv3' / 'csg-s16-d128_deeplabv3_r18-d8_1xb4-1k_camvid-144x192.py'
-RATE = '20mbit'
+RATE = '50mbit'
 HOOKS = ('none', 'fp16', 'powersgd')
 
 
