@@ -10,8 +10,7 @@ from csg_seg.cli.failures import one_line_errors
 from csg_seg.files import write_whole
 
 with one_line_errors():
-    from csg_seg.mm.plan_files.config import describe_layers, planned_config
-    from csg_seg.mm.plan_files.dense import build_dense
+    from csg_seg.mm.plan_files import build_dense, describe_layers, planned_config
     from csg_seg.running.configs import read_config
 
 

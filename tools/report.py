@@ -12,8 +12,7 @@ with one_line_errors():
     from csg_seg.errors import CSGError
     from csg_seg.mm.checkpoints.reading import load_weights, read_checkpoint
     from csg_seg.mm.model import build_model
-    from csg_seg.mm.plan_files.curve import draw_curve, mark_settings
-    from csg_seg.mm.plan_files.dense import build_dense
+    from csg_seg.mm.plan_files import build_dense, draw_curve, mark_settings
     from csg_seg.planning.planner import trade_off
     from csg_seg.running.configs import read_config
 

@@ -179,9 +179,10 @@ class StateDictChecks:
             self._check_dense_network()
             self.state_dict.update(self.own)
         else:
-            needed = {f'{name}.{key}': each for name, conv in self.convs.items() for key, each in conv.stored().items()}
-            prefixed = {f'{self.prefix}{name}': each for name, each in needed.items()}
-            check_entries(self.own | prefixed, self.state_dict, OTHER_SETTINGS)
+            needed = dict(self.own)
+            for name, conv in self.convs.items():
+                needed |= {f'{self.prefix}{name}.{key}': each for key, each in conv.stored().items()}
+            check_entries(needed, self.state_dict, OTHER_SETTINGS)
             self._check_count()
             self._check_layers()
             self._check_renamed()

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from csg_seg.errors import CSGError
 from csg_seg.files import check_folder, write_tensors
 from csg_seg.generators.settings import Settings
-from csg_seg.mm.plan_files.dense import build_dense
+from csg_seg.mm.plan_files import build_dense
 from csg_seg.report import summarise
 from csg_seg.retrofitting.selection import choose_layers
 from csg_seg.retrofitting.surgery import retrofit

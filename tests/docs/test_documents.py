@@ -22,6 +22,8 @@ from csg_seg.errors import CSGError
 from csg_seg.mm.checkpoints.reading import read_checkpoint
 from csg_seg.mm.model import build_model
 from experiments import tables
+from experiments.table_contents import EXCHANGED, HELD, read
+from experiments.table_contents import EXPERIMENTS as DESCRIBED
 from experiments.zoo.libraries import SCOPES
 from experiments.zoo.rows import read_rows
 
@@ -120,7 +122,7 @@ def test_commands_of_experiments_have_only_options_that_exist(name, options_of):
 
 def test_every_experiment_of_a_command_and_of_the_table_exists():
     assert {name for name, _ in commands_of_experiments()} - {'NAME', 'tables'} == {*EXPERIMENTS}
-    assert sorted(tables.EXPERIMENTS) == EXPERIMENTS
+    assert sorted(DESCRIBED) == EXPERIMENTS
 
 
 @pytest.fixture
@@ -186,17 +188,20 @@ def test_the_command_checks_all_tables():
 
 
 def test_figures_in_the_text_are_the_results():
-    csg = tables.read('speed-resnet56')['summary']['csg'], tables.read('speed-deeplabv3-r18')['summary']['csg']
+    csg = (
+        read('speed-resnet56')['summary']['csg'],
+        read('speed-deeplabv3-r18')['summary']['csg'],
+    )
     for each in csg:
         assert f'{each["step_ratio"]:.2f} times' in README
 
 
-@pytest.mark.parametrize('name', tables.EXCHANGED)
+@pytest.mark.parametrize('name', EXCHANGED)
 def test_ranks_of_two_and_four_processes_exchange_the_same(name):
-    two, four = (tables.read(f'exchange-{name}{count}')['networks'] for count in ('', '-4'))
+    two, four = (read(f'exchange-{name}{count}')['networks'] for count in ('', '-4'))
     assert two.keys() == four.keys()
     for network in two:
-        assert {key: two[network][key] for key in tables.HELD} == {key: four[network][key] for key in tables.HELD}
+        assert {key: two[network][key] for key in HELD} == {key: four[network][key] for key in HELD}
 
 
 @pytest.mark.parametrize('scope', SCOPES)

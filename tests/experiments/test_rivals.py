@@ -10,15 +10,15 @@ from mmengine.config import Config
 from csg_seg import summarise
 from csg_seg.generators.registry import KINDS
 from csg_seg.mm.model import build_model
-from experiments import tables
 from experiments.rivals import __main__ as rivals
 from experiments.rivals.compared import GENERATORS, config_name, config_paths
 from experiments.runs import __main__ as runs
+from experiments.table_contents import read
 
 
 def test_every_generator_has_a_config_and_a_result():
     assert [path.stem for path in config_paths()] == [config_name(name) for name in GENERATORS]
-    assert {*tables.read('generators-resnet20')['networks']} == {path.stem for path in config_paths()}
+    assert {*read('generators-resnet20')['networks']} == {path.stem for path in config_paths()}
 
 
 @pytest.mark.parametrize('path', config_paths(), ids=lambda path: path.stem)
@@ -28,7 +28,7 @@ def test_results_are_of_networks_of_the_same_size(path):
     cfg.model.type = 'CSGModel'
     with torch.device('meta'):
         stored = summarise(build_model(cfg)).stored_params
-    assert stored == tables.read('generators-resnet20')['networks'][path.stem]['stored_params']
+    assert stored == read('generators-resnet20')['networks'][path.stem]['stored_params']
 
 
 def test_the_command_trains_all_generators_with_the_options_of_runs(tmp_path, monkeypatch, capsys):
