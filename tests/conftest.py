@@ -1,5 +1,6 @@
 """Fixtures that all tests share: real data if given, drawn data, and tools run as a user runs them."""
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -9,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from yapf.yapflib import yapf_api
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,6 +37,20 @@ def pytest_addoption(parser):
         default=os.environ.get('CSG_SEG_DATA'),
         help='folder that holds data/VOCdevkit and data/camvid (default: $CSG_SEG_DATA)',
     )
+
+
+def pytest_collection_finish():
+    skip_slow_library_work()  # after every import
+
+
+def skip_slow_library_work() -> None:
+    """Leave configs that mmengine writes unformatted, and keep what is imported out of garbage collections.
+
+    mmengine formats a config four times in each run and collects garbage for each data set, which took a third of the
+    time of a test that trains.
+    """
+    yapf_api.FormatCode = lambda text, **kwargs: (text, True)
+    gc.freeze()
 
 
 @pytest.fixture(scope='session')
@@ -90,6 +106,7 @@ def _become(command: list[str], files: list[Path], environment: dict[str, str]) 
     os.environ.update(environment)
     os.chdir(ROOT)
     sys.argv = command
+    skip_slow_library_work()
     sys.path[0] = str(ROOT if command[0].startswith('experiments.') else Path(command[0]).parent)
     run_main(command[0])
 

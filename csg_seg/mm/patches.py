@@ -1,15 +1,18 @@
-"""The two places where mmengine itself is changed.
+"""The three places where mmengine itself is changed.
 
 1. ``mmengine.runner.checkpoint.load_state_dict``, which loads every checkpoint in mmengine, refuses codes for layers
    that are dense in the model: mmengine would only log them as unexpected and leave the layers random.
 2. ``DefaultOptimWrapperConstructor`` treats each generator parameter whose name ends in ``bias`` as a bias: mmengine
    recognises biases only by the name ``bias``.
+3. Looking up a base such as ``mmseg::...`` parses each metafile of the package once. mmengine parses all of them
+   again for each base, a quarter of a second each time.
 """
 
 from collections.abc import Callable, Mapping
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
+import mmengine.config.utils
 import mmengine.runner.checkpoint
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
@@ -63,6 +66,7 @@ def _refuse_codes(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 mmengine.runner.checkpoint.load_state_dict = _refuse_codes(mmengine.runner.checkpoint.load_state_dict)
+mmengine.config.utils.load = cache(mmengine.config.utils.load)
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module(name='DefaultOptimWrapperConstructor', force=True)
