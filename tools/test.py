@@ -17,6 +17,7 @@ with one_line_errors():
     from csg_seg.mm.hooks.label_guard import LabelGuardHook
     from csg_seg.mm.hooks.progress_bar import ProgressBarHook
     from csg_seg.mm.model import build_model
+    from csg_seg.running.amp import test_in_mixed_precision
     from csg_seg.running.configs import load_config
     from csg_seg.running.preflight import check_data
     from csg_seg.running.processes import use_cpu_processes
@@ -35,6 +36,7 @@ def parse_args() -> argparse.Namespace:
     options.add_launcher(parser)
     options.add_json(parser, 'print the scores as JSON, the log to stderr')
     parser.add_argument('--tta', action='store_true', help='test time augmentation')
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision, bfloat16 on a CPU')
     args = parser.parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args
@@ -82,6 +84,8 @@ def main() -> None:
         build_model(cfg)  # a mistake shows here, before anything is written
         check_data(cfg, 'test')
         apply_options(cfg, args)
+        if args.amp:
+            test_in_mixed_precision(cfg)
         use_cpu_processes(cfg)
         with writing_into(cfg.work_dir), console.notes_to_stderr(when=args.json), ProgressBarHook() as bars:
             runner = Runner.from_cfg(cfg)

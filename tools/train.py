@@ -7,7 +7,6 @@ from csg_seg.cli import options
 from csg_seg.cli.failures import one_line_errors
 
 with one_line_errors():
-    import torch
     from mmengine.registry import RUNNERS
     from mmengine.runner import Runner
 
@@ -18,6 +17,7 @@ with one_line_errors():
     from csg_seg.mm.hooks.label_guard import LabelGuardHook
     from csg_seg.mm.hooks.progress_bar import ProgressBarHook
     from csg_seg.mm.model import build_model
+    from csg_seg.running.amp import train_in_mixed_precision
     from csg_seg.running.configs import load_config
     from csg_seg.running.preflight import check_data, check_optimizer, check_starts
     from csg_seg.running.processes import use_cpu_processes
@@ -29,23 +29,12 @@ def parse_args() -> argparse.Namespace:
     options.add_config(parser)
     parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/CONFIG)')
     parser.add_argument('--resume', action='store_true', help='resume from the latest checkpoint in the work folder')
-    parser.add_argument('--amp', action='store_true', help='automatic mixed precision (needs a GPU)')
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision, bfloat16 on a CPU')
     options.add_cfg_options(parser)
     options.add_launcher(parser)
     args = parser.parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args
-
-
-def use_amp(cfg) -> None:
-    """Switch a config to mixed precision, as mmsegmentation's tool does."""
-    if not torch.cuda.is_available():
-        raise CSGError('--amp needs a GPU and there is none; leave it out')
-    kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
-    if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
-        raise CSGError(f'--amp works with optim_wrapper.type OptimWrapper, the config has {kind}; leave --amp out')
-    cfg.optim_wrapper.type = 'AmpOptimWrapper'
-    cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
 
 
 def resume_latest(cfg, *, named: bool) -> None:
@@ -71,7 +60,7 @@ def main() -> None:
         cfg = load_config(args.config, args.cfg_options, work_dir=args.work_dir, launcher=args.launcher)
         cfg.resume = args.resume
         if args.amp:
-            use_amp(cfg)
+            train_in_mixed_precision(cfg)
         if args.resume:
             resume_latest(cfg, named='load_from' in (args.cfg_options or {}))
         check_optimizer(cfg, build_model(cfg))  # a mistake shows here, before anything is written

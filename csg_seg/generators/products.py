@@ -45,10 +45,12 @@ class Products(torch.autograd.Function):
             codes = [ctx.codes[position] for position in used]
             with torch.autocast(ctx.weight.device.type, enabled=False):
                 gradient = torch.cat(list(used.values()))
+                # Slices that autocast made in half precision send their gradients back in half precision.
+                code, weight = torch.cat(codes).to(gradient), ctx.weight.to(gradient)
                 if ctx.needs_input_grad[0]:
-                    weight_gradient = torch.cat(codes).T @ gradient
+                    weight_gradient = (code.T @ gradient).to(ctx.weight)
                 if any(ctx.needs_input_grad[1:]):
-                    parts = (gradient @ ctx.weight.T).split([len(code) for code in codes])
+                    parts = (gradient @ weight.T).to(ctx.weight).split([len(code) for code in codes])
                     code_gradients = dict(zip(used, parts, strict=True))
         return weight_gradient, *(code_gradients.get(position) for position in range(len(gradients)))
 

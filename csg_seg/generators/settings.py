@@ -12,6 +12,7 @@ from .kinds import KINDS
 from .slices import LAYOUTS
 
 MAX_SEED = 2**64 - 1
+PRECISIONS = ('float32', 'autocast')
 # What became of kinds of earlier versions.
 REMOVED = {'tensor_ring': ', which was removed in 0.3.0 and is now in experiments/rivals'}
 
@@ -35,6 +36,8 @@ class Settings:
         seed: of the start values; by default the generator's position.
         options: the options of the generator's kind.
         residual: rank of the correction that each layer adds to its generated weight; 0 for none.
+        precision: under autocast, 'float32' generates weights in the parameters' precision and 'autocast' in
+            autocast's. Files do not depend on it.
     """
 
     slice_shape: tuple[int, ...]
@@ -47,6 +50,7 @@ class Settings:
     seed: int = 0
     options: Mapping[str, int] = field(default_factory=dict, hash=False)
     residual: int = 0
+    precision: str = 'float32'
 
     @classmethod
     def from_dict(cls, csg: Mapping[str, Any], *, position: int = 0) -> 'Settings':
@@ -69,7 +73,7 @@ class Settings:
         settings = cls(
             slice_shape=_slice_shape(where, values['slice_shape']),
             code_dim=_integer(where, 'code_dim', values['code_dim'], minimum=1),
-            layout=_layout(where, values.get('layout', 'block')),
+            layout=_choice(where, 'layout', values.get('layout', 'block'), LAYOUTS),
             generator=generator,
             freeze_generator=_freeze(where, generator, values),
             include=read_patterns(where, 'include', values.get('include')),
@@ -77,6 +81,7 @@ class Settings:
             seed=_integer(where, 'seed', values['seed'], minimum=0, maximum=MAX_SEED),
             options=_options(where, generator, values),
             residual=_integer(where, 'residual', values.get('residual', 0), minimum=0),
+            precision=_choice(where, 'precision', values.get('precision', 'float32'), PRECISIONS),
         )
         try:
             KINDS[generator].check_settings(settings)
@@ -96,7 +101,10 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON-ready values; the inverse of :meth:`from_dict`."""
-        values = {key: getattr(self, key) for key in _own_keys() if key != 'residual'} | self.optional
+        values = {key: getattr(self, key) for key in _own_keys() if key not in ('residual', 'precision')}
+        values |= self.optional
+        if self.precision != Settings.precision:
+            values['precision'] = self.precision
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
@@ -166,9 +174,9 @@ def _options(where: str, generator: str, values: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def _layout(where: str, value: Any) -> str:
-    if value not in LAYOUTS:
-        raise CSGError(f'{where}: layout must be one of {", ".join(map(repr, LAYOUTS))}; got {value!r}')
+def _choice(where: str, key: str, value: Any, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise CSGError(f'{where}: {key} must be one of {", ".join(map(repr, choices))}; got {value!r}')
     return value
 
 

@@ -12,18 +12,22 @@ from torch import Tensor, nn
 
 from csg_seg.generators.linear import Generator
 
-from .conv import CSGConv, generate_weights
+from .conv import CSGConv, autocast_dtype, generate_weights
 
 # Batch layers up to this many weight values per product; beyond it, memory traffic costs more than it saves.
 AT_ONCE = 2**20
 
 
 class Cached(NamedTuple):
-    """Weights cached between evaluations: copies of their inputs, the weights, and their version counters."""
+    """Weights cached between evaluations: copies of their inputs, the weights, and their version counters.
+
+    ``dtype`` is that of :func:`csg_seg.layers.conv.autocast_dtype` when they were made.
+    """
 
     inputs: list[Tensor]
     weights: list[Tensor]
     versions: list[int]
+    dtype: torch.dtype | None
 
 
 class Ready:
@@ -32,17 +36,23 @@ class Ready:
     A conv calls it for the weight; it returns None if the conv must generate its weight itself.
     """
 
-    def __init__(self, weight: Tensor, inputs: Sequence[Tensor]):
-        self.weight, self.inputs = weight, inputs
-        self.thread, self.versions = get_ident(), _versions(inputs)
+    def __init__(self, weight: Tensor, conv: CSGConv):
+        self.weight, self.generator = weight, conv.generator
+        self.inputs = (conv.code, conv.generator.weight)
+        self.thread, self.versions, self.dtype = get_ident(), _versions(self.inputs), self._autocast_dtype()
 
     def __call__(self) -> Tensor | None:
-        """Return the weight unless another thread reads it, an input was written to, or it lacks a graph."""
+        """Return the weight, unless another thread reads it, an input or the precision changed, or it lacks a graph."""
         has_graph = self.weight.requires_grad or not torch.is_grad_enabled()
         is_current = torch.compiler.is_compiling() or (
-            self.thread == get_ident() and self.versions == _versions(self.inputs)
+            self.thread == get_ident()
+            and self.versions == _versions(self.inputs)
+            and self.dtype == self._autocast_dtype()
         )
         return self.weight if has_graph and is_current else None
+
+    def _autocast_dtype(self) -> torch.dtype | None:
+        return autocast_dtype(self.generator, self.weight.device.type)
 
 
 class Ahead:
@@ -77,7 +87,7 @@ class Ahead:
                 weights = self._read(position, convs) if convs else {}
             for conv, weight in weights.items():
                 # nn.Module.__setattr__ is slow.
-                conv.__dict__['ready'] = Ready(weight, (conv.code, generator.weight))
+                conv.__dict__['ready'] = Ready(weight, conv)
 
     def _read(self, position: int, convs: Sequence[CSGConv]) -> dict[CSGConv, Tensor]:
         """Return the weights of one generator's convs, from the cache if nothing has changed."""
@@ -86,11 +96,17 @@ class Ahead:
         if generator.settings.residual:
             inputs += [each for conv in convs for each in (conv.residual_out, conv.residual_in)]
         # Compare values: a write to .data, as by an EMA, does not change the version counter.
-        cached = self.cached.get(position)
-        if cached is None or cached.versions != _versions(cached.weights) or not all(map(_same, cached.inputs, inputs)):
+        cached, dtype = self.cached.get(position), autocast_dtype(generator, inputs[0].device.type)
+        if (
+            cached is None
+            or cached.dtype != dtype
+            or cached.versions != _versions(cached.weights)
+            or not all(map(_same, cached.inputs, inputs))
+        ):
             # A cropped weight is a view, which every conv would copy.
             weights = [weight.contiguous() for weight in generate_in_batches(convs)]
-            cached = self.cached[position] = Cached([each.clone() for each in inputs], weights, _versions(weights))
+            copies = [each.clone() for each in inputs]
+            cached = self.cached[position] = Cached(copies, weights, _versions(weights), dtype)
         return dict(zip(convs, cached.weights, strict=True))
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, cast
 
 import torch
@@ -115,10 +116,18 @@ class CSGConv(_ConvNd):
 def generate_weights(convs: Sequence[CSGConv]) -> list[Tensor]:
     """Return the weights of convs of one generator, by one product, after :func:`check_fitted`."""
     check_fitted(convs)
-    # Half-precision generation nearly doubles the rounding error: let the conv cast instead.
-    with torch.autocast(convs[0].code.device.type, enabled=False):
-        slices = convs[0].generator.generate([conv.code for conv in convs])
+    generator, device = convs[0].generator, convs[0].code.device.type
+    follows = autocast_dtype(generator, device) is not None
+    with nullcontext() if follows else torch.autocast(device, enabled=False):
+        slices = generator.generate([conv.code for conv in convs])
         return [conv._assemble(each) for conv, each in zip(convs, slices, strict=True)]
+
+
+def autocast_dtype(generator: Generator, device: str) -> torch.dtype | None:
+    """Return the dtype in which autocast generates weights here, None if it has no effect on them."""
+    if generator.settings.precision == 'autocast' and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
 
 
 def check_fitted(convs: Iterable[CSGConv]) -> None:

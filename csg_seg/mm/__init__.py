@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 from mmengine.config.utils import MODULE2PACKAGE
 
-from . import hooks, model, patches  # noqa: F401
+from . import hooks, mixed_precision, model, patches  # noqa: F401
 from .checkpoints import descriptions, reading  # noqa: F401
 
 # For each library: its distribution on PyPI, and the modules here that need the library.

@@ -1,4 +1,4 @@
-"""The three places where mmengine itself is changed.
+"""The four places where mmengine itself is changed.
 
 1. ``mmengine.runner.checkpoint.load_state_dict``, which loads every checkpoint in mmengine, refuses codes for layers
    that are dense in the model: mmengine would only log them as unexpected and leave the layers random.
@@ -6,6 +6,7 @@
    recognises biases only by the name ``bias``.
 3. Looking up a base such as ``mmseg::...`` parses each metafile of the package once. mmengine parses all of them
    again for each base, a quarter of a second each time.
+4. ``AmpOptimWrapper`` works on CPUs too; see :mod:`csg_seg.mm.mixed_precision`.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,1 +1,1 @@
-"""Train several configs with several seeds."""
+"""Train the cells of a table: configs, settings and seeds."""

@@ -1,72 +1,153 @@
-"""Train and test configs with several seeds; print parameters and scores."""
+"""Train and test the cells of a table that results/ does not have yet, and print the table.
+
+A cell is a config with settings and a seed. Interrupted trainings are resumed by the same command.
+"""
 
 import argparse
-from collections.abc import Sequence
+import os
+import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
-from csg_seg.cli.console import print_result, print_table
+from csg_seg.cli.console import print_result, print_table, stderr_console
 from csg_seg.cli.failures import one_line_errors
-from csg_seg.cli.options import add_cfg_options
+from csg_seg.cli.options import add_json
 
 with one_line_errors():
-    from mmengine.config import Config
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-    from csg_seg.cli.results import add_result_options, check_result_options, write_result
-    from csg_seg.errors import CSGError
-    from csg_seg.running.configs import read_config
+    from .rows import label_of, read_rows, summarise
+    from .table import ROOT, read_table
+    from .training import train_missing
 
-    from .runner import train_and_test
+CACHE = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+GIVEN_DATA = os.environ.get('CSG_SEG_DATA')
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog='python -m experiments.runs', description=__doc__)
-    parser.add_argument('configs', nargs='+', help='config files; the others are compared with the first')
-    add_options(parser, seeds=[0, 1, 2])
+    parser.add_argument('table', help='table of trainings, such as experiments/runs/tables/camvid.yml')
+    parser.add_argument('--only', default='*', help="cells to train, by name or pattern: dense-s0, 'csg-*'")
+    parser.add_argument('--jobs', type=int, default=1, help='cells to train at a time, one thread each (default: 1)')
+    parser.add_argument('--dry-run', action='store_true', help='train nothing; print what is done and what is missing')
+    parser.add_argument(
+        '--data',
+        default=Path(GIVEN_DATA, 'data') if GIVEN_DATA else 'data',
+        help='folder that holds the data sets (default: data in $CSG_SEG_DATA, or data)',
+    )
+    default = CACHE / 'csg_seg' / 'runs'
+    parser.add_argument('--work-dir', default=default, help='folder for logs and checkpoints (default: %(default)s)')
+    parser.add_argument('--results', default=ROOT / 'results', help='folder of the results (default: results)')
+    add_json(parser, 'print the rows as JSON instead of a table')
     return parser.parse_args()
 
 
-def add_options(parser: argparse.ArgumentParser, *, seeds: Sequence[int]) -> None:
-    """Add the options of a comparison of configs, with default seeds."""
-    default = f'(default: {" ".join(map(str, seeds))})'
-    parser.add_argument('--seeds', type=int, nargs='+', default=seeds, help=default)
-    parser.add_argument('--work-dir', required=True, help='folder for the runs; finished runs are not repeated')
-    parser.add_argument('--metric', default='accuracy/top1', help='score to report (default: %(default)s)')
-    parser.add_argument('--jobs', type=int, default=1, help='number of runs at a time (default: 1)')
-    add_cfg_options(parser, 'override settings of all: key=value ...')
-    add_result_options(parser)
+class Display:
+    """Bars of the running trainings, with the time left, on stderr; on a file, a line every ten minutes."""
+
+    def __init__(self) -> None:
+        columns = (
+            TextColumn('{task.description}'),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn('{task.fields[left]}'),
+        )
+        self.bars = Progress(*columns, console=stderr_console(), transient=True)
+        self.tasks: dict[str, tuple] = {}
+        self.told = time.monotonic()
+
+    def __enter__(self) -> 'Display':
+        if self.bars.console.is_terminal:
+            self.bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bars.stop()
+
+    def tell(self, line: str) -> None:
+        """Print a line above the bars."""
+        self.bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def update(self, progress: Mapping[str, float]) -> None:
+        """Show the fraction of each running training that is done."""
+        for label in [label for label in self.tasks if label not in progress]:
+            self.bars.remove_task(self.tasks.pop(label)[0])
+        lines = []
+        for label, done in progress.items():
+            if label not in self.tasks:
+                self.tasks[label] = (self.bars.add_task(label, total=1.0, left=''), time.monotonic(), done)
+            task, started, first = self.tasks[label]
+            left = ''
+            if done > first:
+                minutes = (time.monotonic() - started) * (1 - done) / (done - first) / 60
+                left = f'{minutes:.0f} min left'
+            self.bars.update(task, completed=done, left=left)
+            lines.append(f'{label} {done:.0%}{left and ", "}{left}')
+        if not self.bars.console.is_terminal and time.monotonic() - self.told > 600:
+            self.told = time.monotonic()
+            self.tell('; '.join(lines))
 
 
-def print_scores(result: dict) -> None:
-    """Print a row for each network."""
-    columns = ('network', 'parameters stored', 'compression', result['metric'], 'difference to the first')
-    rows = []
-    first = next(iter(result['networks'].values()))
-    for name, each in result['networks'].items():
-        spread = '' if each['std'] is None else f' +- {each["std"]:.2f}'
-        difference = f'{each["mean"] - first["mean"]:+.2f}'
-        ratio = f'{each["compression_ratio"]:.2f}x'
-        rows.append((name, f'{each["stored_params"]:,}', ratio, f'{each["mean"]:.2f}{spread}', difference))
-    print_table(columns, rows, width=130)
+def print_rows(rows: list[dict]) -> None:
+    """Print a line for each cell: its size and its scores."""
+    metric = rows[0]['metric'] if rows else 'score'
+    columns = (
+        'cell',
+        'size',
+        'parameters stored',
+        'compression',
+        'seeds',
+        f'val {metric}',
+        f'test {metric}',
+        'minutes',
+    )
+    lines = []
+    for each in summarise(rows):
+        scores = [score_text(each[split]) for split in ('val', 'test')]
+        ratio = f'{each["dense_params"] / each["stored_params"]:.1f}x'
+        minutes = f'{each["seconds"] / 60:.0f}'
+        lines.append(
+            (each['cell'], each['size'], f'{each["stored_params"]:,}', ratio, str(each['seeds']), *scores, minutes)
+        )
+    print_table(columns, lines, width=130)
 
 
-def compare(args: argparse.Namespace) -> None:
-    """Train and test the configs of the arguments, and print the scores."""
-    with one_line_errors():
-        check_result_options(args.out, overwrite=args.overwrite)
-        configs: dict[str, Config] = {}
-        for path in args.configs:
-            name = Path(path).stem
-            if name in configs:
-                raise CSGError(f'two configs are named {name}; rename one')
-            configs[name] = read_config(path, args.cfg_options)
-        options = dict(metric=args.metric, jobs=args.jobs)
-        figures = train_and_test(configs, args.seeds, args.work_dir, **options)
-        result = write_result(args.out, figures)
-    print_result(result, print_scores, as_json=args.json)
+def score_text(score: tuple[float, float | None] | None) -> str:
+    """Return a mean and its standard deviation as text."""
+    if score is None:
+        return ''
+    mean, std = score
+    return f'{mean:.2f}' if std is None else f'{mean:.2f} +- {std:.2f}'
 
 
 def main() -> None:
-    compare(parse_args())
+    args = parse_args()
+    with one_line_errors():
+        table = read_table(args.table)
+        cells = table.matching(args.only)
+        file = Path(args.results, f'{table.dataset}.json')
+        failed = []
+        if not args.dry_run:
+            with Display() as display:
+                failed = train_missing(
+                    table,
+                    cells,
+                    results=Path(args.results),
+                    data=Path(args.data),
+                    work_dir=Path(args.work_dir),
+                    jobs=args.jobs,
+                    notify=display.update,
+                    tell=display.tell,
+                )
+        wanted = {cell.label for cell in cells}
+        rows = [row for row in read_rows(file) if label_of(row) in wanted]
+    print_result(rows, print_rows, as_json=args.json)
+    if args.dry_run:
+        missing = [cell.label for cell in cells if cell.label not in {label_of(row) for row in rows}]
+        print(f'{len(rows)} of {len(cells)} cells are done; missing: {" ".join(missing) or "none"}', file=sys.stderr)
+    if failed:
+        raise SystemExit(f'error: {len(failed)} of {len(cells)} cells failed: {" ".join(failed)}')
 
 
 if __name__ == '__main__':

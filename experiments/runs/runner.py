@@ -6,7 +6,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from copy import deepcopy
 from pathlib import Path
@@ -64,7 +64,7 @@ def train_and_test(
     # The first seed of all configs comes first, so that they can be compared early.
     runs = {(name, seed): Path(work_dir, name, f'seed{seed}') for seed in seeds for name in configs}
     for (name, seed), folder in runs.items():
-        _prepare(configs[name], seed, folder)
+        prepare(configs[name], seed, folder)
     threads = max(1, torch.get_num_threads() // jobs)
     _run_all(list(runs.values()), metric, jobs=jobs, threads=threads)
     networks = {}
@@ -112,16 +112,22 @@ def evaluate(
     """
     folder, cfg = Path(folder), deepcopy(cfg)
     cfg.load_from = str(checkpoint)
-    _prepare(cfg, 0, folder)
+    prepare(cfg, 0, folder)
     if not (folder / 'result.json').exists():
         threads = max(1, torch.get_num_threads() // jobs)
-        printed = _call('test.py', _config(folder), checkpoint, '--json', log=folder / 'test.txt', threads=threads)
+        printed = call_tool(
+            'test.py', config_file(folder), checkpoint, '--json', log=folder / 'test.txt', threads=threads
+        )
         write_whole(folder / 'result.json', lambda partial: partial.write_text(printed))
     return {'metric': metric, 'score': _score(folder, metric)}
 
 
-def _prepare(cfg: Config, seed: int, folder: Path) -> None:
-    """Write a run's complete config next to its folder, or check that the config there is the same."""
+def prepare(cfg: Config, seed: int, folder: Path) -> None:
+    """Write a run's complete config next to its folder, or check that the config there is the same.
+
+    Raises:
+        CSGError: the folder holds a run with other settings.
+    """
     cfg = deepcopy(cfg)
     cfg.merge_from_dict({'randomness.seed': seed, 'work_dir': str(folder)})
     if cfg.model.type == 'CSGModel':
@@ -132,16 +138,17 @@ def _prepare(cfg: Config, seed: int, folder: Path) -> None:
     named = {each for key, each in leaves(cfg.to_dict()) if key in ('checkpoint', 'load_from') and each}
     files = sorted(each for each in named if Path(each).is_file())
     cfg.digests = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files}
-    file, text = _config(folder), cfg.pretty_text
+    file, text = config_file(folder), cfg.pretty_text
     if file.exists() and file.read_text() != text:
         raise CSGError(f'{folder} holds a run with other settings ({file}); choose another --work-dir')
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(file, lambda partial: partial.write_text(text))
 
 
-def _config(folder: Path) -> Path:
-    # Not in the folder: the runner dumps its config there under the same name.
-    return folder.with_suffix('.py')
+def config_file(folder: Path) -> Path:
+    """Return the file of a run's complete config."""
+    # Not in the folder: mmengine dumps its config there under the same name.
+    return folder.parent / f'{folder.name}.py'
 
 
 def _run_all(folders: Sequence[Path], metric: str, *, jobs: int, threads: int) -> None:
@@ -158,28 +165,46 @@ def _run_all(folders: Sequence[Path], metric: str, *, jobs: int, threads: int) -
 
 def _run(folder: Path, threads: int) -> None:
     """Train and test the config of a folder, unless the folder has the result."""
-    result, config = folder / 'result.json', _config(folder)
+    result, config = folder / 'result.json', config_file(folder)
     if result.exists():
         return
-    _call('train.py', config, '--resume', log=folder / 'train.txt', threads=threads)
+    call_tool('train.py', config, '--resume', log=folder / 'train.txt', threads=threads)
     checkpoint = latest_checkpoint(folder)
     assert checkpoint is not None
-    printed = _call('test.py', config, checkpoint, '--json', log=folder / 'test.txt', threads=threads)
+    printed = call_tool('test.py', config, checkpoint, '--json', log=folder / 'test.txt', threads=threads)
     write_whole(result, lambda partial: partial.write_text(printed))
 
 
-def _call(tool: str, *args: str | Path, log: Path, threads: int) -> str:
-    """Run one of the tools and return its standard output."""
+def call_tool(
+    tool: str, *args: str | Path, log: Path, threads: int, started: Callable[[subprocess.Popen], object] = id
+) -> str:
+    """Run one of the tools in a process of its own.
+
+    Args:
+        tool: its file in ``tools``.
+        *args: its arguments.
+        log: file for what it prints on stderr.
+        threads: number of CPU threads.
+        started: called with the process.
+
+    Returns:
+        its standard output.
+
+    Raises:
+        CSGError: it failed.
+    """
     # Configs may import experiments: custom_imports=['experiments.carry_over.proximal'].
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
     environment = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'PYTHONPATH': path}
+    command = [sys.executable, str(ROOT / 'tools' / tool), *map(str, args)]
     with log.open('w') as file:
-        command = [sys.executable, str(ROOT / 'tools' / tool), *map(str, args)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=file, text=True, env=environment)
-    if done.returncode != 0:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True, env=environment)
+        started(process)
+        printed, _ = process.communicate()
+    if process.returncode != 0:
         last = log.read_text().strip().splitlines()[-1:]
         raise CSGError(f'{tool} {args[0]} failed: {" ".join(last)[:200]} (all of it: {log})')
-    return done.stdout
+    return printed
 
 
 def _score(folder: Path, metric: str) -> float:

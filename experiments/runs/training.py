@@ -1,0 +1,261 @@
+"""Train the missing cells of a table, each in processes of its own on one thread."""
+
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from csg_seg.cli.results import made_with
+from csg_seg.errors import CSGError
+from csg_seg.files import check_folder, write_whole
+from csg_seg.mm.model import build_model
+from csg_seg.report import summarise
+from csg_seg.running.preflight import check_data, check_optimizer
+from csg_seg.running.work_dir import latest_checkpoint
+
+from .rows import Row, add_row, label_of, read_rows
+from .runner import call_tool, config_file, prepare
+from .table import ROOT, Cell, Table
+
+Notify = Callable[[Mapping[str, float]], None]
+
+
+def train_missing(
+    table: Table,
+    cells: Sequence[Cell],
+    *,
+    results: Path,
+    data: Path,
+    work_dir: Path,
+    jobs: int = 1,
+    notify: Notify = lambda progress: None,
+    tell: Callable[[str], None] = print,
+) -> list[str]:
+    """Train and test the cells that have no row yet.
+
+    Each finished cell is written to ``results/DATASET.json`` at once. Interrupted trainings are resumed and end with
+    the same weights as uninterrupted ones.
+
+    Args:
+        table: the table.
+        cells: those to train, of the table.
+        results: folder of the files of results.
+        data: folder that holds the data sets.
+        work_dir: folder that gets a folder for each cell.
+        jobs: number of cells to train at a time, one process and one thread each.
+        notify: called every few seconds with the fraction of each running training that is done, by label.
+        tell: called with a line for each finished or failed cell.
+
+    Returns:
+        the labels of cells that failed.
+
+    Raises:
+        CSGError: a setting or the data is wrong, or a folder holds a run with other settings.
+    """
+    if jobs < 1:
+        raise CSGError(f'--jobs {jobs}: train at least one cell at a time')
+    check_folder(work_dir, given=f'--work-dir {work_dir}')
+    file = results / f'{table.dataset}.json'
+    done = {label_of(row) for row in read_rows(file)}
+    missing = [cell for cell in cells if cell.label not in done]
+    runs = {cell.label: Run(table, cell, data=data, work_dir=work_dir) for cell in missing}
+    for run in runs.values():
+        run.check()
+    lock, order, failed = threading.Lock(), [cell.label for cell in table.cells], []
+
+    def work(run: Run) -> None:
+        row = run.finish()
+        with lock:
+            add_row(file, row, order)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting: dict[Future, Run] = {pool.submit(work, run): run for run in runs.values()}
+        try:
+            while waiting:
+                ended, _ = wait(waiting, timeout=5, return_when=FIRST_COMPLETED)
+                for each in ended:
+                    run = waiting.pop(each)
+                    try:
+                        each.result()
+                        tell(f'{run.cell.label}: done, {len(waiting)} left')
+                    except CSGError as error:
+                        failed.append(run.cell.label)
+                        tell(f'{run.cell.label}: failed: {error}')
+                notify({run.cell.label: run.progress() for run in waiting.values() if run.started})
+        except BaseException:
+            for run in runs.values():
+                run.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failed
+
+
+class Run:
+    """The training of one cell, and its folder.
+
+    Attributes:
+        cell: what is trained.
+        folder: holds logs and checkpoints.
+        started: whether a process of it has been started here.
+    """
+
+    def __init__(self, table: Table, cell: Cell, *, data: Path, work_dir: Path):
+        self.table, self.cell = table, cell
+        self.folder = work_dir / table.dataset / cell.label
+        self.cfg = cell.read_config()
+        replace_data_root(self.cfg, data)
+        self.started = False
+        self._processes: list[subprocess.Popen] = []
+
+    def check(self) -> None:
+        """Write the config into the folder, and check what can be checked before training."""
+        try:
+            model = build_model(self.cfg)
+            check_optimizer(self.cfg, model)
+            for split in ('train', 'val', 'test'):
+                check_data(self.cfg, split)
+            self.stored_params = summarise(model).stored_params
+            self.dense_params = summarise(build_model(self.table.dense_of(self.cell).read_config())).stored_params
+        except CSGError as error:
+            raise CSGError(f'{self.cell.label}: {error}') from None
+        prepare(self.cfg, self.cell.seed, self.folder)
+
+    def finish(self) -> Row:
+        """Train, or resume, and test; return the row."""
+        self.started = True
+        self._note_commit()
+        amp = ['--amp'] if self.cell.amp else []
+        self._call('train.py', config_file(self.folder), '--resume', *amp, log='train.txt')
+        checkpoint = latest_checkpoint(self.folder)
+        assert checkpoint is not None
+        scores = {}
+        for split in ('val', 'test'):
+            if split == 'val' and self.cfg.val_dataloader == self.cfg.test_dataloader:
+                continue
+            scores[split] = self._test(split, checkpoint)
+        metric = self.table.metric
+        for split, each in scores.items():
+            if metric not in each:
+                raise CSGError(f'there is no metric {metric!r}; the {split} gave {", ".join(each)}')
+        versions = made_with(seed=self.cell.seed)
+        del versions['seed'], versions['device']
+        return {
+            'cell': self.cell.name,
+            'network': self.cell.network,
+            'method': self.cell.method,
+            'csg': self.cell.csg,
+            'stored_params': self.stored_params,
+            'dense_params': self.dense_params,
+            'seed': self.cell.seed,
+            'size': self.cell.size,
+            'epochs': self.cfg.train_cfg.get('max_epochs'),
+            'metric': metric,
+            'val': scores.get('val', {}).get(metric),
+            'test': scores['test'][metric],
+            'scores': scores,
+            'seconds': round(self._training_seconds()),
+            'command': f'python -m experiments.runs {_relative(self.table.path)} --only {self.cell.label}',
+            'commit': ', '.join(self._commits()),
+            'device': f'{processor()}, 1 thread',
+            'versions': versions,
+        }
+
+    def progress(self) -> float:
+        """Return the fraction of the training that is done."""
+        logged = self._logged()
+        if not logged:
+            return 0.0
+        epochs = self.cfg.train_cfg.get('max_epochs')
+        if epochs:
+            return (logged[-1]['epoch'] - 1) / epochs
+        return logged[-1]['step'] / self.cfg.train_cfg.max_iters
+
+    def stop(self) -> None:
+        """End the processes that are running."""
+        for process in self._processes:
+            process.terminate()
+
+    def _call(self, tool: str, *args: str | Path, log: str) -> str:
+        return call_tool(tool, *args, log=self.folder / log, threads=1, started=self._processes.append)
+
+    def _test(self, split: str, checkpoint: str) -> dict[str, float]:
+        result = self.folder / f'{split}.json'
+        if not result.exists():
+            cfg = deepcopy(self.cfg)
+            cfg.test_dataloader, cfg.test_evaluator = cfg[f'{split}_dataloader'], cfg[f'{split}_evaluator']
+            folder = self.folder / split
+            prepare(cfg, self.cell.seed, folder)
+            printed = self._call('test.py', config_file(folder), checkpoint, '--json', log=f'{split}.txt')
+            write_whole(result, lambda partial: partial.write_text(printed))
+        return {key: round(value, 4) for key, value in json.loads(result.read_text()).items()}
+
+    def _logged(self) -> list[dict[str, Any]]:
+        """Return what training logged, the last entry for each iteration, over all its sessions."""
+        entries: dict[int, dict[str, Any]] = {}
+        for file in sorted(self.folder.glob('*/vis_data/scalars.json')):
+            for line in file.read_text().splitlines():
+                entry = json.loads(line) if line.endswith('}') else {}
+                if 'loss' in entry and 'time' in entry:
+                    entries[entry['step']] = entry
+        return [entries[step] for step in sorted(entries)]
+
+    def _training_seconds(self) -> float:
+        """Return the seconds of all training iterations, those of loading data included."""
+        logged = self._logged()
+        steps = [0, *(entry['step'] for entry in logged)]
+        spans = [after - before for before, after in zip(steps, steps[1:], strict=False)]
+        return sum(span * entry['time'] for span, entry in zip(spans, logged, strict=True))
+
+    def _note_commit(self) -> None:
+        commits = list(dict.fromkeys([*self._commits(), current_commit()]))
+        write_whole(self.folder / 'commits.json', lambda partial: partial.write_text(json.dumps(commits)))
+
+    def _commits(self) -> list[str]:
+        file = self.folder / 'commits.json'
+        return json.loads(file.read_text()) if file.exists() else []
+
+
+def replace_data_root(cfg: Config, data: Path) -> None:
+    """Let a config read the data sets in another folder than ``data``."""
+
+    def replace(node: Any) -> None:
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            if isinstance(value, str) and value.startswith('data/'):
+                node[key] = str(data / value.removeprefix('data/'))
+            elif isinstance(value, (dict, list)):
+                replace(value)
+
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        replace(cfg[name])
+
+
+def current_commit() -> str:
+    """Return the commit of this checkout, with ``+`` if tracked files differ from it; 'unknown' outside git."""
+    try:
+        commit, changes = (
+            subprocess.run(['git', *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            for args in (('rev-parse', '--short', 'HEAD'), ('status', '--porcelain', '-uno'))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return 'unknown'
+    return f'{commit}+' if changes else commit
+
+
+def processor() -> str:
+    """Return the name of the CPU."""
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        return 'CPU'
+    return next((line.partition(':')[2].strip() for line in lines if line.startswith('model name')), 'CPU')
+
+
+def _relative(path: Path) -> str:
+    return os.path.relpath(path.resolve(), ROOT) if path.resolve().is_relative_to(ROOT) else str(path)
