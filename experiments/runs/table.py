@@ -13,6 +13,7 @@ from csg_seg.errors import CSGError
 from csg_seg.running.configs import read_config
 
 ROOT = Path(__file__).parents[2]
+OTHER_CELL = 'cell:'
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Cell:
         options: settings to override in the config, by dotted name.
         epochs: length of the training; None leaves the config's.
         amp: whether to train in mixed precision.
+
+    In ``csg`` and ``options``, ``'cell:NAME'`` stands for the trained checkpoint of another cell of the same seed.
     """
 
     name: str
@@ -47,6 +50,12 @@ class Cell:
     def label(self) -> str:
         """The name with the seed, which ``--only`` chooses by."""
         return f'{self.name}-s{self.seed}'
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The labels of the cells whose checkpoints this one starts from."""
+        named = [each for each in _leaves([self.csg, self.options]) if str(each).startswith(OTHER_CELL)]
+        return tuple(f'{each.removeprefix(OTHER_CELL)}-s{self.seed}' for each in dict.fromkeys(named))
 
     def read_config(self) -> Config:
         """Return the cell's complete config, with data under ``data/``.
@@ -130,8 +139,11 @@ def read_table(path: str | Path) -> Table:
             raise CSGError(f'{path}: two cells are named {label}; rename one')
     ordered = sorted(cells, key=lambda each: each.seed)  # stable: table order within a seed
     table = Table(path, str(content['dataset']), str(content['metric']), tuple(ordered))
-    for cell in table.cells:
+    for position, cell in enumerate(ordered):
         table.dense_of(cell)
+        for label in cell.needs:
+            if label not in [each.label for each in ordered[:position]]:
+                raise CSGError(f'{path}: cell {cell.label} needs {label}, which is not above it; add it there')
     return table
 
 
@@ -147,6 +159,16 @@ def _cells(path: Path, defaults: Mapping[str, Any], entry: Any) -> Iterator[Cell
         raise CSGError(f'{path}: cell {entry["name"]}: seeds must be a list of integers from 0; got {seeds!r}')
     for seed in seeds:
         yield Cell(seed=seed, **values)
+
+
+def _leaves(node: Any) -> Iterator[Any]:
+    if isinstance(node, Mapping):
+        node = list(node.values())
+    if isinstance(node, list):
+        for each in node:
+            yield from _leaves(each)
+    else:
+        yield node
 
 
 def _check_keys(where: str, content: Mapping[str, Any], *, required: set[str], known: set[str]) -> None:

@@ -22,8 +22,9 @@ from csg_seg.running.work_dir import latest_checkpoint
 
 from .rows import Row, add_row, label_of, read_rows
 from .runner import call_tool, config_file, prepare
-from .table import ROOT, Cell, Table
+from .table import OTHER_CELL, ROOT, Cell, Table
 
+SPLITS = ('train', 'val', 'test')
 Notify = Callable[[Mapping[str, float]], None]
 
 
@@ -64,19 +65,36 @@ def train_missing(
     check_folder(work_dir, given=f'--work-dir {work_dir}')
     file = results / f'{table.dataset}.json'
     done = {label_of(row) for row in read_rows(file)}
-    missing = [cell for cell in cells if cell.label not in done]
-    runs = {cell.label: Run(table, cell, data=data, work_dir=work_dir) for cell in missing}
+    every = {cell.label: Run(table, cell, data=data, work_dir=work_dir) for cell in table.cells}
+    wanted = {cell.label for cell in cells if cell.label not in done}
+    for cell in reversed(table.cells):  # a cell stands below those that it needs
+        if cell.label in wanted:
+            wanted |= {label for label in cell.needs if label not in done or every[label].checkpoint() is None}
+    runs = {label: run for label, run in every.items() if label in wanted}
+    data_sets = set()
     for run in runs.values():
         run.check()
-    lock, order, failed = threading.Lock(), [cell.label for cell in table.cells], []
+        if run.data_sets not in data_sets:  # once for the many cells of the same data
+            data_sets.add(run.data_sets)
+            run.check_data()
+    for run in runs.values():
+        if not run.cell.needs:
+            prepare(run.cfg, run.cell.seed, run.folder)
+    lock, failed = threading.Lock(), []
+    submitted: dict[str, Future] = {}
 
     def work(run: Run) -> None:
-        row = run.finish()
+        for label in run.cell.needs:
+            if label in submitted and submitted[label].exception() is not None:  # waits until it is done
+                raise CSGError(f'{label}, which it needs, failed')
+        row = run.finish({label: every[label].checkpoint() for label in run.cell.needs})
         with lock:
-            add_row(file, row, order)
+            add_row(file, row, list(every))
 
     with ThreadPoolExecutor(jobs) as pool:
-        waiting: dict[Future, Run] = {pool.submit(work, run): run for run in runs.values()}
+        for label, run in runs.items():
+            submitted[label] = pool.submit(work, run)
+        waiting: dict[Future, Run] = {submitted[label]: run for label, run in runs.items()}
         try:
             while waiting:
                 ended, _ = wait(waiting, timeout=5, return_when=FIRST_COMPLETED)
@@ -114,22 +132,45 @@ class Run:
         self.started = False
         self._processes: list[subprocess.Popen] = []
 
+    @property
+    def data_sets(self) -> str:
+        """The settings of all data sets, as text."""
+        return str([self.cfg[f'{split}_dataloader'] for split in SPLITS])
+
     def check(self) -> None:
-        """Write the config into the folder, and check what can be checked before training."""
+        """Check network and optimizer, and count parameters."""
         try:
             model = build_model(self.cfg)
             check_optimizer(self.cfg, model)
-            for split in ('train', 'val', 'test'):
-                check_data(self.cfg, split)
             self.stored_params = summarise(model).stored_params
             self.dense_params = summarise(build_model(self.table.dense_of(self.cell).read_config())).stored_params
         except CSGError as error:
             raise CSGError(f'{self.cell.label}: {error}') from None
-        prepare(self.cfg, self.cell.seed, self.folder)
 
-    def finish(self) -> Row:
-        """Train, or resume, and test; return the row."""
+    def check_data(self) -> None:
+        """Check the files and labels of all splits."""
+        for split in SPLITS:
+            check_data(self.cfg, split)
+
+    def checkpoint(self) -> str | None:
+        """Return the file of the trained network, None if its training has not ended here."""
+        return latest_checkpoint(self.folder) if (self.folder / 'test.json').exists() else None
+
+    def finish(self, needed: Mapping[str, str | None]) -> Row:
+        """Train, or resume, and test.
+
+        Args:
+            needed: checkpoints of other cells, by label.
+
+        Returns:
+            the cell's row.
+        """
         self.started = True
+        if needed:
+            _name_checkpoints(
+                self.cfg, {f'{OTHER_CELL}{label.rpartition("-s")[0]}': path for label, path in needed.items()}
+            )
+            prepare(self.cfg, self.cell.seed, self.folder)
         self._note_commit()
         amp = ['--amp'] if self.cell.amp else []
         self._call('train.py', config_file(self.folder), '--resume', *amp, log='train.txt')
@@ -222,6 +263,15 @@ class Run:
         return json.loads(file.read_text()) if file.exists() else []
 
 
+def _name_checkpoints(node: Any, paths: Mapping[str, str | None]) -> None:
+    """Replace the names of other cells in a config with the paths of their checkpoints."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        if isinstance(value, str) and value in paths:
+            node[key] = paths[value]
+        elif isinstance(value, (dict, list)):
+            _name_checkpoints(value, paths)
+
+
 def replace_data_root(cfg: Config, data: Path) -> None:
     """Let a config read the data sets in another folder than ``data``."""
 
@@ -232,8 +282,8 @@ def replace_data_root(cfg: Config, data: Path) -> None:
             elif isinstance(value, (dict, list)):
                 replace(value)
 
-    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-        replace(cfg[name])
+    for split in SPLITS:
+        replace(cfg[f'{split}_dataloader'])
 
 
 def current_commit() -> str:
