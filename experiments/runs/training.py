@@ -167,9 +167,8 @@ class Run:
         """
         self.started = True
         if needed:
-            _name_checkpoints(
-                self.cfg, {f'{OTHER_CELL}{label.rpartition("-s")[0]}': path for label, path in needed.items()}
-            )
+            paths = {f'{OTHER_CELL}{label.rpartition("-s")[0]}': path for label, path in needed.items()}
+            _name_checkpoints(self.cfg._cfg_dict, paths)
             prepare(self.cfg, self.cell.seed, self.folder)
         self._note_commit()
         amp = ['--amp'] if self.cell.amp else []
