@@ -18,16 +18,23 @@ def has_bfloat16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def check_bfloat16() -> None:
-    """Check that this CPU has bfloat16 instructions.
+def check_mixed_precision(dtype: str | torch.dtype | None = None) -> None:
+    """Check that this machine can train and test in mixed precision.
+
+    Args:
+        dtype: of ``AmpOptimWrapper``.
 
     Raises:
-        CSGError: it has none.
+        CSGError: there is no GPU, and the CPU has no bfloat16 instructions or ``dtype`` is another one.
     """
+    if mmengine.device.get_device() != 'cpu':
+        return
+    if dtype not in (None, 'bfloat16', torch.bfloat16):
+        raise CSGError(f'mixed precision in {dtype} needs a GPU; set optim_wrapper.dtype=bfloat16, or remove it')
     if not has_bfloat16():
         raise CSGError(
-            'mixed precision: this CPU has no bfloat16 instructions (AVX512-BF16 or AMX) and there is no GPU; leave '
-            '--amp out, or set optim_wrapper.type=OptimWrapper'
+            'mixed precision needs a GPU or a CPU with bfloat16 instructions (AVX512-BF16, AMX), and this machine has '
+            'neither; leave --amp out, or set optim_wrapper.type=OptimWrapper'
         )
 
 
@@ -55,9 +62,7 @@ class AmpOptimWrapper(mmengine.optim.AmpOptimWrapper):
         if mmengine.device.get_device() != 'cpu':
             super().__init__(loss_scale=loss_scale, dtype=dtype, use_fsdp=use_fsdp, **kwargs)
             return
-        if dtype not in (None, 'bfloat16', torch.bfloat16):
-            raise CSGError(f'mixed precision in {dtype} needs a GPU; remove dtype from the config to use bfloat16')
-        check_bfloat16()
+        check_mixed_precision(dtype)
         OptimWrapper.__init__(self, **kwargs)
         self.cast_dtype = torch.bfloat16
         self.loss_scaler = torch.amp.GradScaler('cpu', enabled=False)

@@ -4,7 +4,7 @@ import torch
 from mmengine.config import Config
 
 from csg_seg.errors import CSGError
-from csg_seg.mm.mixed_precision import check_bfloat16
+from csg_seg.mm.mixed_precision import check_mixed_precision
 
 
 def train_in_mixed_precision(cfg: Config) -> None:
@@ -39,7 +39,7 @@ def prepare_cpu(cfg: Config) -> None:
     """
     if torch.cuda.is_available():
         return
-    check_bfloat16()
+    check_mixed_precision()
     torch.set_flush_denormal(True)
     hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or [])]
     if not any(hook and hook.get('type') == 'ChannelsLastHook' for hook in hooks):

@@ -5,7 +5,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.optim import OptimWrapperDict, build_optim_wrapper
@@ -15,6 +14,7 @@ from torch import nn
 from csg_seg.errors import CSGError
 from csg_seg.mm.checkpoints.unpickling import check_file
 from csg_seg.mm.datasets.labels import check_labels
+from csg_seg.mm.mixed_precision import check_mixed_precision
 
 from .configs import data_sets
 
@@ -84,6 +84,9 @@ def check_optimizer(cfg: Config, model: nn.Module) -> None:
     settings = cfg.get('optim_wrapper')
     if settings is None:
         return
+    kind = settings.get('type', 'OptimWrapper')
+    if str(getattr(kind, '__name__', kind)).rpartition('.')[2] == 'AmpOptimWrapper':
+        check_mixed_precision(settings.get('dtype'))
     try:
         built = build_optim_wrapper(model, deepcopy(settings))
         for _, each in built.items() if isinstance(built, OptimWrapperDict) else [('', built)]:
@@ -92,17 +95,7 @@ def check_optimizer(cfg: Config, model: nn.Module) -> None:
     except Exception as error:  # the classes named in a config may raise anything
         optimizer = (settings.get('optimizer') or {}).get('type')
         said = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
-        raise CSGError(f'optim_wrapper (optimizer {optimizer}): {said}; {_optimizer_remedy(settings)}') from None
-
-
-def _optimizer_remedy(settings: Mapping[str, Any]) -> str:
-    """Return what to do about an optimizer that cannot be built."""
-    kind = settings.get('type', 'OptimWrapper')
-    if str(getattr(kind, '__name__', kind)).rpartition('.')[2] != 'AmpOptimWrapper' or torch.cuda.is_available():
-        return 'correct it in the config'
-    own = [key for key in ('dtype', 'loss_scale', 'use_fsdp') if key in settings]
-    drop = f' and remove {", ".join(own)} from the config' if own else ''
-    return f'mixed precision needs a GPU; without one, use --cfg-options optim_wrapper.type=OptimWrapper{drop}'
+        raise CSGError(f'optim_wrapper (optimizer {optimizer}): {said}; correct it in the config') from None
 
 
 def _build_dataset(split: str, dataset: Mapping[str, Any], remedy: str) -> BaseDataset:

@@ -139,10 +139,12 @@ def prepare(cfg: Config, seed: int, folder: Path) -> None:
     files = sorted(each for each in named if Path(each).is_file())
     cfg.digests = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files}
     file, text = config_file(folder), cfg.pretty_text
-    if file.exists() and file.read_text() != text:
+    # The values, because their format depends on the version of mmengine.
+    if file.exists() and Config.fromfile(file, import_custom_modules=False).to_dict() != cfg.to_dict():
         raise CSGError(f'{folder} holds a run with other settings ({file}); choose another --work-dir')
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(file, lambda partial: partial.write_text(text))
+    if not file.exists():
+        write_whole(file, lambda partial: partial.write_text(text))
 
 
 def config_file(folder: Path) -> Path:

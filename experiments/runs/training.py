@@ -63,6 +63,7 @@ def train_missing(
     if jobs < 1:
         raise CSGError(f'--jobs {jobs}: train at least one cell at a time')
     check_folder(work_dir, given=f'--work-dir {work_dir}')
+    check_folder(results, given=f'--results {results}')
     file = results / f'{table.dataset}.json'
     done = {label_of(row) for row in read_rows(file)}
     every = {cell.label: Run(table, cell, data=data, work_dir=work_dir) for cell in table.cells}
@@ -129,6 +130,7 @@ class Run:
         self.folder = work_dir / table.dataset / cell.label
         self.cfg = cell.read_config()
         replace_data_root(self.cfg, data)
+        self.cfg.default_hooks.setdefault('exact_resume', dict(type='ExactResumeHook'))
         self.started = False
         self._processes: list[subprocess.Popen] = []
 

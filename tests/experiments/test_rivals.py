@@ -12,7 +12,6 @@ from csg_seg.generators.registry import KINDS
 from csg_seg.mm.model import build_model
 from experiments.rivals import __main__ as rivals
 from experiments.rivals.compared import GENERATORS, config_name, config_paths
-from experiments.runs import __main__ as runs
 from experiments.table_contents import read
 
 
@@ -37,10 +36,10 @@ def test_the_command_trains_all_generators_with_the_options_of_runs(tmp_path, mo
         checkpoints = {each.model.teacher.checkpoint for each in configs.values()}
         found.update(seeds=seeds, work_dir=work_dir, checkpoints=checkpoints)
         score = dict(stored_params=1, compression_ratio=1.0, mean=90.0, std=None)
-        return {'metric': options['metric'], 'networks': dict.fromkeys(configs, score)}
+        return {'metric': 'accuracy/top1', 'networks': dict.fromkeys(configs, score)}
 
     found = {}
-    monkeypatch.setattr(runs, 'train_and_test', train_and_test)
+    monkeypatch.setattr(rivals, 'train_and_test', train_and_test)
     options = ['--cfg-options', 'model.teacher.checkpoint=dense.pth', '--out', str(tmp_path / 'out.json')]
     monkeypatch.setattr(sys, 'argv', ['rivals', '--work-dir', 'runs', *options, '--json'])
     rivals.main()

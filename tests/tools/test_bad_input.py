@@ -226,28 +226,24 @@ def test_foreign_pickles_are_refused(refused, tmp_path, content, says):
     assert 'foreign.pt' in message and says in message
 
 
-def test_amp_without_gpu(refused, drawn):
+def test_mixed_precision_that_this_machine_cannot_compute(refused, drawn, files, tmp_path, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip('there is a GPU')
-    assert '--amp needs a GPU' in refused('train.py', CSG, '--amp', *small(drawn))
-
-
-@pytest.mark.parametrize('dtype', [None, 'float16', 'bfloat16'])
-def test_mixed_precision_in_a_config_without_gpu(refused, drawn, tmp_path, dtype):
-    if torch.cuda.is_available():
-        pytest.skip('there is a GPU')
-    keys = {'optim_wrapper.type': 'AmpOptimWrapper'} | ({'optim_wrapper.dtype': dtype} if dtype else {})
-    runs = [tmp_path / 'runs', *small(drawn, **keys)]
+    amp = {'optim_wrapper.type': 'AmpOptimWrapper'}
+    half = small(drawn, **amp, **{'optim_wrapper.dtype': 'float16'})
+    runs = ['--work-dir', tmp_path / 'runs']
+    assert 'float16 needs a GPU; set optim_wrapper.dtype=bfloat16' in refused('train.py', CSG, *runs, *half)
+    monkeypatch.setattr('csg_seg.mm.mixed_precision.has_bfloat16', lambda: False)
     commands = {
-        'train.py': [CSG, *runs[1:]],
-        'compare.py': [DENSE, CSG, '--work-dir', *runs],
-        'experiments.runs': [DENSE, CSG, '--work-dir', *runs],
-        'experiments.exchange': [DENSE, CSG, *runs[1:]],
+        'train.py': [CSG, *runs, *small(drawn, **amp)],
+        'compare.py': [DENSE, CSG, *runs, *small(drawn, **amp)],
+        'experiments.exchange': [DENSE, CSG, *small(drawn, **amp)],
+        'test.py': [CSG, files / 'csg.pt', '--amp', *runs, *small(drawn)],
     }
-    for tool, arguments in commands.items():
-        message = refused(tool, *arguments)
-        assert 'without one, use --cfg-options optim_wrapper.type=OptimWrapper' in message, f'{tool}: {message}'
-        assert ('remove dtype from the config' in message) == (dtype is not None)
+    commands_with_option = {'train.py': [CSG, '--amp', *runs, *small(drawn)]}
+    for tool, arguments in [*commands.items(), *commands_with_option.items()]:
+        assert 'leave --amp out, or set optim_wrapper.type=OptimWrapper' in refused(tool, *arguments), tool
+    assert not (tmp_path / 'runs').exists()
 
 
 @pytest.mark.parametrize(
@@ -291,12 +287,11 @@ runpy.run_path({str(ROOT / 'tools' / tool)!r}, run_name='__main__')
         (['--jobs', '0'], 'jobs start at 1'),
         (['--seeds', '-1'], 'seeds at 0'),
         (['--out', 'README.md'], 'README.md exists'),
-        ([CSG], 'two configs are named'),
     ],
 )
-def test_a_benchmark_that_cannot_be_run(refused, tmp_path, monkeypatch, options, says):
+def test_a_comparison_of_generators_that_cannot_be_run(refused, tmp_path, monkeypatch, options, says):
     monkeypatch.chdir(ROOT)
-    assert says in refused('experiments.runs', CSG, *options, '--work-dir', tmp_path / 'runs')
+    assert says in refused('experiments.rivals', *options, '--work-dir', tmp_path / 'runs')
     assert not (tmp_path / 'runs').exists()
 
 

@@ -25,6 +25,7 @@ from csg_seg.running.configs import read_config
 
 DEMO = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
 DENSE = DEMO.with_name(DEMO.name.removeprefix('csg-s16-d128_'))
+TABLE = ROOT / 'experiments' / 'runs' / 'tables' / 'camvid.yml'
 RESNET20 = ROOT / 'configs' / 'cifar10' / 'resnet20_b64-20e_cifar10-npz.py'
 # A folder of Linux that not even root writes in.
 CLOSED = Path('/sys')
@@ -152,7 +153,7 @@ def commands(files, drawn, image):
         'train.py': ([DEMO, *data], '--work-dir', 'x'),
         'test.py': ([*network, *data], '--work-dir', 'x'),
         'compare.py': ([DENSE, DEMO, *data], '--work-dir', 'x'),
-        'experiments.runs': ([DENSE, DEMO, *data], '--work-dir', 'x'),
+        'experiments.runs': ([TABLE], '--work-dir', 'x'),
         'experiments.rivals': ([], '--work-dir', 'x'),
         'experiments.carry_over': ([DENSE, files / 'dense.pth', *data], '--work-dir', 'x'),
         'experiments.federated': (['--network', 'a', *network, '*', *data], '--work-dir', 'x'),

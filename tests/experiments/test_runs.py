@@ -1,0 +1,157 @@
+"""The runner of tables of trainings."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, SMALL_MODEL, run_experiment
+
+from csg_seg.errors import CSGError
+from experiments.runs.rows import add_row, read_rows, summarise
+from experiments.runs.table import read_table
+from experiments.runs.training import Run
+
+CONFIG = 'configs/demo/deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
+CSG = {'slice_shape': [4, 4, 3, 3], 'code_dim': 8}
+SHORT = {
+    **{key: list(value) if isinstance(value, tuple) else value for key, value in SMALL_MODEL.items()},
+    'train_cfg.max_iters': 6,
+    'train_dataloader.batch_size': 2,
+    'default_hooks.checkpoint.interval': 2,
+    'default_hooks.logger.interval': 1,
+}
+
+
+def table_file(tmp_path, cells, **changes):
+    defaults = {'network': 'deeplabv3', 'size': '80x80', 'config': CONFIG, 'options': SHORT}
+    content = {'dataset': 'drawn', 'metric': 'mIoU', 'defaults': defaults, 'cells': cells, **changes}
+    path = tmp_path / 'table.yml'
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+DENSE_CELL = {'name': 'dense', 'method': 'dense'}
+
+
+def arguments(tmp_path, table, drawn, *args):
+    (tmp_path / 'data').mkdir(exist_ok=True)
+    if not (tmp_path / 'data' / 'drawn').exists():
+        (tmp_path / 'data' / 'drawn').symlink_to(drawn.parent)
+    folders = ['--data', tmp_path / 'data', '--work-dir', tmp_path / 'work', '--results', tmp_path / 'results']
+    return [*map(str, [table, *folders, *args])]
+
+
+def run(*args):
+    return run_experiment('runs', *arguments(*args), check=False)
+
+
+def test_cells_are_trained_once_and_start_from_one_another(tmp_path, drawn):
+    carried = {'name': 'carried', 'method': 'csg', 'csg': CSG, 'options': {**SHORT, 'load_from': 'cell:dense'}}
+    broken = {'name': 'broken', 'method': 'dense', 'options': {**SHORT, 'load_from': 'nowhere.pth'}}
+    table = table_file(tmp_path, [DENSE_CELL, broken, carried])
+    file = tmp_path / 'results' / 'drawn.json'
+    done = run(tmp_path, table, drawn, '--only', '[!d]*')
+    assert done.returncode == 1
+    assert 'broken-s0: failed: ' in done.stderr and 'nowhere.pth' in done.stderr
+    assert done.stderr.strip().endswith('error: 1 of 2 cells failed: broken-s0')
+    rows = read_rows(file)
+    assert [row['cell'] for row in rows] == ['dense', 'carried']  # carried needs dense
+    dense, csg = rows
+    assert csg['dense_params'] == dense['stored_params'] > csg['stored_params']
+    for row in rows:
+        assert row['command'].endswith(f'{table} --only {row["cell"]}-s0')
+        assert row['test'] == row['scores']['test']['mIoU'] and row['seconds'] > 0 and row['commit']
+    config = (tmp_path / 'work' / 'drawn' / 'carried-s0.py').read_text()
+    assert "dense-s0/iter_6.pth'" in config and 'cell:' not in config
+    before = file.stat().st_mtime_ns
+    again = run(tmp_path, table, drawn, '--only', 'carried', '--json')
+    assert again.returncode == 0 and json.loads(again.stdout) == [csg]
+    assert file.stat().st_mtime_ns == before
+
+
+@pytest.mark.full
+def test_a_killed_runner_resumes_to_the_same_weights(tmp_path, drawn):
+    table = table_file(tmp_path, [DENSE_CELL])
+    weights = {}
+    for name in ('unbroken', 'killed'):
+        folder = tmp_path / name
+        folder.mkdir()
+        if name == 'killed':
+            command = [sys.executable, '-m', 'experiments.runs', *arguments(folder, table, drawn)]
+            process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+            deadline = time.monotonic() + 120
+            while not list(folder.glob('work/drawn/dense-s0/iter_*.pth')) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            assert not (folder / 'results').exists()
+        done = run(folder, table, drawn)
+        assert done.returncode == 0, done.stderr
+        checkpoint = torch.load(folder / 'work' / 'drawn' / 'dense-s0' / 'iter_6.pth', weights_only=False)
+        weights[name] = checkpoint['state_dict']
+        (row,) = read_rows(folder / 'results' / 'drawn.json')
+        weights[name]['score'] = torch.tensor(row['test'])
+    assert weights['unbroken'].keys() == weights['killed'].keys()
+    for key, value in weights['unbroken'].items():
+        assert torch.equal(value, weights['killed'][key]), key
+
+
+def test_epochs_stretch_the_schedule(tmp_path):
+    config = 'configs/deeplabv3/deeplabv3_r18-d16_1xb8-80e_camvid-180x240.py'
+    cell = {**DENSE_CELL, 'config': config, 'epochs': 160, 'options': {}}
+    cfg = read_table(table_file(tmp_path, [cell])).cells[0].read_config()
+    assert cfg.train_cfg.max_epochs == cfg.train_cfg.val_interval == cfg.param_scheduler[1].end == 160
+    assert cfg.param_scheduler[0].end == 100  # iterations of warm-up
+
+
+def test_the_data_folder_replaces_data_in_every_loader(tmp_path):
+    table = read_table(table_file(tmp_path, [DENSE_CELL]))
+    cfg = Run(table, table.cells[0], data=tmp_path / 'mine', work_dir=tmp_path).cfg
+    for split in ('train', 'val', 'test'):
+        assert cfg[f'{split}_dataloader'].dataset.data_root.startswith(str(tmp_path / 'mine' / 'drawn'))
+
+
+@pytest.mark.parametrize(
+    ('cells', 'changes', 'says'),
+    [
+        ([DENSE_CELL], {'metrics': 1}, "unknown key 'metrics'"),
+        ([{**DENSE_CELL, 'seed': 1}], {}, "cell dense: unknown key 'seed'"),
+        ([{'name': 'dense'}], {}, 'cell dense: the key method is missing'),
+        ([{**DENSE_CELL, 'seeds': 1}], {}, 'seeds must be a list'),
+        ([DENSE_CELL, DENSE_CELL], {}, 'two cells are named dense-s0'),
+        ([{**DENSE_CELL, 'method': 'csg'}], {}, 'has no cell of method dense'),
+        ([{**DENSE_CELL, 'options': {'load_from': 'cell:csg'}}], {}, 'needs csg-s0, which is not above it'),
+        ([], {}, 'cells must be a list'),
+    ],
+)
+def test_a_table_that_says_something_wrong_is_refused(tmp_path, cells, changes, says):
+    with pytest.raises(CSGError, match=says):
+        read_table(table_file(tmp_path, cells, **changes))
+
+
+def test_arguments_that_are_wrong(refused, tmp_path):
+    assert 'no such table; there are experiments' in refused('experiments.runs', tmp_path / 'none.yml')
+    table = table_file(tmp_path, [DENSE_CELL])
+    assert 'matches no cell' in refused('experiments.runs', table, '--only', 'csg*')
+    folders = ['--data', tmp_path, '--work-dir', tmp_path / 'work', '--results', tmp_path]
+    assert 'at least one cell at a time' in refused('experiments.runs', table, '--jobs', '0', *folders)
+    assert 'does not exist' in refused('experiments.runs', table, *folders)  # the data
+    assert not (tmp_path / 'work').exists()
+
+
+def test_rows_are_ordered_by_the_table_and_summarised_over_seeds(tmp_path):
+    common = dict(network='n', method='m', size='s', metric='x', epochs=1, stored_params=1, dense_params=2, seconds=60)
+    file = tmp_path / 'rows.json'
+    for cell, seed, val, test in (('b', 1, 3.0, 5.0), ('b', 0, 1.0, 1.0), ('a', 0, None, 2.0), ('b', 0, 1.0, 3.0)):
+        add_row(file, dict(common, cell=cell, seed=seed, val=val, test=test), order=['a-s0', 'b-s0'])
+    rows = read_rows(file)
+    assert [(row['cell'], row['seed']) for row in rows] == [('a', 0), ('b', 0), ('b', 1)]
+    one, several = summarise(rows)
+    assert one['val'] is None and one['test'] == (2.0, None)
+    assert several['seeds'] == 2 and several['val'] == (2.0, 2**0.5) and several['test'] == (4.0, 2**0.5)
