@@ -278,8 +278,8 @@ def replace_data_root(cfg: Config, data: Path) -> None:
 
     def replace(node: Any) -> None:
         for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-            if isinstance(value, str) and value.startswith('data/'):
-                node[key] = str(data / value.removeprefix('data/'))
+            if isinstance(value, str) and Path(value).parts[:1] == ('data',):
+                node[key] = str(data.joinpath(*Path(value).parts[1:]))
             elif isinstance(value, (dict, list)):
                 replace(value)
 
