@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .rivals.compared import GENERATORS, config_name
+from .runs.rows import score_text
+from .runs.rows import summarise as summarise_cells
 from .zoo.rows import RESULTS, read_rows, summarise_rows
 
 ROOT = Path(__file__).parents[1]
@@ -306,6 +308,21 @@ def fits() -> str:
         for each in settings.values()
     ]
     return markdown(('way', *columns), rows, left=range(len(columns) + 1))
+
+
+def runs(dataset: str, network: str, size: str) -> str:
+    """Scores of each cell of one network in ``results/DATASET.json``."""
+    cells = [
+        each for each in summarise_cells(read(dataset)['rows']) if each['network'] == network and each['size'] == size
+    ]
+    metric = cells[0]['metric']
+    rows = []
+    for each in cells:
+        ratio = f'{each["dense_params"] / each["stored_params"]:.1f}x'
+        scores = [score_text(each[split]) for split in ('val', 'test')]
+        rows.append((each['cell'], f'{each["stored_params"]:,}', ratio, each['epochs'], each['seeds'], *scores))
+    columns = ('network', 'parameters stored', 'ratio', 'epochs', 'seeds', f'val {metric}', f'test {metric}')
+    return markdown(columns, rows)
 
 
 def cifar10() -> str:

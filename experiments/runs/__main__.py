@@ -12,12 +12,13 @@ from pathlib import Path
 
 from csg_seg.cli.console import print_result, print_table, stderr_console
 from csg_seg.cli.failures import one_line_errors
-from csg_seg.cli.options import add_json
+from csg_seg.cli.options import add_json, check_out
 
 with one_line_errors():
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-    from .rows import label_of, read_rows, summarise
+    from .picture import draw_scores
+    from .rows import label_of, read_rows, score_text, summarise
     from .table import ROOT, read_table
     from .training import train_missing
 
@@ -39,6 +40,8 @@ def parse_args() -> argparse.Namespace:
     default = CACHE / 'csg_seg' / 'runs'
     parser.add_argument('--work-dir', default=default, help='folder for logs and checkpoints (default: %(default)s)')
     parser.add_argument('--results', default=ROOT / 'results', help='folder of the results (default: results)')
+    parser.add_argument('--picture', help='also draw the scores over the stored parameters (.png)')
+    parser.add_argument('--overwrite', action='store_true', help='replace PICTURE when it exists')
     add_json(parser, 'print the rows as JSON instead of a table')
     return parser.parse_args()
 
@@ -113,19 +116,13 @@ def print_rows(rows: list[dict]) -> None:
     print_table(columns, lines, width=130)
 
 
-def score_text(score: tuple[float, float | None] | None) -> str:
-    """Return a mean and its standard deviation as text."""
-    if score is None:
-        return ''
-    mean, std = score
-    return f'{mean:.2f}' if std is None else f'{mean:.2f} +- {std:.2f}'
-
-
 def main() -> None:
     args = parse_args()
     with one_line_errors():
         table = read_table(args.table)
         cells = table.matching(args.only)
+        if args.picture:
+            check_out(args.picture, overwrite=args.overwrite, option='--picture', endings=['.png'])
         file = Path(args.results, f'{table.dataset}.json')
         failed = []
         if not args.dry_run:
@@ -142,6 +139,8 @@ def main() -> None:
                 )
         wanted = {cell.label for cell in cells}
         rows = [row for row in read_rows(file) if label_of(row) in wanted]
+        if args.picture and rows:
+            draw_scores(rows, args.picture, network=rows[0]['network'], size=rows[0]['size'])
     print_result(rows, print_rows, as_json=args.json)
     if args.dry_run:
         missing = [cell.label for cell in cells if cell.label not in {label_of(row) for row in rows}]

@@ -58,6 +58,14 @@ def summarise(rows: Iterable[Row]) -> list[dict[str, Any]]:
     ]
 
 
+def score_text(score: tuple[float, float | None] | None) -> str:
+    """Return a mean and its standard deviation as text."""
+    if score is None:
+        return ''
+    mean, std = score
+    return f'{mean:.2f}' if std is None else f'{mean:.2f} +- {std:.2f}'
+
+
 def _mean(scores: Sequence[float | None]) -> tuple[float, float | None] | None:
     measured = [each for each in scores if each is not None]
     if not measured:

@@ -36,6 +36,11 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help='also measure CSG with weights neither made ahead nor cached',
     )
+    parser.add_argument(
+        '--autocast-generation',
+        action='store_true',
+        help="with --bf16: also measure CSG with precision='autocast'",
+    )
     add_cfg_options(parser)
     add_result_options(parser, picture='where time and memory go')
     return parser.parse_args()
@@ -78,7 +83,8 @@ def main() -> None:
         load = Load(**wanted, **options, eval_batch_size=args.eval_batch_size, device=device)
         progress = progress_bar('Timing')
         with notes_to_stderr():
-            networks = measure_speed(cfg, load, without_ahead=args.without_ahead, track=progress)
+            also = {key: getattr(args, key) for key in ('without_ahead', 'autocast_generation')}
+            networks = measure_speed(cfg, load, **also, track=progress)
         figures = {'load': asdict(load), 'summary': summarise_speed(networks, load), 'networks': networks}
         result = write_result(args.out, {**figures, 'made_with': made_with(seed=0)})
         if args.picture:

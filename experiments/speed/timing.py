@@ -210,6 +210,7 @@ def measure_speed(
     load: Load,
     *,
     without_ahead: bool = False,
+    autocast_generation: bool = False,
     track: Callable[[Sequence[tuple[str, int]]], Iterable[tuple[str, int]]] = iter,
 ) -> dict[str, dict[str, Any]]:
     """Train and evaluate a network dense, generated and materialised alternately in one process, on random images.
@@ -218,6 +219,7 @@ def measure_speed(
         cfg: CSG config of mmseg or mmpretrain; its teacher is ignored.
         load: load of the networks.
         without_ahead: also measure the generated network with each layer making its own weight in each pass.
+        autocast_generation: also measure the generated network with ``precision='autocast'``.
         track: wraps the sequence of all rounds, to show progress.
 
     Returns:
@@ -236,6 +238,12 @@ def measure_speed(
     models = {'dense': MODELS.build(dense_model(cfg)), 'csg': csg, 'materialised': materialise(deepcopy(csg))}
     if without_ahead:
         models['csg, not ahead'] = never_ahead(deepcopy(csg))
+    if autocast_generation:
+        if not load.bf16:
+            raise CSGError('generation in the precision of autocast needs --bf16')
+        several = cfg.model.csg if isinstance(cfg.model.csg, list) else [cfg.model.csg]
+        cfg.model.csg = [{**each, 'precision': 'autocast'} for each in several]
+        models['csg, autocast'] = build_model(cfg)
     trainees: dict[str, Trainee] = {}
     results: dict[str, dict[str, Any]] = {}
     for name, model in models.items():

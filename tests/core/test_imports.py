@@ -40,7 +40,7 @@ ORDER = [
 MM_ORDER = [
     {'figures', 'networks'},
     {'datasets', 'metrics', 'checkpoints'},
-    {'patches'},
+    {'patches', 'mixed_precision'},
     {'teacher'},
     {'model'},
     {'hooks', 'plan_files'},

@@ -13,6 +13,9 @@ import yaml
 from conftest import ROOT, SMALL_MODEL, run_experiment
 
 from csg_seg.errors import CSGError
+from experiments import table_contents
+from experiments.runs import picture
+from experiments.runs.picture import draw_scores
 from experiments.runs.rows import add_row, read_rows, summarise
 from experiments.runs.table import read_table
 from experiments.runs.training import Run
@@ -143,6 +146,30 @@ def test_arguments_that_are_wrong(refused, tmp_path):
     assert 'at least one cell at a time' in refused('experiments.runs', table, '--jobs', '0', *folders)
     assert 'does not exist' in refused('experiments.runs', table, *folders)  # the data
     assert not (tmp_path / 'work').exists()
+
+
+def test_the_table_and_the_picture_show_every_cell_of_a_network(tmp_path, monkeypatch):
+    rows = []
+    for cell, method, stored in (('dense', 'dense', 100), ('csg-10x', 'csg', 10), ('narrow-10x', 'narrow', 9)):
+        for seed in (0, 1):
+            row = dict(cell=cell, network='n', method=method, size='8x8', metric='mIoU', epochs=2, dense_params=100)
+            rows.append(row | dict(stored_params=stored, seed=seed, val=50.0 + seed, test=40.0, seconds=60))
+    rows.append(rows[-1] | {'cell': 'other', 'network': 'm'})
+    monkeypatch.setattr(table_contents, 'RESULT_FILES', tmp_path)
+    (tmp_path / 'drawn.json').write_text(json.dumps({'rows': rows}))
+    lines = table_contents.runs('drawn', 'n', '8x8').splitlines()
+    assert lines[2:] == [
+        '| dense | 100 | 1.0x | 2 | 2 | 50.50 +- 0.71 | 40.00 +- 0.00 |',
+        '| csg-10x | 10 | 10.0x | 2 | 2 | 50.50 +- 0.71 | 40.00 +- 0.00 |',
+        '| narrow-10x | 9 | 11.1x | 2 | 2 | 50.50 +- 0.71 | 40.00 +- 0.00 |',
+    ]
+    figures = []
+    monkeypatch.setattr(picture, 'save_figure', lambda figure, path: figures.append(figure))
+    draw_scores(rows, tmp_path / 'p.png', network='n', size='8x8')
+    (figure,) = figures
+    assert [axis.get_title() for axis in figure.axes] == ['n, 8x8, val', 'n, 8x8, test']
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert names == ['dense', 'csg', 'narrow']
 
 
 def test_rows_are_ordered_by_the_table_and_summarised_over_seeds(tmp_path):

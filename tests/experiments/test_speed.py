@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,6 +74,16 @@ def test_without_ahead_each_layer_makes_its_weight_in_each_pass(monkeypatch):
         assert torch.equal(first, outputs[name])
         assert len(made) == times * len(model.csg.layers)
     torch.testing.assert_close(outputs['ahead'], outputs['alone'])
+
+
+def test_generation_in_autocasts_precision_is_measured_beside_float32():
+    load = Load(batch_size=3, size=(32, 32), rounds=1, warm_up=1, bf16=True)
+    networks = measure_speed(read_config(CSG), load, autocast_generation=True)
+    assert list(networks) == ['dense', 'csg', 'materialised', 'csg, autocast']
+    held = {name: networks[name]['bytes']['activation_bytes'] for name in ('csg', 'csg, autocast')}
+    assert held['csg, autocast'] != held['csg']
+    with pytest.raises(CSGError, match='needs --bf16'):
+        measure_speed(read_config(CSG), replace(load, bf16=False), autocast_generation=True)
 
 
 def test_activations_grow_with_the_batch():

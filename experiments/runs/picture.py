@@ -1,0 +1,73 @@
+"""Picture of scores over stored parameters."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
+
+from csg_seg.mm.figures import save_figure
+
+from .rows import Row, summarise
+
+SPLITS = ('val', 'test')
+MARKERS = 'os^Dv*PXp<>hd'
+
+
+def draw_scores(rows: Sequence[Row], path: str | os.PathLike, *, network: str, size: str) -> None:
+    """Save a picture of the scores of one network over the parameters that each method stores.
+
+    The dense network is a line, with a band of one standard deviation where several seeds were trained.
+
+    Args:
+        rows: of a file of results.
+        path: file of the picture (.png).
+        network: whose cells are drawn.
+        size: of the images.
+    """
+    cells = [each for each in summarise(rows) if each['network'] == network and each['size'] == size]
+    splits = [split for split in SPLITS if any(each[split] for each in cells)]
+    figure = Figure(figsize=(5 * len(splits), 4.2), layout='constrained')
+    for axis, split in zip(figure.subplots(1, len(splits), squeeze=False)[0], splits, strict=True):
+        _draw_split(axis, [each for each in cells if each[split]], split)
+        axis.set_title(f'{network}, {size}, {split}')
+    figure.axes[0].legend(fontsize='small')
+    save_figure(figure, path)
+
+
+def _draw_split(axis: Axes, cells: Sequence[dict[str, Any]], split: str) -> None:
+    epochs = next(each['epochs'] for each in cells if each['method'] == 'dense')
+    series: dict[str, list[dict[str, Any]]] = {}
+    for each in cells:
+        if each['method'] == 'dense':
+            mean, std = each[split]
+            axis.axhline(mean, color='black', label='dense')
+            axis.axhspan(mean - (std or 0), mean + (std or 0), color='black', alpha=0.1)
+        else:
+            longer = '' if each['epochs'] == epochs else f', {each["epochs"]} epochs'
+            series.setdefault(f'{each["method"]}{longer}', []).append(each)
+    for (name, several), marker in zip(series.items(), MARKERS * len(series), strict=False):
+        several = sorted(several, key=lambda each: each['stored_params'])
+        means, stds = zip(*(each[split] for each in several), strict=True)
+        axis.errorbar(
+            [each['stored_params'] for each in several],
+            means,
+            yerr=[std or 0 for std in stds],
+            marker=marker,
+            capsize=3,
+            alpha=0.8,
+            label=name,
+        )
+    axis.set_xscale('log')
+    dense_params = cells[0]['dense_params']
+    ratios = axis.secondary_xaxis('top', functions=(lambda x: dense_params / x, lambda x: dense_params / x))
+    ratios.set_xlabel('compression ratio')
+    for scale, label in ((axis.xaxis, EngFormatter(sep='')), (ratios.xaxis, StrMethodFormatter('{x:g}x'))):
+        scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        scale.set_major_formatter(label)
+        scale.set_minor_formatter(NullFormatter())
+    axis.set_xlabel('parameters stored')
+    axis.set_ylabel(cells[0]['metric'])
+    axis.grid(which='both', alpha=0.3)
