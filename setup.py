@@ -24,6 +24,16 @@ setup(
         'mm': [*MM, 'torchvision', 'pillow', 'matplotlib', 'rich', 'scipy'],
         'data': ['pillow', 'pycocotools', 'rich'],
         'onnx': ['onnx', 'onnxruntime', 'onnxscript'],
-        'dev': ['setuptools', 'pytest', 'pytest-xdist', 'ruff', 'mypy', 'timm'],
+        'dev': [
+            'setuptools',
+            'pytest',
+            'pytest-xdist',
+            'ruff',
+            'mypy',
+            'timm',
+            'tensorly',
+            'tensorly-torch',
+            'torch-pruning',
+        ],
     },
 )

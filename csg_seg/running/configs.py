@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.utils import import_modules_from_strings
 
 from csg_seg.errors import CSGError
 from csg_seg.files import check_folder
@@ -56,6 +57,8 @@ def read_config(path: str | os.PathLike, options: Mapping[str, Any] | None = Non
         raise CSGError(f'{path}: not a config ({error}); give a .py file such as those in configs/') from None
     _remove_scope(cfg._cfg_dict)
     cfg.merge_from_dict(dict(options or {}))
+    if cfg.get('custom_imports'):  # the options may have added some
+        import_modules_from_strings(**cfg.custom_imports)
     return cfg
 
 

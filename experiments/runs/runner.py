@@ -26,6 +26,7 @@ from csg_seg.running.preflight import check_optimizer
 from csg_seg.running.work_dir import latest_checkpoint
 
 ROOT = Path(__file__).parents[2]
+CHECKPOINTS = ('.pth', '.safetensors')
 
 
 def train_and_test(
@@ -135,8 +136,8 @@ def prepare(cfg: Config, seed: int, folder: Path) -> None:
         for position, csg in enumerate(dicts):
             csg.seed = seed * len(dicts) + position
     # Results of other weights under the same file names must not be reused.
-    named = {each for key, each in leaves(cfg.to_dict()) if key in ('checkpoint', 'load_from') and each}
-    files = sorted(each for each in named if Path(each).is_file())
+    texts = {each for _, each in leaves(cfg.to_dict()) if isinstance(each, str)}
+    files = sorted(each for each in texts if each.endswith(CHECKPOINTS) and Path(each).is_file())
     cfg.digests = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files}
     file, text = config_file(folder), cfg.pretty_text
     # The values, because their format depends on the version of mmengine.
