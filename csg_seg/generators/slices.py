@@ -33,7 +33,7 @@ def grid(weight_shape: Sequence[int], slice_shape: Sequence[int]) -> tuple[int, 
     return -(-out_channels // s_out), -(-in_channels // s_in)
 
 
-def join(slices: Tensor, weight_shape: Sequence[int], *, layout: str = 'block') -> Tensor:
+def join(slices: Tensor, weight_shape: Sequence[int], *, layout: str = 'block', channels_last: bool = False) -> Tensor:
     """Assemble a grid of slices into a conv weight, cropping the overhang.
 
     The paper, Omidvar et al., AISTATS 2021, section 2, describes the layout 'block'.
@@ -44,6 +44,7 @@ def join(slices: Tensor, weight_shape: Sequence[int], *, layout: str = 'block') 
         weight_shape: ``(out, in, kh, kw)``.
         layout: 'block' puts slice ``(r, c)`` at rows ``r * s_out`` and columns
             ``c * s_in`` of the weight; 'flat' reshapes all values in order.
+        channels_last: whether the weight's memory is in channels-last order.
 
     Raises:
         ValueError: the number of slices does not match the grid, or the layout is unknown.
@@ -59,8 +60,26 @@ def join(slices: Tensor, weight_shape: Sequence[int], *, layout: str = 'block') 
     if layout == 'block':
         grid_of_slices = slices.reshape(rows, cols, s_out, s_in, *kernel)
         slices = grid_of_slices.transpose(1, 2)
-    whole = slices.reshape(rows * s_out, cols * s_in, *kernel)
+    else:
+        slices = slices.reshape(rows, s_out, cols, s_in, *kernel)
+    if channels_last:  # one copy, in the order of memory
+        slices = slices.permute(0, 1, *range(4, slices.dim()), 2, 3).contiguous()
+        whole = slices.reshape(rows * s_out, *kernel, cols * s_in).movedim(-1, 1)
+    else:
+        whole = slices.reshape(rows * s_out, cols * s_in, *kernel)
     return whole[: weight_shape[0], : weight_shape[1]]
+
+
+def in_memory_order(weight: Tensor, *, channels_last: bool) -> Tensor:
+    """Return a weight without gaps in memory, copied if necessary.
+
+    Args:
+        weight: ``(out, in, kh, kw)``.
+        channels_last: whether memory is in channels-last order.
+    """
+    if channels_last:
+        return weight.movedim(1, -1).contiguous().movedim(-1, 1)
+    return weight.contiguous()
 
 
 def split(weight: Tensor, slice_shape: Sequence[int], *, layout: str = 'block') -> Tensor:

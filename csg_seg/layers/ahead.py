@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from csg_seg.generators.linear import Generator
+from csg_seg.generators.slices import in_memory_order
 
 from .conv import CSGConv, autocast_dtype, generate_weights
 
@@ -104,7 +105,8 @@ class Ahead:
             or not all(map(_same, cached.inputs, inputs))
         ):
             # A cropped weight is a view, which every conv would copy.
-            weights = [weight.contiguous() for weight in generate_in_batches(convs)]
+            pairs = zip(convs, generate_in_batches(convs), strict=True)
+            weights = [in_memory_order(weight, channels_last=conv.channels_last) for conv, weight in pairs]
             copies = [each.clone() for each in inputs]
             cached = self.cached[position] = Cached(copies, weights, _versions(weights), dtype)
         return dict(zip(convs, cached.weights, strict=True))

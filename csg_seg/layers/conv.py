@@ -13,7 +13,7 @@ from csg_seg.errors import CSGError
 from csg_seg.generators.lengths import row_length
 from csg_seg.generators.linear import Generator
 from csg_seg.generators.products import multiply
-from csg_seg.generators.slices import grid, join
+from csg_seg.generators.slices import grid, in_memory_order, join
 
 DENSE_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # An entry that a load of the whole root adds for each conv, to tell it from a load into a part.
@@ -34,6 +34,7 @@ class CSGConv(_ConvNd):
         generator: shared by many convs and registered on the model's root alone.
         loaded: a dense weight that was loaded and not fitted yet.
         ready: returns a weight made ahead, or None if it is out of date; see :mod:`csg_seg.layers.ahead`.
+        channels_last: whether the weight's memory is in channels-last order, as a dense weight's would be.
         dense_kind: the class that the conv had.
         changes: how many generated convs have been copied, unpickled or materialised in this process.
     """
@@ -45,6 +46,7 @@ class CSGConv(_ConvNd):
     generator: Generator
     loaded: Tensor | None = None
     ready: Callable[[], Tensor | None] | None = None
+    channels_last: bool = False
     dense_kind: type[_ConvNd]
 
     @property
@@ -82,10 +84,18 @@ class CSGConv(_ConvNd):
         return generate_weights([self])[0]
 
     def _assemble(self, slices: Tensor) -> Tensor:
-        weight = join(slices, self.weight_shape, layout=self.generator.settings.layout)
+        layout = self.generator.settings.layout
+        weight = join(slices, self.weight_shape, layout=layout, channels_last=self.channels_last)
         if not self.generator.settings.residual:
             return weight
         return weight + multiply(self.residual_in, [self.residual_out])[0].view(self.weight_shape)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move or cast the codes, and find out which memory format a dense weight would have afterwards."""
+        weight = torch.empty([2] * len(self.weight_shape), dtype=self.code.dtype, device=self.code.device)
+        weight = in_memory_order(weight, channels_last=self.channels_last)
+        self.channels_last = not fn(weight).is_contiguous()
+        return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         dense = state_dict.pop(f'{prefix}weight', None)
@@ -180,6 +190,7 @@ def swap_in(conv: _ConvNd, generator: Generator, rng: torch.Generator) -> None:
     # Past nn.Module's bookkeeping: registered here too, the generator would be
     # counted, saved and averaged once for each conv.
     object.__setattr__(generated, 'generator', generator)
+    generated.channels_last = not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous()
     code = draw_code(generated, rng)
     generated.code = nn.Parameter(code.to(weight), requires_grad=weight.requires_grad)
 
@@ -217,12 +228,12 @@ def swap_out(conv: CSGConv, weight: Tensor) -> None:
     Args:
         weight: the weight to keep.
     """
-    weight = weight.detach().clone(memory_format=torch.contiguous_format)
+    weight = in_memory_order(weight.detach().clone(), channels_last=conv.channels_last)
     dense = nn.Parameter(weight, requires_grad=conv.code.requires_grad)
     for name in conv.stored():
         delattr(conv, name)
     object.__delattr__(conv, 'generator')
-    for name in ('loaded', 'ready'):
+    for name in ('loaded', 'ready', 'channels_last'):
         conv.__dict__.pop(name, None)
     conv.__class__ = conv.dense_kind  # type: ignore[assignment]
     CSGConv.changes += 1

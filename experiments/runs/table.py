@@ -186,6 +186,8 @@ def _set_epochs(cfg: Config, epochs: int) -> None:
         raise CSGError('epochs can be set for configs that train by epochs; leave it out')
     before = cfg.train_cfg.max_epochs
     for scheduler in cfg.param_scheduler:
+        if scheduler.get('by_epoch', True) and scheduler.get('begin', 0) >= epochs:
+            raise CSGError(f'epochs: {epochs} ends before {scheduler.type} begins; give more')
         if scheduler.get('by_epoch', True) and scheduler.get('end') == before:
             scheduler.end = epochs
             if 'T_max' in scheduler:

@@ -113,6 +113,13 @@ def test_epochs_stretch_the_schedule(tmp_path):
     assert cfg.param_scheduler[0].end == 100  # iterations of warm-up
 
 
+def test_epochs_that_the_warm_up_takes_are_refused(tmp_path):
+    config = 'configs/cifar10/resnet20_b64-20e_cifar10-npz.py'
+    cell = read_table(table_file(tmp_path, [{**DENSE_CELL, 'config': config, 'epochs': 1, 'options': {}}])).cells[0]
+    with pytest.raises(CSGError, match='epochs: 1 ends before CosineAnnealingLR begins; give more'):
+        cell.read_config()
+
+
 def test_the_data_folder_replaces_data_in_every_loader(tmp_path):
     table = read_table(table_file(tmp_path, [DENSE_CELL]))
     cfg = Run(table, table.cells[0], data=tmp_path / 'mine', work_dir=tmp_path).cfg

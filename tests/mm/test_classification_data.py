@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import tarfile
 
 import numpy as np
 import pytest
@@ -173,6 +174,60 @@ def test_folders_that_are_not_the_classes_are_refused(folder):
     cfg.train_dataloader.dataset.update(data_root=str(folder), metainfo=dict(classes=CLASSES[:2]))
     with pytest.raises(CSGError, match=r'train data: The number of subfolders \(3\)'):
         check_data(cfg, 'train')
+
+
+def tar_config(folder, name, split='train'):
+    cfg = Config.fromfile(CIFAR10 / 'resnet20_b192-20e_cifar10-jpeg-tar.py')
+    cfg.train_dataloader.dataset.update(data_root=str(folder), ann_file=name, split=split)
+    cfg.model.head.num_classes = len(CLASSES)
+    return cfg
+
+
+def pack(folder, name):
+    """Put the folder of classes into an archive beside it, compressed as its name says."""
+    mode = name.rpartition('.')[2]
+    with tarfile.open(folder / name, 'w' if mode == 'tar' else f'w:{mode}') as archive:
+        archive.add(folder / 'train', arcname='train' if mode == 'xz' else './train')
+    return dict(type='TarDataset', data_root=str(folder), ann_file=name)
+
+
+@pytest.mark.parametrize('name', ['pets.tar', 'pets.tar.xz', 'pets.tar.gz'])
+def test_an_archive_gives_the_images_of_its_folders(name, folder):
+    Image.new('L', (32, 32), 7).save(folder / 'train' / 'eel' / 'grey.png')
+    dataset = build(**pack(folder, name))
+    unpacked = build(type='ImageFolderDataset', data_root=str(folder), data_prefix='train')
+    assert dataset.metainfo['classes'] == CLASSES
+    assert len(dataset) == len(unpacked) == 10
+    for each, file in zip(dataset, unpacked, strict=True):
+        assert np.array_equal(each['img'], np.asarray(Image.open(file['img_path']).convert('RGB')))
+        assert each['gt_label'] == file['gt_label']
+    check_data(tar_config(folder, name), 'train')
+
+
+@pytest.mark.parametrize(
+    ('split', 'classes', 'says'),
+    [
+        ('val', None, r'val/ has the classes \(none\); wanted are images in SPLIT/CLASS/'),
+        ('train', CLASSES[:2], 'train/ has the classes cat, dog, eel; wanted are cat, dog'),
+    ],
+)
+def test_an_archive_with_other_folders_is_refused(split, classes, says, folder):
+    settings = pack(folder, 'pets.tar')
+    with pytest.raises(CSGError, match=says):
+        build(**settings, split=split, metainfo=dict(classes=classes) if classes else None)
+
+
+@pytest.mark.parametrize('kind', ['cut', 'text', 'image'])
+def test_a_damaged_archive_is_refused(kind, folder):
+    if kind == 'image':
+        cut(folder / 'train' / 'dog' / '1.jpg')
+    pack(folder, 'pets.tar.xz')
+    archive = folder / 'pets.tar.xz'
+    if kind != 'image':
+        archive.write_bytes(archive.read_bytes()[:3000] if kind == 'cut' else b'no archive at all')
+    says = 'train/dog/1.jpg is broken' if kind == 'image' else 'damaged, or not a tar archive'
+    with pytest.raises(CSGError, match=f'train data: .*pets.tar.xz: {says}.*copy .* again'):
+        check_data(tar_config(folder, archive.name), 'train')
 
 
 class Malice:

@@ -13,7 +13,8 @@ REGISTERED = {
     'MODELS': ['CSGModel', 'TaughtModel', 'DeepLabV3PlusHead']
     + ['CIFARResNet', 'CIFARMobileNetV2', 'CIFARDenseNet', 'CIFARShuffleNetV2'],
     'HOOKS': ['CSGHook', 'ChannelsLastHook', 'CompactCheckpointHook', 'ExactResumeHook'],
-    'DATASETS': ['mmseg.CamVidDataset', 'mmseg.COCOVOCDataset', 'NPZDataset', 'ImageFolderDataset'],
+    'DATASETS': ['mmseg.CamVidDataset', 'mmseg.KvasirDataset', 'mmseg.COCOVOCDataset']
+    + ['NPZDataset', 'TarDataset', 'ImageFolderDataset'],
     'METRICS': ['PerClassAccuracy'],
 }
 DENSE = ROOT / 'configs' / 'cifar10' / 'resnet20_b64-20e_cifar10-npz.py'

@@ -1,10 +1,14 @@
-"""Classification data sets that mmpretrain lacks: NumPy archives, and image folders with broken files."""
+"""Classification data sets that mmpretrain lacks: NumPy and tar archives, and image folders with broken files."""
 
+import io
+import lzma
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -75,6 +79,63 @@ class NPZDataset(BaseDataset):
 
 
 @DATASETS.register_module()
+class TarDataset(BaseDataset):
+    """Images in one tar archive, ``SPLIT/CLASS/*``, decoded once and kept in memory as RGB.
+
+    The archive may be compressed. Classes are numbered as in ``metainfo``, or in alphabetical order.
+
+    Args:
+        ann_file: the archive, relative to ``data_root``.
+        split: 'train', 'test' or another top folder of the archive.
+        kwargs: arguments of :class:`mmpretrain.datasets.BaseDataset`.
+
+    Raises:
+        CSGError: the archive or an image is damaged, or there are no images or other classes.
+    """
+
+    def __init__(self, ann_file: str, split: str = 'train', **kwargs: Any):
+        self.split = split
+        super().__init__(ann_file, **kwargs)
+
+    def load_data_list(self) -> list[dict]:
+        """Return a dict with ``img`` and ``gt_label`` for each image, ordered by class and name."""
+        images = _decoded(self.ann_file, self.split)
+        found = sorted({folder for folder, _ in images})
+        classes = list(self.CLASSES or found)
+        if not images or found != sorted(classes):
+            raise CSGError(
+                f'{self.ann_file}: {self.split}/ has the classes {", ".join(found) or "(none)"}; '
+                f'wanted are {", ".join(classes) or "images in SPLIT/CLASS/"}'
+            )
+        self._metainfo['classes'] = tuple(classes)
+        return [dict(img=images[key], gt_label=classes.index(key[0])) for key in sorted(images)]
+
+
+@lru_cache(maxsize=2)  # a run builds the data sets of two splits more than once
+def _decoded(path: str, split: str) -> dict[tuple[str, str], np.ndarray]:
+    """Return the images of a split, by class and file name."""
+    images = {}
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                name = PurePosixPath(member.name)
+                file = archive.extractfile(member) if member.isfile() else None
+                if file and name.parent.parent == PurePosixPath(split):
+                    images[name.parent.name, name.name] = (member.name, file.read())
+    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError) as error:
+        raise CSGError(f'{path}: damaged, or not a tar archive ({_one_line(error)}); copy it again') from None
+    return {key: _decode(path, *each) for key, each in images.items()}
+
+
+def _decode(path: str, name: str, data: bytes) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image.convert('RGB'))
+    except Exception as error:  # decoding a damaged file may raise anything
+        raise CSGError(f'{path}: {name} is broken ({_one_line(error)}); copy the archive again') from None
+
+
+@DATASETS.register_module()
 class ImageFolderDataset(CustomDataset):
     """A folder of images for each class. Every image is decoded once before training starts.
 
@@ -121,5 +182,9 @@ def _defect(path: str) -> str | None:
         with Image.open(path) as image:
             image.load()
     except Exception as error:  # decoding a damaged file may raise anything
-        return ' '.join(str(error).split())[:120]
+        return _one_line(error)
     return None
+
+
+def _one_line(error: Exception) -> str:
+    return ' '.join(str(error).split())[:120]

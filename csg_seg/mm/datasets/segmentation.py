@@ -32,6 +32,21 @@ class CamVidDataset(BaseSegDataset):
 
 
 @DATASETS.register_module()
+class KvasirDataset(BaseSegDataset):
+    """Kvasir-SEG: polyps in images of endoscopy, of various sizes.
+
+    Jha et al., "Kvasir-SEG: A Segmented Polyp Dataset", MMM 2020.
+    Layout: ``images/{train,val,test}/*.jpg`` and ``labels/{train,val,test}/*.png``.
+    Labels are grey images: 0 background, 1 polyp.
+    """
+
+    METAINFO = {'classes': ('background', 'polyp'), 'palette': [[0, 0, 0], [255, 255, 255]]}
+
+    def __init__(self, img_suffix: str = '.jpg', seg_map_suffix: str = '.png', **kwargs: Any):
+        super().__init__(img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, **kwargs)
+
+
+@DATASETS.register_module()
 class COCOVOCDataset(BaseSegDataset):
     """COCO with background and the 20 classes of Pascal VOC.
 

@@ -1,0 +1,16 @@
+# UNet of half the usual width on Kvasir-SEG at 192 x 192 pixels, from scratch: 7.3 M parameters.
+# The import makes 'mmseg::' resolve on both lines of mm packages, whatever program reads this.
+_base_ = __import__('csg_seg.mm') and [
+    'mmseg::_base_/default_runtime.py',
+    '../_base_/models/unet-s5-d16-w32.py',
+    '../_base_/datasets/kvasir_192.py',
+    '../_base_/schedules/sgd_40e.py',
+]
+custom_imports = dict(imports=['csg_seg.mm'])
+model = dict(
+    data_preprocessor=dict(size=(192, 192)),
+    decode_head=dict(num_classes=2),
+    auxiliary_head=dict(num_classes=2),
+)
+log_processor = dict(by_epoch=True)
+randomness = dict(seed=0)
