@@ -93,13 +93,15 @@ class Table:
         Raises:
             CSGError: it matches none.
         """
-        found = tuple(
-            each for each in self.cells if fnmatchcase(each.label, pattern) or fnmatchcase(each.name, pattern)
-        )
+        found = self.find(pattern)
         if not found:
             names = ', '.join(dict.fromkeys(each.name for each in self.cells))
             raise CSGError(f'--only {pattern!r} matches no cell of {self.path}; the cells are {names}')
         return found
+
+    def find(self, pattern: str) -> tuple[Cell, ...]:
+        """Return the cells whose label or name a shell-style pattern matches, perhaps none."""
+        return tuple(each for each in self.cells if fnmatchcase(each.label, pattern) or fnmatchcase(each.name, pattern))
 
     def dense_of(self, cell: Cell) -> Cell:
         """Return the dense cell of a cell's network.
