@@ -155,6 +155,7 @@ def commands(files, drawn, image):
         'compare.py': ([DENSE, DEMO, *data], '--work-dir', 'x'),
         'experiments.runs': ([TABLE], '--work-dir', 'x'),
         'experiments.rivals': ([], '--work-dir', 'x'),
+        'experiments.peers': ([TABLE], '--out', 'x.json'),
         'experiments.carry_over': ([DENSE, files / 'dense.pth', *data], '--work-dir', 'x'),
         'experiments.federated': (['--network', 'a', *network, '*', *data], '--work-dir', 'x'),
         'model_converters/released2csg.py': ([files / 'csg.pth'], '--out', 'x.pth'),
