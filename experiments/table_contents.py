@@ -454,6 +454,11 @@ EXPERIMENTS: dict[str, tuple[str, Callable[[], str], str]] = {
         carry_over_result,
         "fit, then a teacher's logits and block outputs; see [from trained weights](../docs/from_trained_weights.md)",
     ),
+    'peers': (
+        'What do networks of equal size cost in time and memory?',
+        lambda: 'not measured yet',
+        'open',
+    ),
     'rivals': ('Are other generators better at equal size?', rivals_result, 'no; see [rivals](rivals/README.md)'),
 }
 
