@@ -403,12 +403,22 @@ def carry_over_result() -> str:
     return f'{links}: ResNet-56 at 2.3x {score:.2f} after three epochs'
 
 
+def peers_result() -> str:
+    """The result of ``experiments.peers``."""
+    networks = read('peers-deeplabv3-r18')['networks']
+    steps = ', '.join(f'{name} {networks[name]["step_ratio"]:.2f}' for name in PEERS)
+    return f'{link("peers-deeplabv3-r18")}: a step of DeepLabV3-R18, relative to dense: {steps}'
+
+
 def rivals_result() -> str:
     """The result of ``experiments.rivals``."""
     networks = read('generators-resnet20')['networks']
     names = {'linear': 's4-d57', 'tensor ring': 's4-d52-ring18', 'MLP': 's4-d52-mlp48'}
     scores = (f'{label} {networks[config_name(name)]["mean"]:.2f}' for label, name in names.items())
     return f'{link("generators-resnet20")}: {", ".join(scores)}'
+
+
+PEERS = ('csg-10x', 'csg-47x', 'hypernetwork-10x', 't-basis-10x', 'tucker-10x', 'cp-10x', 'separable-10x', 'narrow-10x')
 
 
 def link(name: str) -> str:
@@ -456,8 +466,8 @@ EXPERIMENTS: dict[str, tuple[str, Callable[[], str], str]] = {
     ),
     'peers': (
         'What do networks of equal size cost in time and memory?',
-        lambda: 'not measured yet',
-        'open',
+        peers_result,
+        'CSG trains and evaluates like a dense network; networks that compute less are faster',
     ),
     'rivals': ('Are other generators better at equal size?', rivals_result, 'no; see [rivals](rivals/README.md)'),
 }

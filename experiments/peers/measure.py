@@ -19,7 +19,7 @@ from csg_seg.layers.bank import find_bank
 from csg_seg.mm.model import build_model
 from csg_seg.report import summarise
 from experiments.runs.table import Cell
-from experiments.speed.timing import HELD, PHASES, Load, Trainee
+from experiments.speed.timing import HELD, Load, Trainee
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
 
@@ -55,7 +55,8 @@ def measure_peers(cells: Sequence[Cell], load: Load, *, track: Track = iter) -> 
         }
         built[cell.name] = deepcopy(model)
         trainees[cell.name] = Trainee(model, cfg, load)
-        results[cell.name]['bytes'] = {key: trainees[cell.name].count_bytes()[key] for key in HELD}
+        held = trainees[cell.name].count_bytes()
+        results[cell.name]['bytes'] = {key: held[key] for key in HELD}
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in trainees}
     with tempfile.TemporaryDirectory() as folder:
         files = {cell.name: Path(folder, f'{cell.name}.safetensors') for cell in cells}
@@ -66,7 +67,7 @@ def measure_peers(cells: Sequence[Cell], load: Load, *, track: Track = iter) -> 
             # The order alternates, so that no network is always first.
             for cell in cells[:: -1 if turn % 2 else 1]:
                 trainee = trainees[cell.name]
-                taken = {'step': sum(trainee.step()[phase] for phase in PHASES), **trainee.evaluation()}
+                taken = {'step': sum(trainee.step().values()), **trainee.evaluation()}
                 taken |= time_first_image(built[cell.name], files[cell.name], load)
                 if turn >= load.warm_up:
                     for key, value in taken.items():
