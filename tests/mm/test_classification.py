@@ -10,12 +10,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, cfg_options, run_experiment, run_program, run_tool
+from conftest import ROOT, cfg_options, run_program, run_tool
 from mmengine.config import Config
 
+from csg_seg.errors import CSGError
 from csg_seg.mm.checkpoints.reading import read_checkpoint
 from csg_seg.mm.hooks.channels_last import ChannelsLastHook
 from csg_seg.mm.model import build_model
+from csg_seg.running.configs import read_config
+from experiments.runs.runner import train_and_test
 
 CIFAR10 = ROOT / 'configs' / 'cifar10'
 NAME = 'resnet20_b64-20e_cifar10-npz'
@@ -129,36 +132,31 @@ def test_a_terminal_shows_a_bar_and_is_itself_again(fails, trained, npz, tmp_pat
 
 @pytest.mark.full
 def test_several_seeds_are_gathered_and_not_trained_twice(npz, tmp_path):
-    settings = ['train_cfg.max_epochs=1', 'param_scheduler.1.end=3', 'train_dataloader.dataset.indices=128']
-    settings += ['test_dataloader.dataset.indices=100', 'val_dataloader.dataset.indices=100']
-    settings += [f'{split}_dataloader.dataset.data_root={npz}' for split in ('train', 'val', 'test')]
-    out = tmp_path / 'new' / 'result.json'
-    command = ['runs', CSG, '--seeds', 0, 1, '--jobs', 2, '--work-dir', tmp_path]
-    printed = run_experiment(*command, '--out', out, '--cfg-options', *settings).stdout
-    result = json.loads(out.read_text())
-    network = result['networks'][CSG.stem]
+    settings = {'train_cfg.max_epochs': 1, 'param_scheduler.1.end': 3, 'train_dataloader.dataset.indices': 128}
+    settings |= {'test_dataloader.dataset.indices': 100, 'val_dataloader.dataset.indices': 100}
+    settings |= {f'{split}_dataloader.dataset.data_root': str(npz) for split in ('train', 'val', 'test')}
+
+    def train(**changes):
+        return train_and_test({'csg': read_config(CSG, {**settings, **changes})}, [0, 1], tmp_path, jobs=2)
+
+    result = train()
+    network = result['networks']['csg']
     assert network['stored_params'] == 115_426
-    assert list(network['scores']) == ['0', '1']
+    assert list(network['scores']) == [0, 1]
     assert network['mean'] == pytest.approx(sum(network['scores'].values()) / 2)
-    assert f'{network["mean"]:.2f}' in printed
-    assert result['command'].startswith('python ')
     assert {'device', 'torch', 'mmengine', 'python'} <= result['made_with'].keys()
     logs = {path: path.stat().st_mtime_ns for path in tmp_path.glob('*/*/train.txt')}
     assert len(logs) == 2
-    again = run_experiment(*command, '--json', '--cfg-options', *settings).stdout
-    assert json.loads(again)['networks'] == result['networks']
+    assert train()['networks'] == result['networks']
     assert all(path.stat().st_mtime_ns == before for path, before in logs.items())
-    other = run_experiment(*command, '--cfg-options', *settings, 'model.csg.code_dim=36', check=False)
-    assert other.returncode == 1
-    assert 'holds a run with other settings' in other.stderr.splitlines()[-1]
+    with pytest.raises(CSGError, match='holds a run with other settings'):
+        train(**{'model.csg.code_dim': 36})
 
 
 def test_a_failed_run_is_named(tmp_path):
-    missing = f'train_dataloader.dataset.data_root={tmp_path}'
-    done = run_experiment('runs', CSG, '--work-dir', tmp_path, '--seeds', 0, '--cfg-options', missing, check=False)
-    assert done.returncode == 1
-    assert 'train.py' in done.stderr.splitlines()[-1]
-    assert 'cifar10-subset.npz does not exist' in done.stderr.splitlines()[-1]
+    cfg = read_config(CSG, {'train_dataloader.dataset.data_root': str(tmp_path)})
+    with pytest.raises(CSGError, match=r'train\.py .* failed: .*cifar10-subset\.npz does not exist'):
+        train_and_test({'csg': cfg}, [0], tmp_path)
 
 
 @pytest.fixture
