@@ -17,7 +17,7 @@ with one_line_errors():
     from csg_seg.mm.hooks.label_guard import LabelGuardHook
     from csg_seg.mm.hooks.progress_bar import ProgressBarHook
     from csg_seg.mm.model import build_model
-    from csg_seg.running.amp import test_in_mixed_precision
+    from csg_seg.running.amp import use_amp_to_test
     from csg_seg.running.configs import load_config
     from csg_seg.running.preflight import check_data
     from csg_seg.running.processes import use_cpu_processes
@@ -85,7 +85,7 @@ def main() -> None:
         check_data(cfg, 'test')
         apply_options(cfg, args)
         if args.amp:
-            test_in_mixed_precision(cfg)
+            use_amp_to_test(cfg)
         use_cpu_processes(cfg)
         with writing_into(cfg.work_dir), console.notes_to_stderr(when=args.json), ProgressBarHook() as bars:
             runner = Runner.from_cfg(cfg)

@@ -17,7 +17,7 @@ with one_line_errors():
     from csg_seg.mm.hooks.label_guard import LabelGuardHook
     from csg_seg.mm.hooks.progress_bar import ProgressBarHook
     from csg_seg.mm.model import build_model
-    from csg_seg.running.amp import train_in_mixed_precision
+    from csg_seg.running.amp import use_amp_to_train
     from csg_seg.running.configs import load_config
     from csg_seg.running.preflight import check_data, check_optimizer, check_starts
     from csg_seg.running.processes import use_cpu_processes
@@ -60,7 +60,7 @@ def main() -> None:
         cfg = load_config(args.config, args.cfg_options, work_dir=args.work_dir, launcher=args.launcher)
         cfg.resume = args.resume
         if args.amp:
-            train_in_mixed_precision(cfg)
+            use_amp_to_train(cfg)
         if args.resume:
             resume_latest(cfg, named='load_from' in (args.cfg_options or {}))
         check_optimizer(cfg, build_model(cfg))  # a mistake shows here, before anything is written

@@ -5,6 +5,7 @@ from typing import Any
 
 import mmengine.optim
 import torch
+from mmengine.device import get_device
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 
@@ -27,7 +28,7 @@ def check_mixed_precision(dtype: str | torch.dtype | None = None) -> None:
     Raises:
         CSGError: there is no GPU, and the CPU has no bfloat16 instructions or ``dtype`` is another one.
     """
-    if mmengine.device.get_device() != 'cpu':
+    if get_device() != 'cpu':
         return
     if dtype not in (None, 'bfloat16', torch.bfloat16):
         raise CSGError(f'mixed precision in {dtype} needs a GPU; set optim_wrapper.dtype=bfloat16, or remove it')
@@ -59,7 +60,7 @@ class AmpOptimWrapper(mmengine.optim.AmpOptimWrapper):
         use_fsdp: bool = False,
         **kwargs: Any,
     ):
-        if mmengine.device.get_device() != 'cpu':
+        if get_device() != 'cpu':
             super().__init__(loss_scale=loss_scale, dtype=dtype, use_fsdp=use_fsdp, **kwargs)
             return
         check_mixed_precision(dtype)

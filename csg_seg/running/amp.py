@@ -2,12 +2,13 @@
 
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 
 from csg_seg.errors import CSGError
 from csg_seg.mm.mixed_precision import check_mixed_precision
 
 
-def train_in_mixed_precision(cfg: Config) -> None:
+def use_amp_to_train(cfg: Config) -> None:
     """Switch a config's training to mixed precision, as mmsegmentation's tool does; see also :func:`prepare_cpu`.
 
     Raises:
@@ -21,7 +22,7 @@ def train_in_mixed_precision(cfg: Config) -> None:
     prepare_cpu(cfg)
 
 
-def test_in_mixed_precision(cfg: Config) -> None:
+def use_amp_to_test(cfg: Config) -> None:
     """Switch a config's testing to mixed precision; see also :func:`prepare_cpu`.
 
     Raises:
@@ -37,7 +38,7 @@ def prepare_cpu(cfg: Config) -> None:
     Raises:
         CSGError: there is no GPU and the CPU has no bfloat16 instructions.
     """
-    if torch.cuda.is_available():
+    if get_device() != 'cpu':
         return
     check_mixed_precision()
     torch.set_flush_denormal(True)

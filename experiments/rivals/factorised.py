@@ -9,8 +9,9 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from csg_seg.errors import CSGError
+from csg_seg.layers.conv import kaiming_std
 
-from .separable import find_replaceable, kaiming_std, replace_convs
+from .separable import find_replaceable, replace_convs
 
 try:
     from tensorly.cp_tensor import validate_cp_rank

@@ -1,6 +1,5 @@
 """Depthwise-separable convs: ``model=dict(type='SeparableModel', base_type='EncoderDecoder', ...)``."""
 
-import math
 from collections.abc import Callable, Collection
 from fnmatch import fnmatchcase
 from functools import partial
@@ -10,6 +9,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from csg_seg.errors import CSGError
+from csg_seg.layers.conv import kaiming_std
 
 MakeLayer = Callable[[nn.Conv2d], nn.Module]
 
@@ -72,11 +72,6 @@ class SeparableConv(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Map ``(n, in, h, w)`` to ``(n, out, h', w')``."""
         return self.pointwise(self.activate(self.norm(self.depthwise(images))))
-
-
-def kaiming_std(conv: nn.Conv2d) -> float:
-    """Return the std of Kaiming-normal weights by the fan out, which mmcv and mmseg use, of each group."""
-    return math.sqrt(2 / (conv.out_channels // conv.groups * math.prod(conv.kernel_size)))
 
 
 def replace_convs(

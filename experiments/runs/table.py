@@ -10,6 +10,7 @@ import yaml
 from mmengine.config import Config
 
 from csg_seg.errors import CSGError
+from csg_seg.mm.checkpoints.descriptions import leaves
 from csg_seg.running.configs import read_config
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +55,7 @@ class Cell:
     @property
     def needs(self) -> tuple[str, ...]:
         """The labels of the cells whose checkpoints this one starts from."""
-        named = [each for each in _leaves([self.csg, self.options]) if str(each).startswith(OTHER_CELL)]
+        named = [each for _, each in leaves([self.csg, self.options]) if str(each).startswith(OTHER_CELL)]
         return tuple(f'{each.removeprefix(OTHER_CELL)}-s{self.seed}' for each in dict.fromkeys(named))
 
     def read_config(self) -> Config:
@@ -161,16 +162,6 @@ def _cells(path: Path, defaults: Mapping[str, Any], entry: Any) -> Iterator[Cell
         raise CSGError(f'{path}: cell {entry["name"]}: seeds must be a list of integers from 0; got {seeds!r}')
     for seed in seeds:
         yield Cell(seed=seed, **values)
-
-
-def _leaves(node: Any) -> Iterator[Any]:
-    if isinstance(node, Mapping):
-        node = list(node.values())
-    if isinstance(node, list):
-        for each in node:
-            yield from _leaves(each)
-    else:
-        yield node
 
 
 def _check_keys(where: str, content: Mapping[str, Any], *, required: set[str], known: set[str]) -> None:

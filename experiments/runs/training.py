@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -122,17 +123,24 @@ class Run:
     Attributes:
         cell: what is trained.
         folder: holds logs and checkpoints.
+        data: folder that holds the data sets.
         started: whether a process of it has been started here.
     """
 
     def __init__(self, table: Table, cell: Cell, *, data: Path, work_dir: Path):
         self.table, self.cell = table, cell
         self.folder = work_dir / table.dataset / cell.label
-        self.cfg = cell.read_config()
-        replace_data_root(self.cfg, data)
-        self.cfg.default_hooks.setdefault('exact_resume', dict(type='ExactResumeHook'))
+        self.data = data
         self.started = False
         self._processes: list[subprocess.Popen] = []
+
+    @cached_property
+    def cfg(self) -> Config:
+        """The cell's complete config, with the data where they are."""
+        cfg = self.cell.read_config()
+        _replace_data_root(cfg, self.data)
+        cfg.default_hooks.setdefault('exact_resume', dict(type='ExactResumeHook'))
+        return cfg
 
     @property
     def data_sets(self) -> str:
@@ -170,7 +178,7 @@ class Run:
         self.started = True
         if needed:
             paths = {f'{OTHER_CELL}{label.rpartition("-s")[0]}': path for label, path in needed.items()}
-            _name_checkpoints(self.cfg._cfg_dict, paths)
+            _replace_texts(self.cfg._cfg_dict, lambda text: paths.get(text) or text)
             prepare(self.cfg, self.cell.seed, self.folder)
         self._note_commit()
         amp = ['--amp'] if self.cell.amp else []
@@ -264,27 +272,24 @@ class Run:
         return json.loads(file.read_text()) if file.exists() else []
 
 
-def _name_checkpoints(node: Any, paths: Mapping[str, str | None]) -> None:
-    """Replace the names of other cells in a config with the paths of their checkpoints."""
+def _replace_texts(node: Any, change: Callable[[str], str]) -> None:
+    """Change every text in a config, in place."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-        if isinstance(value, str) and value in paths:
-            node[key] = paths[value]
+        if isinstance(value, str):
+            node[key] = change(value)
         elif isinstance(value, (dict, list)):
-            _name_checkpoints(value, paths)
+            _replace_texts(value, change)
 
 
-def replace_data_root(cfg: Config, data: Path) -> None:
+def _replace_data_root(cfg: Config, data: Path) -> None:
     """Let a config read the data sets in another folder than ``data``."""
 
-    def replace(node: Any) -> None:
-        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-            if isinstance(value, str) and Path(value).parts[:1] == ('data',):
-                node[key] = str(data.joinpath(*Path(value).parts[1:]))
-            elif isinstance(value, (dict, list)):
-                replace(value)
+    def change(text: str) -> str:
+        first, *rest = Path(text).parts or ('',)
+        return str(data.joinpath(*rest)) if first == 'data' else text
 
     for split in SPLITS:
-        replace(cfg[f'{split}_dataloader'])
+        _replace_texts(cfg[f'{split}_dataloader'], change)
 
 
 def current_commit() -> str:

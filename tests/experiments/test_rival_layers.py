@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from csg_seg.errors import CSGError
+from csg_seg.layers.conv import kaiming_std
 from csg_seg.mm.checkpoints.reading import load_weights, read_checkpoint
 from csg_seg.mm.model import build_model
 from csg_seg.running.configs import read_config
-from experiments.rivals.separable import SeparableConv, kaiming_std
+from experiments.rivals.separable import SeparableConv
 from experiments.runs.table import read_table
 
 TABLE = ROOT / 'experiments/rivals/tables/camvid_layers.yml'

@@ -1,5 +1,5 @@
-# CamVid at half size, for training on a CPU; scored at full size, as ever.
-_base_ = './camvid.py'
+# CamVid at half size, for training to convergence on a CPU; scored at full size, as ever.
+_base_ = './camvid_half.py'
 crop_size = (180, 240)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -10,18 +10,8 @@ train_pipeline = [
     dict(type='PhotoMetricDistortion'),
     dict(type='PackSegInputs'),
 ]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(240, 180), keep_ratio=True),
-    dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs'),
-]
-loader = dict(num_workers=0, persistent_workers=False)
 train_dataloader = dict(
-    **loader,
     batch_size=8,
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(pipeline=train_pipeline),
 )
-val_dataloader = dict(**loader, dataset=dict(pipeline=test_pipeline))
-test_dataloader = dict(**loader, dataset=dict(pipeline=test_pipeline))
