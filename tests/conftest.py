@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.visualization import Visualizer
 from yapf.yapflib import yapf_api
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +53,14 @@ def skip_slow_library_work() -> None:
     """
     yapf_api.FormatCode = lambda text, **kwargs: (text, True)
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def own_logs():
+    """Let no run write into the log of an earlier test: mmengine names runs of one config by the second."""
+    yield
+    for kind in (MMLogger, MessageHub, Visualizer):
+        kind._instance_dict.clear()
 
 
 @pytest.fixture(scope='session')
