@@ -21,6 +21,7 @@ from csg_seg.report import summarise
 from csg_seg.running.preflight import check_data, check_optimizer
 from csg_seg.running.work_dir import latest_checkpoint
 
+from .int8 import write_rounded
 from .rows import Row, add_row, label_of, read_rows
 from .runner import call_tool, config_file, prepare
 from .table import OTHER_CELL, ROOT, Cell, Table
@@ -185,15 +186,12 @@ class Run:
         self._call('train.py', config_file(self.folder), '--resume', *amp, log='train.txt')
         checkpoint = latest_checkpoint(self.folder)
         assert checkpoint is not None
-        scores = {}
-        for split in ('val', 'test'):
-            if split == 'val' and self.cfg.val_dataloader == self.cfg.test_dataloader:
-                continue
-            scores[split] = self._test(split, checkpoint)
+        scores = self._test(checkpoint)
+        rounded = self.folder / 'int8.pth'
+        int8_bytes = write_rounded(self.cfg, checkpoint, rounded)
+        int8_scores = self._test(str(rounded), prefix='int8-')
+        rounded.unlink()
         metric = self.table.metric
-        for split, each in scores.items():
-            if metric not in each:
-                raise CSGError(f'there is no metric {metric!r}; the {split} gave {", ".join(each)}')
         versions = made_with(seed=self.cell.seed)
         del versions['seed'], versions['device']
         return {
@@ -210,6 +208,7 @@ class Run:
             'val': scores.get('val', {}).get(metric),
             'test': scores['test'][metric],
             'scores': scores,
+            'int8': {'bytes': int8_bytes, **{split: each[metric] for split, each in int8_scores.items()}},
             'seconds': round(self._training_seconds()),
             'command': f'python -m experiments.runs {_relative(self.table.path)} --only {self.cell.label}',
             'commit': ', '.join(self._commits()),
@@ -235,16 +234,24 @@ class Run:
     def _call(self, tool: str, *args: str | Path, log: str) -> str:
         return call_tool(tool, *args, log=self.folder / log, threads=1, started=self._processes.append)
 
-    def _test(self, split: str, checkpoint: str) -> dict[str, float]:
-        result = self.folder / f'{split}.json'
+    def _test(self, checkpoint: str, prefix: str = '') -> dict[str, dict[str, float]]:
+        """Return the scores of a checkpoint on val and test, or on test alone where both are the same."""
+        same = self.cfg.val_dataloader == self.cfg.test_dataloader
+        return {split: self._test_on(split, checkpoint, prefix) for split in (['test'] if same else ['val', 'test'])}
+
+    def _test_on(self, split: str, checkpoint: str, prefix: str) -> dict[str, float]:
+        result = self.folder / f'{prefix}{split}.json'
         if not result.exists():
             cfg = deepcopy(self.cfg)
             cfg.test_dataloader, cfg.test_evaluator = cfg[f'{split}_dataloader'], cfg[f'{split}_evaluator']
             folder = self.folder / split
             prepare(cfg, self.cell.seed, folder)
-            printed = self._call('test.py', config_file(folder), checkpoint, '--json', log=f'{split}.txt')
+            printed = self._call('test.py', config_file(folder), checkpoint, '--json', log=f'{prefix}{split}.txt')
             write_whole(result, lambda partial: partial.write_text(printed))
-        return {key: round(value, 4) for key, value in json.loads(result.read_text()).items()}
+        scores = {key: round(value, 4) for key, value in json.loads(result.read_text()).items()}
+        if self.table.metric not in scores:
+            raise CSGError(f'there is no metric {self.table.metric!r}; the {split} gave {", ".join(scores)}')
+        return scores
 
     def _logged(self) -> list[dict[str, Any]]:
         """Return what training logged, the last entry for each iteration, over all its sessions."""

@@ -70,6 +70,8 @@ def test_cells_are_trained_once_and_start_from_one_another(tmp_path, drawn):
     for row in rows:
         assert row['command'].endswith(f'{table} --only {row["cell"]}-s0')
         assert row['test'] == row['scores']['test']['mIoU'] and row['seconds'] > 0 and row['commit']
+        assert row['stored_params'] < row['int8']['bytes'] < 2 * row['stored_params']
+        assert row['int8']['test'] == pytest.approx(row['test'], abs=2)
     config = (tmp_path / 'work' / 'drawn' / 'carried-s0.py').read_text()
     assert "dense-s0/iter_6.pth'" in config and 'cell:' not in config
     before = file.stat().st_mtime_ns
