@@ -29,7 +29,7 @@ GIVEN_DATA = os.environ.get('CSG_SEG_DATA')
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog='python -m experiments.runs', description=__doc__)
     parser.add_argument('table', help='table of trainings, such as experiments/runs/tables/camvid.yml')
-    parser.add_argument('--only', default='*', help="cells to train, by name or pattern: dense-s0, 'csg-*'")
+    parser.add_argument('--only', nargs='+', default=['*'], help="cells to train, by name or pattern: dense-s0 'csg-*'")
     parser.add_argument('--jobs', type=int, default=1, help='cells to train at a time, one thread each (default: 1)')
     parser.add_argument('--dry-run', action='store_true', help='train nothing; print what is done and what is missing')
     parser.add_argument(

@@ -1,6 +1,6 @@
 """A table of trainings: a YAML file that says what each cell trains."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -88,17 +88,20 @@ class Table:
     metric: str
     cells: tuple[Cell, ...]
 
-    def matching(self, pattern: str) -> tuple[Cell, ...]:
-        """Return the cells whose label or name a shell-style pattern matches.
+    def matching(self, patterns: Sequence[str]) -> tuple[Cell, ...]:
+        """Return the cells whose label or name one of several shell-style patterns matches, in the table's order.
 
         Raises:
-            CSGError: it matches none.
+            CSGError: a pattern matches none.
         """
-        found = self.find(pattern)
-        if not found:
-            names = ', '.join(dict.fromkeys(each.name for each in self.cells))
-            raise CSGError(f'--only {pattern!r} matches no cell of {self.path}; the cells are {names}')
-        return found
+        chosen = set()
+        for pattern in patterns:
+            found = {each.label for each in self.find(pattern)}
+            if not found:
+                names = ', '.join(dict.fromkeys(each.name for each in self.cells))
+                raise CSGError(f'--only {pattern!r} matches no cell of {self.path}; the cells are {names}')
+            chosen |= found
+        return tuple(each for each in self.cells if each.label in chosen)
 
     def find(self, pattern: str) -> tuple[Cell, ...]:
         """Return the cells whose label or name a shell-style pattern matches, perhaps none."""

@@ -209,9 +209,9 @@ def test_the_cells_of_the_table_store_as_much_as_the_linear_generator():
     table = read_table(ROOT / 'experiments' / 'rivals' / 'tables' / 'camvid_generators.yml')
     assert (table.dataset, table.metric) == (linear.dataset, linear.metric)
     dense, *rivals = table.cells
-    assert dense == linear.matching('dense-s0')[0]
+    assert dense == linear.find('dense-s0')[0]
     assert [each.name for each in rivals] == [*STORED]
-    twins = {size: linear.matching(f'csg-{size}-s0')[0] for size in ('10x', '47x')}
+    twins = {size: linear.find(f'csg-{size}-s0')[0] for size in ('10x', '47x')}
     sizes = {size: summarise_on_meta(cell) for size, cell in twins.items()}
     for cell in rivals:
         size = cell.name.rpartition('-')[2]
