@@ -17,6 +17,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', default='demo.png', help='picture to write (default: demo.png)')
     parser.add_argument('--opacity', type=float, default=0.5, help='of the colours (default: 0.5)')
     parser.add_argument('--scale', type=int, default=1, help='of the picture, for names to be read (default: 1)')
+    parser.add_argument(
+        '--low-memory', action='store_true', help='generate each weight when its layer computes, and keep none'
+    )
     options.add_overwrite(parser)
     options.add_json(parser, 'print JSON')
     return parser.parse_args()
@@ -31,7 +34,7 @@ def main() -> None:
             raise CSGError(f'--opacity {args.opacity} is not above 0 and at most 1')
         if args.scale < 1:
             raise CSGError(f'--scale {args.scale}: give a whole number of at least 1')
-        network = load_network(args.config, args.checkpoint, args.cfg_options)
+        network = load_network(args.config, args.checkpoint, args.cfg_options, keep_weights=not args.low_memory)
         prediction = predict(network, args.image)
         picture = draw(network, args.image, prediction, opacity=args.opacity, scale=args.scale)
         save_picture(picture, args.out)

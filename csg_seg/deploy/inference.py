@@ -20,6 +20,7 @@ from torch import Tensor
 
 from csg_seg.errors import CSGError
 from csg_seg.files import write_whole
+from csg_seg.layers.bank import find_bank
 from csg_seg.mm.checkpoints.reading import load_weights, read_checkpoint
 from csg_seg.mm.model import build_model
 from csg_seg.running.configs import data_sets, read_config
@@ -33,7 +34,11 @@ LABELS = ('LoadAnnotations', 'LoadPanopticAnnotations')
 
 
 def load_network(
-    config: str | os.PathLike | None, checkpoint: str | os.PathLike, options: Mapping[str, Any] | None = None
+    config: str | os.PathLike | None,
+    checkpoint: str | os.PathLike,
+    options: Mapping[str, Any] | None = None,
+    *,
+    keep_weights: bool = True,
 ) -> BaseModel:
     """Load a trained network for inference.
 
@@ -42,6 +47,7 @@ def load_network(
             checkpoint, or None for a compact checkpoint that contains its config.
         checkpoint: a training checkpoint (``.pth``) or a compact checkpoint (``.safetensors``).
         options: settings of the config to override, by dotted name.
+        keep_weights: as for :func:`csg_seg.load_compact`; False saves memory. Dense networks ignore it.
 
     Returns:
         The network in evaluation mode, with the attributes ``cfg`` and ``dataset_meta`` that mmseg and
@@ -72,6 +78,9 @@ def load_network(
     if config is not None and not meta.get('classes'):
         meta = _metainfo(network.cfg) | {key: each for key, each in meta.items() if each is not None}
     network.dataset_meta = meta
+    bank = find_bank(network)
+    if bank is not None:
+        bank.keep_weights = keep_weights
     return network.eval()
 
 

@@ -27,6 +27,8 @@ class GeneratorBank(Generators):
         ahead: makes weights ahead of forward passes, and caches them between evaluations.
         loading: fits weights that were loaded, and holds the settings of loading.
         reset: which layers the last load reset, as ``reset.layers``.
+        keep_weights: whether weights are kept from one evaluation to the next. If False, memory holds one generated
+            weight at a time, and each evaluation takes longer.
     """
 
     def __init__(self, generators: Iterable[Generator], left_dense: Mapping[str, object]):
@@ -36,6 +38,7 @@ class GeneratorBank(Generators):
         self.ahead = Ahead()
         self.loading = Loading(self)
         self.reset = self.loading.reset
+        self.keep_weights = True
         self._changes = CSGConv.changes
         self._is_watched = False
 
@@ -102,7 +105,10 @@ class GeneratorBank(Generators):
             self._is_watched = True
         elif WATCH.is_over:
             WATCH.end()
-        self.ahead.make(self, self.layers)
+        if self.keep_weights or torch.is_grad_enabled():
+            self.ahead.make(self, self.layers)
+        else:
+            self.ahead.cached.clear()
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode; training clears the cached weights."""

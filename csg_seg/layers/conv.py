@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, cast
 
 import torch
@@ -12,10 +12,12 @@ from torch.nn.modules.conv import _ConvNd
 from csg_seg.errors import CSGError
 from csg_seg.generators.lengths import row_length
 from csg_seg.generators.linear import Generator
-from csg_seg.generators.products import multiply
+from csg_seg.generators.products import is_recorded, multiply
 from csg_seg.generators.slices import grid, in_memory_order, join
 
 DENSE_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# Layers with more weight values than this are made in parts; for smaller ones, memory does not matter.
+LARGE = 2**20
 # An entry that a load of the whole root adds for each conv, to tell it from a load into a part.
 FROM_ROOT = '_loaded_from_root'
 
@@ -80,8 +82,34 @@ class CSGConv(_ConvNd):
         return {name: getattr(self, name) for name in names}
 
     def generate_weight(self) -> Tensor:
-        """Return the weight of the current code, generator and residual."""
+        """Return the weight of the current code, generator and residual.
+
+        Without gradients, a large weight is made one row of its grid at a time, so that memory holds little more.
+        """
+        is_large = type(self.code) is nn.Parameter and self.weight_shape.numel() > LARGE
+        if is_large and not (torch.is_grad_enabled() or is_recorded()):
+            return self._generate_by_rows()
         return generate_weights([self])[0]
+
+    def _generate_by_rows(self) -> Tensor:
+        check_fitted([self])
+        settings, (out_channels, *rest) = self.generator.settings, self.weight_shape
+        rows, cols = grid(self.weight_shape, settings.slice_shape)
+        weight: Tensor | None = None
+        with precision_of(self.generator, self.code.device.type):
+            for row, code in enumerate(self.code.detach().view(rows, cols, -1)):
+                start = row * settings.slice_shape[0]
+                stop = min(start + settings.slice_shape[0], out_channels)
+                (slices,) = self.generator.generate([code])
+                part = join(slices, (stop - start, *rest), layout=settings.layout)
+                if settings.residual:
+                    part = part + (self.residual_out[start:stop] @ self.residual_in).view_as(part)
+                if weight is None:
+                    empty = part.new_empty(self.weight_shape)
+                    weight = in_memory_order(empty, channels_last=self.channels_last)
+                weight[start:stop] = part
+        assert weight is not None
+        return weight
 
     def _assemble(self, slices: Tensor) -> Tensor:
         layout = self.generator.settings.layout
@@ -126,11 +154,16 @@ class CSGConv(_ConvNd):
 def generate_weights(convs: Sequence[CSGConv]) -> list[Tensor]:
     """Return the weights of convs of one generator, by one product, after :func:`check_fitted`."""
     check_fitted(convs)
-    generator, device = convs[0].generator, convs[0].code.device.type
-    follows = autocast_dtype(generator, device) is not None
-    with nullcontext() if follows else torch.autocast(device, enabled=False):
+    generator = convs[0].generator
+    with precision_of(generator, convs[0].code.device.type):
         slices = generator.generate([conv.code for conv in convs])
         return [conv._assemble(each) for conv, each in zip(convs, slices, strict=True)]
+
+
+def precision_of(generator: Generator, device: str) -> AbstractContextManager:
+    """Return the context in which weights are generated: without autocast, unless the settings follow it."""
+    follows = autocast_dtype(generator, device) is not None
+    return nullcontext() if follows else torch.autocast(device, enabled=False)
 
 
 def autocast_dtype(generator: Generator, device: str) -> torch.dtype | None:

@@ -31,6 +31,7 @@ def CSGModel(
     teacher: Mapping[str, Any] | None = None,
     generators_from: str | None = None,
     reset: str | Sequence[str] | None = None,
+    keep_weights: bool = True,
     **base: Any,
 ) -> nn.Module:
     """Build the model of the base config and retrofit it.
@@ -49,6 +50,7 @@ def CSGModel(
             with its generators.
         reset: patterns for layers that keep their start values if the checkpoint that
             training starts from does not fit them, such as a head for other classes.
+        keep_weights: as for :func:`csg_seg.load_compact`; False saves memory in evaluation.
         base: arguments of ``base_type``.
 
     Returns:
@@ -68,6 +70,7 @@ def CSGModel(
     # Segmentors write into their config.
     architecture = deepcopy(dict(type=base_type, **base))
     model = retrofit_for_runner(MODELS.build(dict(type=base_type, **base)), csg, generators_from, reset)
+    bank_of(model).keep_weights = keep_weights
     return model if teacher is None else _teach(model, {**teacher, 'model': teacher.get('model') or architecture})
 
 

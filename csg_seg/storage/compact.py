@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from csg_seg.errors import CSGError
 from csg_seg.generators.settings import read_patterns
-from csg_seg.layers.bank import find_bank, find_roots
+from csg_seg.layers.bank import bank_of, find_bank, find_roots
 from csg_seg.layers.conv import find_convs
 from csg_seg.retrofitting.selection import Cause, Reason
 from csg_seg.retrofitting.surgery import swap_layers
@@ -57,7 +57,11 @@ def save_compact(
 
 
 def load_compact(
-    path: str | os.PathLike, model: nn.Module | None = None, *, reset: str | Sequence[str] = ()
+    path: str | os.PathLike,
+    model: nn.Module | None = None,
+    *,
+    reset: str | Sequence[str] = (),
+    keep_weights: bool = True,
 ) -> nn.Module:
     """Load a compact checkpoint into a model, which is unchanged if they do not fit.
 
@@ -68,6 +72,9 @@ def load_compact(
             that reads no other file and runs no code from the file.
         reset: patterns of layers that keep their start values where the file does not fit them, see
             :func:`csg_seg.load_state_dict`; ``model.csg.reset.layers`` then lists them.
+        keep_weights: whether the network keeps its generated weights from one evaluation to the next. If False,
+            memory holds one of them at a time, and each evaluation takes longer; ``model.csg.keep_weights`` can
+            change it later.
 
     Returns:
         The same model, or the one built.
@@ -80,17 +87,42 @@ def load_compact(
     compact = read_compact(path)
     patterns = read_patterns('load_compact', 'reset', reset) or ()
     try:
-        if model is None:
-            model = _build(compact)
-        layers = check_fits(model, compact, patterns)
-        if find_bank(model) is None:
-            taken = {name: position for name, (position, _) in layers.items()}
-            left_dense = {name: Reason(Cause.DENSE_IN_FILE) for name in find_convs(model) if name not in layers}
-            swap_layers(model, compact.settings, taken, left_dense)
+        loaded = _build_and_fill(compact) if model is None else None
+        if loaded is None:
+            loaded = _fill(_build(compact) if model is None else model, compact, patterns)
     except CSGError as error:
         raise CSGError(f'{path}: {error}') from None
-    load_values(model, compact, patterns)
+    bank_of(loaded).keep_weights = keep_weights
+    return loaded
+
+
+def _fill(model: nn.Module, compact: Compact, reset: Sequence[str]) -> nn.Module:
+    """Retrofit a model as a file says, unless it is, and load the file's values."""
+    layers = check_fits(model, compact, reset)
+    if find_bank(model) is None:
+        taken = {name: position for name, (position, _) in layers.items()}
+        left_dense = {name: Reason(Cause.DENSE_IN_FILE) for name in find_convs(model) if name not in layers}
+        swap_layers(model, compact.settings, taken, left_dense)
+    load_values(model, compact, reset)
     return model
+
+
+def _build_and_fill(compact: Compact) -> nn.Module | None:
+    """Build a file's network on the meta device, where no dense weight takes memory or time, and load the values.
+
+    Returns:
+        the network on the CPU; None if it computes values that the file lacks, or another device is the default one.
+    """
+    if torch.get_default_device().type != 'cpu':
+        return None
+    try:
+        with torch.device('meta'):
+            model = _build(compact)
+        _fill(model, compact, ())
+    except CSGError:
+        return None
+    tensors = [*model.parameters(), *model.buffers()]
+    return None if any(each.is_meta for each in tensors) else model
 
 
 def write_compact(
