@@ -1,6 +1,7 @@
 """The bank of generators at a model's root, and the root's hooks around forward passes, saving and loading."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,7 @@ from csg_seg.errors import CSGError
 from csg_seg.generators.linear import Generator
 from csg_seg.generators.products import is_recorded
 
+from .accumulation import Accumulation
 from .ahead import Ahead, drop
 from .conv import CSGConv, check_fitted, generated_convs
 from .loading import Loading
@@ -27,6 +29,7 @@ class GeneratorBank(Generators):
         ahead: makes weights ahead of forward passes, and caches them between evaluations.
         loading: fits weights that were loaded, and holds the settings of loading.
         reset: which layers the last load reset, as ``reset.layers``.
+        accumulation: weights made once for several batches, in :meth:`accumulate`.
         keep_weights: whether weights are kept from one evaluation to the next. If False, memory holds one generated
             weight at a time, and each evaluation takes longer.
     """
@@ -36,6 +39,7 @@ class GeneratorBank(Generators):
         self.left_dense = dict(left_dense)
         self.layers: dict[str, CSGConv] = {}
         self.ahead = Ahead()
+        self.accumulation = Accumulation()
         self.loading = Loading(self)
         self.reset = self.loading.reset
         self.keep_weights = True
@@ -88,6 +92,25 @@ class GeneratorBank(Generators):
             'before training went on; copy a layer of the network as it is now, or materialise both'
         )
 
+    def accumulate(self) -> AbstractContextManager[None]:
+        """Generate the weights once for all batches inside, to accumulate gradients.
+
+        The weights' gradients add up, and are sent through the generators when the block ends, so generation costs
+        what it costs for one batch. Memory holds all weights and their gradients meanwhile. ::
+
+            with model.csg.accumulate():
+                for images, labels in batches:
+                    loss(model(images), labels).backward()
+            optimizer.step()
+
+        Under ``DistributedDataParallel``, run the last batch after the block, because gradients are exchanged in its
+        backward pass; run the others in ``no_sync()`` as well.
+
+        Raises:
+            CSGError: an optimizer steps inside the block, blocks are nested, or the parameters are sharded.
+        """
+        return self.accumulation.block(list(self), self.layers)
+
     def share_with(self, root: nn.Module) -> None:
         """Give the generators to a second root too, such as a slice of a container."""
         bank = GeneratorBank(self, {})
@@ -105,7 +128,9 @@ class GeneratorBank(Generators):
             self._is_watched = True
         elif WATCH.is_over:
             WATCH.end()
-        if self.keep_weights or torch.is_grad_enabled():
+        if self.accumulation.is_on and torch.is_grad_enabled():
+            self.accumulation.provide(list(self), self.layers)
+        elif self.keep_weights or torch.is_grad_enabled():
             self.ahead.make(self, self.layers)
         else:
             self.ahead.cached.clear()
@@ -171,8 +196,9 @@ def begin_pass(root: nn.Module, inputs: Any) -> None:
 
 def end_pass(root: nn.Module, inputs: Any, outputs: Any) -> None:
     """Drop the weights made ahead."""
-    if not is_recorded():
-        drop(bank_of(root).layers)
+    bank = bank_of(root)
+    if not (is_recorded() or bank.accumulation.is_on):
+        drop(bank.layers)
 
 
 def refresh_before_save(root: nn.Module, prefix: str, keep_vars: bool) -> None:

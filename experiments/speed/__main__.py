@@ -16,7 +16,7 @@ with one_line_errors():
     from csg_seg.running.configs import read_config
 
     from .picture import draw_speed
-    from .timing import HELD, Load, measure_speed, summarise_speed, training_load
+    from .timing import HELD, Load, matmul_rate, measure_speed, summarise_speed, training_load
 
 
 def parse_args() -> argparse.Namespace:
@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
 
 def print_tables(result: dict) -> None:
     """Print times, ratios, and the memory of a step."""
-    columns = ('network', 'step, s', 'to dense', 'images/s', 'generation', 'evaluation, s', 'to dense')
+    columns = ('network', 'step, s', 'to dense', 'floor', 'images/s', 'generation', 'evaluation, s', 'to dense')
     rows = []
     for name, each in result['summary'].items():
         share = f'{each["generation_share"]:.1%}' if 'generation_share' in each else ''
@@ -56,9 +56,9 @@ def print_tables(result: dict) -> None:
             (f'{each[key]:.4f} +- {each[f"{key}_spread"]:.0%}', f'{each[f"{key}_ratio"]:.3f}x')
             for key in ('step', 'evaluation')
         )
-        rows.append((name, *step, f'{each["images_per_second"]:.1f}', share, *evaluation))
+        rows.append((name, *step, f'{each["floor"]:.3f}x', f'{each["images_per_second"]:.1f}', share, *evaluation))
     print_table(columns, rows, width=130)
-    print('Medians; each ratio is the median over the rounds.')
+    print('Medians; each ratio is the median over the rounds. Floor: the ratio of operations in a step.')
     keys = [key for key in (*HELD, 'peak_bytes') if key in result['networks']['dense']['bytes']]
     held = ('network', *(f'{key.removesuffix("_bytes")}, MB' for key in keys), 'to dense')
     rows = []
@@ -85,7 +85,11 @@ def main() -> None:
         with notes_to_stderr():
             also = {key: getattr(args, key) for key in ('without_ahead', 'autocast_generation')}
             networks = measure_speed(cfg, load, **also, track=progress)
-        figures = {'load': asdict(load), 'summary': summarise_speed(networks, load), 'networks': networks}
+        computed = torch.bfloat16 if load.bf16 else torch.float32
+        rates = {str(dtype).removeprefix('torch.'): matmul_rate(device, dtype) for dtype in (torch.float32, computed)}
+        slower = rates[str(computed).removeprefix('torch.')] / rates['float32']
+        summary = summarise_speed(networks, load, slower_generation=slower)
+        figures = {'load': asdict(load), 'summary': summary, 'matmul_rates': rates, 'networks': networks}
         result = write_result(args.out, {**figures, 'made_with': made_with(seed=0)})
         if args.picture:
             draw_speed(networks, load, args.picture, title=Path(args.config).stem)

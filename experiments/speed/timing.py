@@ -1,5 +1,6 @@
 """Time and memory of dense, generated and materialised networks, measured alternately on one device."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from csg_seg.errors import CSGError
 from csg_seg.generators.linear import Generator
@@ -27,6 +29,7 @@ from experiments.batches import held_bytes, random_batch
 
 WORK = ('step', 'evaluation', 'generation')
 PHASES = ('forward', 'backward', 'optimizer')
+AUTOCAST = 'csg, autocast'
 HELD = ('parameter_bytes', 'gradient_bytes', 'optimizer_bytes', 'activation_bytes')
 
 
@@ -146,6 +149,14 @@ class Trainee:
         clock.mark()
         return dict(zip(PHASES, clock.spans(), strict=True))
 
+    def count_operations(self) -> int:
+        """Train a step without the optimizer; return the floating-point operations of its convs and products."""
+        self.model.train()
+        with torch.compiler.set_stance('force_eager'), FlopCounterMode(display=False) as counter:
+            self._loss().backward()
+        self.optimizer.zero_grad()
+        return counter.get_total_flops()
+
     @torch.no_grad()
     def evaluation(self) -> dict[str, float]:
         """Compute class scores twice; return the seconds of the second time."""
@@ -224,7 +235,7 @@ def measure_speed(
 
     Returns:
         JSON-ready, by network: ``seconds`` of each round, by phase, and of ``evaluation``; for the generated
-        network also ``generation``, forward and backward; ``bytes`` held in a step.
+        network also ``generation``, forward and backward; ``bytes`` held in a step; ``operations`` of a step.
 
     Raises:
         CSGError: the config is dense, or the network does not accept such images.
@@ -243,13 +254,14 @@ def measure_speed(
             raise CSGError('generation in the precision of autocast needs --bf16')
         several = cfg.model.csg if isinstance(cfg.model.csg, list) else [cfg.model.csg]
         cfg.model.csg = [{**each, 'precision': 'autocast'} for each in several]
-        models['csg, autocast'] = build_model(cfg)
+        models[AUTOCAST] = build_model(cfg)
     trainees: dict[str, Trainee] = {}
     results: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
         try:
             trainees[name] = Trainee(model, cfg, load)
-            results[name] = {'bytes': trainees[name].count_bytes(), 'seconds': {}}
+            operations = trainees[name].count_operations()
+            results[name] = {'bytes': trainees[name].count_bytes(), 'operations': operations, 'seconds': {}}
         except Exception as error:  # a network may fail in any way on a size
             said = ' '.join(str(error).split())[:200] or type(error).__name__
             raise CSGError(
@@ -290,13 +302,34 @@ def step_seconds(result: Mapping[str, Any]) -> list[float]:
     return [sum(phases) for phases in zip(*(result['seconds'][phase] for phase in PHASES), strict=True)]
 
 
-def summarise_speed(results: Mapping[str, Mapping[str, Any]], load: Load) -> dict[str, dict[str, float]]:
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """Return the floating-point operations per second of a product of two matrices of 1024 x 1024."""
+    size, best = 1024, math.inf
+    one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(10):
+        clock = Clock(device)
+        clock.mark()
+        one @ other
+        clock.mark()
+        best = min(best, *clock.spans())
+    return 2 * size**3 / best
+
+
+def summarise_speed(
+    results: Mapping[str, Mapping[str, Any]], load: Load, *, slower_generation: float = 1.0
+) -> dict[str, dict[str, float]]:
     """Return, for each network, medians and median ratios to the dense network in the same round.
+
+    Args:
+        results: of :func:`measure_speed`.
+        load: its load.
+        slower_generation: how many times longer an operation takes in float32 than in the networks' precision.
 
     Returns:
         by network: ``step`` and ``evaluation`` in seconds, each also with ``_ratio`` and ``_spread`` (the
         interquartile range relative to the median); ``images_per_second`` of training; ``memory_ratio``;
-        for the generated network, ``generation_share`` of the step.
+        ``floor``, the step ratio if time were in proportion to operations; for the generated network,
+        ``generation_share`` of the step.
     """
     dense = results['dense']
     summary: dict[str, dict[str, float]] = {}
@@ -309,6 +342,8 @@ def summarise_speed(results: Mapping[str, Mapping[str, Any]], load: Load) -> dic
             numbers[f'{key}_ratio'] = statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
             numbers[f'{key}_spread'] = _spread(seconds)
         numbers['images_per_second'] = load.batch_size / numbers['step']
+        added = each['operations'] / dense['operations'] - 1
+        numbers['floor'] = 1 + added * (1 if name == AUTOCAST else slower_generation)
         numbers['memory_ratio'] = _memory(each) / _memory(dense)
         if 'generation' in each['seconds']:
             numbers['generation_share'] = statistics.median(each['seconds']['generation']) / numbers['step']

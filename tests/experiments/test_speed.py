@@ -59,6 +59,17 @@ def test_a_step_holds_what_is_stored_and_the_weights_it_generates(measured):
     assert materialised == dense
 
 
+def test_the_floor_is_the_ratio_of_operations(measured):
+    load, networks = measured
+    summary = summarise_speed(networks, load, slower_generation=2)
+    assert summary['dense']['floor'] == summary['materialised']['floor'] == 1
+    model = build_model(read_config(CSG))
+    weights = sum(conv.code.shape[0] * conv.generator.weight.shape[1] for conv in model.csg.layers.values())
+    made = 6 * model.csg[0].settings.code_dim * weights
+    assert networks['csg']['operations'] - networks['dense']['operations'] == made
+    assert summary['csg']['floor'] == pytest.approx(1 + 2 * made / networks['dense']['operations'])
+
+
 def test_without_ahead_each_layer_makes_its_weight_in_each_pass(monkeypatch):
     ahead = build_model(read_config(CSG)).eval()
     alone = never_ahead(deepcopy(ahead))
@@ -99,7 +110,7 @@ def test_medians_and_ratios_are_of_the_same_rounds():
     def network(forward, **more):
         seconds = {'forward': forward, 'backward': [1.0] * 3, 'optimizer': [0.0] * 3, 'evaluation': [2.0] * 3}
         held = dict.fromkeys(('parameter_bytes', 'gradient_bytes', 'optimizer_bytes', 'activation_bytes'), 10)
-        return {'seconds': seconds | more, 'bytes': held}
+        return {'seconds': seconds | more, 'bytes': held, 'operations': 1}
 
     networks = {'dense': network([1.0, 3.0, 1.0]), 'csg': network([2.0, 5.0, 1.0], generation=[0.3] * 3)}
     summary = summarise_speed(networks, Load(batch_size=6, size=(8, 8)))

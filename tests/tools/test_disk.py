@@ -160,6 +160,7 @@ def commands(files, drawn, image):
         'experiments.federated': (['--network', 'a', *network, '*', *data], '--work-dir', 'x'),
         'model_converters/released2csg.py': ([files / 'csg.pth'], '--out', 'x.pth'),
         'experiments.speed': ([DEMO], '--out', 'x.json'),
+        'experiments.inference': ([DEMO], '--out', 'x.json'),
         'experiments.scale': ([DENSE], '--picture', 'x.png'),
         'experiments.exchange': ([DENSE, DEMO], '--out', 'x.json'),
         'experiments.fits': ([RESNET20, files / 'dense.pth'], '--work-dir', 'x'),

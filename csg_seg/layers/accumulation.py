@@ -1,0 +1,91 @@
+"""Gradient accumulation: weights made once for several batches."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from csg_seg.errors import CSGError
+from csg_seg.generators.linear import Generator
+
+from .ahead import drop, generate_in_batches
+from .conv import CSGConv
+
+
+class Accumulation:
+    """Weights made once, whose gradients add up over several batches before they are sent through the generators.
+
+    Attributes:
+        is_on: whether a :meth:`block` has begun.
+        made: the weights by layer, with the graph of their generation; empty until the first forward pass.
+        leaves: copies without a graph, which the layers compute with and which collect the gradients.
+    """
+
+    def __init__(self) -> None:
+        self.is_on = False
+        self.made: dict[CSGConv, Tensor] = {}
+        self.leaves: dict[CSGConv, Tensor] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle without what is going on."""
+        return Accumulation, ()
+
+    @contextmanager
+    def block(self, generators: Sequence[Generator], layers: Mapping[str, CSGConv]) -> Iterator[None]:
+        """See :meth:`csg_seg.layers.bank.GeneratorBank.accumulate`."""
+        stored = [each for generator in generators for each in generator.parameters()]
+        stored += [each for conv in layers.values() for each in conv.stored().values()]
+        if self.is_on:
+            raise CSGError('gradients are being accumulated already; leave the other block first')
+        if any(type(each) is not nn.Parameter for each in stored):
+            raise CSGError('codes or generators are sharded; accumulate their gradients without this block')
+        names = {id(each) for each in stored}
+
+        def check_step(optimizer: Optimizer, *_: object) -> None:
+            if any(id(each) in names for group in optimizer.param_groups for each in group['params']):
+                raise CSGError('gradients are still being accumulated; step the optimizer after the with block')
+
+        self.is_on = True
+        handle = register_optimizer_step_pre_hook(check_step)
+        try:
+            yield
+            self._send()
+        finally:
+            handle.remove()
+            drop(layers)
+            self.__init__()  # type: ignore[misc]
+
+    def provide(self, generators: Sequence[Generator], layers: Mapping[str, CSGConv]) -> None:
+        """Give the layers their weights, for the forward pass that begins and for recomputing it.
+
+        They are made in the first pass, because autocast may be on in passes alone.
+        """
+        if not self.made:
+            self._make(generators, layers)
+        for conv, leaf in self.leaves.items():
+            conv.__dict__['ready'] = partial(_if_learning, leaf)
+
+    def _make(self, generators: Sequence[Generator], layers: Mapping[str, CSGConv]) -> None:
+        for generator in generators:
+            convs = [conv for conv in layers.values() if conv.generator is generator]
+            learns = any(each.requires_grad for each in generator.parameters())
+            learning = [conv for conv in convs if learns or any(each.requires_grad for each in conv.stored().values())]
+            # One by one, where layers that a batch does not use would get gradients of zero.
+            weights = generate_in_batches(learning) if generator.is_product else map(CSGConv.generate_weight, learning)
+            self.made.update(zip(learning, weights, strict=True))
+        # In the parameters' precision, for the sums. Autocast casts them for each batch, as it casts dense weights.
+        self.leaves = {conv: made.detach().to(conv.code.dtype).requires_grad_() for conv, made in self.made.items()}
+
+    def _send(self) -> None:
+        """Send the sums of the weights' gradients through the generators."""
+        used = [(made, grad) for conv, made in self.made.items() if (grad := self.leaves[conv].grad) is not None]
+        torch.autograd.backward([made for made, _ in used], [grad.to(made.dtype) for made, grad in used])
+
+
+def _if_learning(leaf: Tensor) -> Tensor | None:
+    return leaf if torch.is_grad_enabled() else None

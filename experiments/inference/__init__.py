@@ -1,0 +1,1 @@
+"""Memory and first image of a network from each kind of file."""
