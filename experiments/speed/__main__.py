@@ -30,6 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--device', choices=('cpu', 'cuda'), help='(default: the GPU, if there is one)')
     parser.add_argument('--bf16', action='store_true', help='autocast to bfloat16')
     parser.add_argument('--channels-last', action='store_true', help='use channels-last memory format')
+    parser.add_argument('--accumulate', type=int, default=1, help='batches in a training step (default: 1)')
     parser.add_argument('--compile', action='store_true', help='compile the networks, generation included')
     parser.add_argument(
         '--without-ahead',
@@ -78,7 +79,9 @@ def main() -> None:
         for key in ('batch_size', 'size'):
             if key not in wanted:
                 raise CSGError(f'{args.config} does not specify its {key}; give --{key.replace("_", "-")}')
-        options = {key: getattr(args, key) for key in ('rounds', 'warm_up', 'bf16', 'channels_last', 'compile')}
+        options = {
+            key: getattr(args, key) for key in ('rounds', 'warm_up', 'bf16', 'channels_last', 'compile', 'accumulate')
+        }
         device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
         load = Load(**wanted, **options, eval_batch_size=args.eval_batch_size, device=device)
         progress = progress_bar('Timing')

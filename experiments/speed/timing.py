@@ -29,7 +29,7 @@ from experiments.batches import held_bytes, random_batch
 
 WORK = ('step', 'evaluation', 'generation')
 PHASES = ('forward', 'backward', 'optimizer')
-AUTOCAST = 'csg, autocast'
+AUTOCAST, ONCE = 'csg, autocast', 'csg, generated once'
 HELD = ('parameter_bytes', 'gradient_bytes', 'optimizer_bytes', 'activation_bytes')
 
 
@@ -47,6 +47,7 @@ class Load:
         bf16: whether to compute under autocast to bfloat16.
         channels_last: whether networks and images are in channels-last format.
         compile: whether to compile the networks, generation included.
+        accumulate: batches in a training step.
 
     Raises:
         CSGError: a value is out of range.
@@ -61,13 +62,14 @@ class Load:
     bf16: bool = False
     channels_last: bool = False
     compile: bool = False
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.eval_batch_size, self.rounds, self.warm_up, *self.size) < 1 or self.batch_size < 2:
+        if min(self.eval_batch_size, self.rounds, self.warm_up, self.accumulate, *self.size) < 1 or self.batch_size < 2:
             raise CSGError(
                 f'cannot measure with batch_size={self.batch_size}, eval_batch_size={self.eval_batch_size}, '
-                f'size={tuple(self.size)}, rounds={self.rounds}, warm_up={self.warm_up}: each must be at least 1, '
-                'and batch_size 2, because of batch norm'
+                f'size={tuple(self.size)}, rounds={self.rounds}, warm_up={self.warm_up}, '
+                f'accumulate={self.accumulate}: each must be at least 1, and batch_size 2, because of batch norm'
             )
         if self.device == 'cuda' and not torch.cuda.is_available():
             raise CSGError('there is no GPU here; use device cpu')
@@ -110,10 +112,17 @@ class Clock:
 
 
 class Trainee:
-    """A network on a device with its optimizer and images."""
+    """A network on a device with its optimizer and images.
 
-    def __init__(self, model: nn.Module, cfg: Config, load: Load):
-        self.load = load
+    Args:
+        model: the network.
+        cfg: its optimizer is used.
+        load: load of the network.
+        generates_once: whether weights are generated once for the batches of a step.
+    """
+
+    def __init__(self, model: nn.Module, cfg: Config, load: Load, *, generates_once: bool = False):
+        self.load, self.generates_once = load, generates_once
         layout = torch.channels_last if load.channels_last else torch.contiguous_format
         self.model = model.to(load.device).to(memory_format=layout)  # type: ignore[call-overload]
         self.batch = random_batch(self.model, load.batch_size, *load.size)
@@ -141,19 +150,25 @@ class Trainee:
         self.optimizer.zero_grad()
         clock = Clock(self.load.device)
         clock.mark()
-        loss = self._loss()
-        clock.mark()
-        loss.backward()
-        clock.mark()
+        with bank_of(self.model).accumulate() if self.generates_once else nullcontext():
+            for _ in range(self.load.accumulate):
+                loss = self._loss()
+                clock.mark()
+                loss.backward()
+                clock.mark()
+        clock.mark()  # after gradients were sent through the generators
         self.optimizer.step()
         clock.mark()
-        return dict(zip(PHASES, clock.spans(), strict=True))
+        *batches, sending, optimizer = clock.spans()
+        return dict(zip(PHASES, (sum(batches[::2]), sum(batches[1::2]) + sending, optimizer), strict=True))
 
     def count_operations(self) -> int:
         """Train a step without the optimizer; return the floating-point operations of its convs and products."""
         self.model.train()
-        with torch.compiler.set_stance('force_eager'), FlopCounterMode(display=False) as counter:
-            self._loss().backward()
+        once = bank_of(self.model).accumulate() if self.generates_once else nullcontext()
+        with torch.compiler.set_stance('force_eager'), FlopCounterMode(display=False) as counter, once:
+            for _ in range(self.load.accumulate):
+                self._loss().backward()
         self.optimizer.zero_grad()
         return counter.get_total_flops()
 
@@ -235,7 +250,8 @@ def measure_speed(
 
     Returns:
         JSON-ready, by network: ``seconds`` of each round, by phase, and of ``evaluation``; for the generated
-        network also ``generation``, forward and backward; ``bytes`` held in a step; ``operations`` of a step.
+        network also ``generation``, forward and backward; ``bytes`` held in a step; ``operations`` of a step. If
+        several batches are accumulated, also the generated network whose weights are generated once a step.
 
     Raises:
         CSGError: the config is dense, or the network does not accept such images.
@@ -255,11 +271,13 @@ def measure_speed(
         several = cfg.model.csg if isinstance(cfg.model.csg, list) else [cfg.model.csg]
         cfg.model.csg = [{**each, 'precision': 'autocast'} for each in several]
         models[AUTOCAST] = build_model(cfg)
+    if load.accumulate > 1:
+        models[ONCE] = deepcopy(models.get(AUTOCAST, csg))
     trainees: dict[str, Trainee] = {}
     results: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
         try:
-            trainees[name] = Trainee(model, cfg, load)
+            trainees[name] = Trainee(model, cfg, load, generates_once=name == ONCE)
             operations = trainees[name].count_operations()
             results[name] = {'bytes': trainees[name].count_bytes(), 'operations': operations, 'seconds': {}}
         except Exception as error:  # a network may fail in any way on a size
@@ -341,9 +359,11 @@ def summarise_speed(
             numbers[key] = statistics.median(seconds)
             numbers[f'{key}_ratio'] = statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
             numbers[f'{key}_spread'] = _spread(seconds)
-        numbers['images_per_second'] = load.batch_size / numbers['step']
+        numbers['images_per_second'] = load.batch_size * load.accumulate / numbers['step']
         added = each['operations'] / dense['operations'] - 1
-        numbers['floor'] = 1 + added * (1 if name == AUTOCAST else slower_generation)
+        numbers['floor'] = 1 + added * (
+            1 if name == AUTOCAST or (name == ONCE and AUTOCAST in results) else slower_generation
+        )
         numbers['memory_ratio'] = _memory(each) / _memory(dense)
         if 'generation' in each['seconds']:
             numbers['generation_share'] = statistics.median(each['seconds']['generation']) / numbers['step']

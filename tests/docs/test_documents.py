@@ -22,7 +22,8 @@ from csg_seg.errors import CSGError
 from csg_seg.mm.checkpoints.reading import read_checkpoint
 from csg_seg.mm.model import build_model
 from experiments import tables
-from experiments.table_contents import EXCHANGED, HELD, read
+from experiments.exchange.summary import EXCHANGED, HELD
+from experiments.markdown import read
 from experiments.table_contents import EXPERIMENTS as DESCRIBED
 from experiments.zoo.libraries import SCOPES
 from experiments.zoo.rows import read_rows

@@ -14,6 +14,11 @@ from experiments.inference.ways import WAYS, measure_way, write_files
 
 CSG = ROOT / 'configs' / 'unet' / 'csg-s16-d99_unet-s5-d16-w32_fcn_1xb8-80e_camvid-176x240.py'
 SIZE = (32, 48)
+SMALL = {
+    'model.backbone.base_channels': 16,
+    'model.decode_head.in_channels': 16,
+    'model.auxiliary_head.in_channels': 32,
+}
 
 
 @pytest.fixture(scope='module')
@@ -22,7 +27,11 @@ def files(tmp_path_factory):
     return cfg, *write_files(cfg, SIZE, tmp_path_factory.mktemp('files'))
 
 
-SMALL = {'model.backbone.base_channels': 16, 'model.decode_head.in_channels': 16, 'model.auxiliary_head.in_channels': 32}
+SMALL = {
+    'model.backbone.base_channels': 16,
+    'model.decode_head.in_channels': 16,
+    'model.auxiliary_head.in_channels': 32,
+}
 
 
 def test_every_way_computes_the_same_scores(files):

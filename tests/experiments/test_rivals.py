@@ -10,9 +10,9 @@ from mmengine.config import Config
 from csg_seg import summarise
 from csg_seg.generators.registry import KINDS
 from csg_seg.mm.model import build_model
+from experiments.markdown import read
 from experiments.rivals import __main__ as rivals
 from experiments.rivals.compared import GENERATORS, config_name, config_paths
-from experiments.table_contents import read
 
 
 def test_every_generator_has_a_config_and_a_result():

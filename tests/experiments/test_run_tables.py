@@ -11,6 +11,7 @@ from csg_seg.mm.model import build_model
 from experiments.runs.table import read_table
 
 TABLES = sorted((ROOT / 'experiments').rglob('tables/*.yml'))
+SLOW = ('rivals', 'peers')
 # What these networks store depends on values of weights, or their constructors read values, so they need memory.
 FROM_VALUES = ('tucker', 'cp', 'pruned', 'resnet18')
 
@@ -29,7 +30,10 @@ def count(cell):
 
 @pytest.mark.parametrize(
     'path',
-    [pytest.param(path, marks=[pytest.mark.full] * (path.parts[-3] in ('rivals', 'peers')), id=path.stem) for path in TABLES],
+    [
+        pytest.param(path, marks=[pytest.mark.full] * (path.parts[-3] in ('rivals', 'peers')), id=path.stem)
+        for path in TABLES
+    ],
 )
 def test_cells_store_what_their_names_say(path):
     table = read_table(path)

@@ -13,8 +13,8 @@ import yaml
 from conftest import ROOT, SMALL_MODEL, run_experiment
 
 from csg_seg.errors import CSGError
-from experiments import table_contents
-from experiments.runs import picture
+from experiments import markdown
+from experiments.runs import picture, summary
 from experiments.runs.picture import draw_scores
 from experiments.runs.rows import add_row, read_rows, summarise
 from experiments.runs.table import read_table
@@ -164,9 +164,9 @@ def test_the_table_and_the_picture_show_every_cell_of_a_network(tmp_path, monkey
             row = dict(cell=cell, network='n', method=method, size='8x8', metric='mIoU', epochs=2, dense_params=100)
             rows.append(row | dict(stored_params=stored, seed=seed, val=50.0 + seed, test=40.0, seconds=60))
     rows.append(rows[-1] | {'cell': 'other', 'network': 'm'})
-    monkeypatch.setattr(table_contents, 'RESULT_FILES', tmp_path)
+    monkeypatch.setattr(markdown, 'RESULT_FILES', tmp_path)
     (tmp_path / 'drawn.json').write_text(json.dumps({'rows': rows}))
-    lines = table_contents.runs('drawn', 'n', '8x8').splitlines()
+    lines = summary.runs('drawn', 'n', '8x8').splitlines()
     assert lines[2:] == [
         '| dense | 100 | 1.0x | 2 | 2 | 50.50 +- 0.71 | 40.00 +- 0.00 |',
         '| csg-10x | 10 | 10.0x | 2 | 2 | 50.50 +- 0.71 | 40.00 +- 0.00 |',

@@ -18,6 +18,7 @@ from experiments.scale.picture import draw_scale
 from experiments.speed.__main__ import print_tables
 from experiments.speed.picture import draw_speed
 from experiments.speed.timing import (
+    PHASES,
     Clock,
     Load,
     Trainee,
@@ -68,6 +69,16 @@ def test_the_floor_is_the_ratio_of_operations(measured):
     made = 6 * model.csg[0].settings.code_dim * weights
     assert networks['csg']['operations'] - networks['dense']['operations'] == made
     assert summary['csg']['floor'] == pytest.approx(1 + 2 * made / networks['dense']['operations'])
+
+
+def test_weights_are_generated_once_for_several_batches(measured):
+    load = Load(batch_size=3, size=(32, 32), rounds=1, warm_up=1, accumulate=2)
+    networks = measure_speed(read_config(CSG), load)
+    operations = {name: each['operations'] for name, each in networks.items()}
+    assert operations['dense'] == 2 * measured[1]['dense']['operations']
+    added = {name: each - operations['dense'] for name, each in operations.items()}
+    assert added['csg'] == 2 * added['csg, generated once'] > 0
+    assert all(min(networks['csg, generated once']['seconds'][phase]) > 0 for phase in PHASES)
 
 
 def test_without_ahead_each_layer_makes_its_weight_in_each_pass(monkeypatch):
