@@ -13,7 +13,7 @@ from .planning.planner import plan
 from .registration import register_with_mmengine
 from .report import summarise
 from .retrofitting.surgery import materialise, retrofit
-from .retrofitting.weights import fit, load_generators, load_state_dict
+from .retrofitting.weights import fit, load_generators, load_state_dict, share_generators
 from .storage.builders import register_builder
 from .storage.compact import load_compact, save_compact
 from .version import __version__
@@ -32,6 +32,7 @@ __all__ = [
     'register_generator',
     'retrofit',
     'save_compact',
+    'share_generators',
     'summarise',
 ]
 

@@ -24,7 +24,8 @@ def parse_args() -> argparse.Namespace:
     options.add_config(parser, 'CSG config file')
     options.add_checkpoint(parser, 'its trained checkpoint')
     options.add_out(parser, 'file to write (.safetensors)')
-    parser.add_argument('--dtype', choices=list(DTYPES), default='float32', help='of matrices (default: float32)')
+    parser.add_argument('--dtype', choices=list(DTYPES), help="of matrices (default: float32, or BASE's)")
+    parser.add_argument('--base', help='compact file; write an update, which holds only what differs from it')
     parser.add_argument(
         '--images', type=int, default=0, help="compare class scores on so many of the config's test images"
     )
@@ -35,9 +36,14 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure_score(cfg, checkpoint: str, metric: str) -> float:
+def measure_score(cfg, checkpoint: str, metric: str, base: str | None = None) -> float:
     """Test a checkpoint with tools/test.py, in its own process."""
     with tempfile.TemporaryDirectory() as folder:
+        if base is not None:  # an update is read from where its base is
+            Path(folder, Path(base).name).symlink_to(Path(base).resolve())
+            update = Path(folder, f'update-{Path(checkpoint).name}')
+            update.symlink_to(Path(checkpoint).resolve())
+            checkpoint = str(update)
         config = Path(folder, 'config.py')
         config.write_text(cfg.pretty_text)
         tool = str(Path(__file__).with_name('test.py'))
@@ -66,19 +72,19 @@ def print_lines(found: dict, out: str) -> None:
 def main() -> None:
     args = parse_args()
     with one_line_errors():
-        inputs = [args.config, args.checkpoint]
+        inputs = [args.config, args.checkpoint, args.base]
         options.check_out(args.out, overwrite=args.overwrite, endings=['.safetensors'], inputs=inputs)
         cfg = read_config(args.config, args.cfg_options)
         if args.images < 0:
             raise CSGError(f'--images {args.images}: give a number of test images')
         if args.images or args.test:
             check_data(cfg, 'test')
-        found = compact(cfg, args.checkpoint, args.out, dtype=args.dtype)
+        found = compact(cfg, args.checkpoint, args.out, dtype=args.dtype, base=args.base)
         if args.images:
-            found |= logit_error(cfg, args.checkpoint, args.out, images=args.images)
+            found |= logit_error(cfg, args.checkpoint, args.out, images=args.images, base=args.base)
         if args.test:
             found['score'] = measure_score(cfg, args.checkpoint, args.test)
-            found['compact_score'] = measure_score(cfg, args.out, args.test)
+            found['compact_score'] = measure_score(cfg, args.out, args.test, args.base)
     console.print_result(found, partial(print_lines, out=args.out), as_json=args.json)
 
 

@@ -18,9 +18,17 @@ from csg_seg.mm.checkpoints.writing import write_with_config
 from csg_seg.mm.model import build_model
 from csg_seg.report import summarise
 from csg_seg.storage.compact import load_compact
+from csg_seg.storage.format import read_content
 
 
-def compact(cfg: Config, checkpoint: str | os.PathLike, out: str | os.PathLike, *, dtype: str) -> dict[str, Any]:
+def compact(
+    cfg: Config,
+    checkpoint: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    base: str | os.PathLike | None = None,
+) -> dict[str, Any]:
     """Write the compact checkpoint of a training checkpoint.
 
     Args:
@@ -28,6 +36,7 @@ def compact(cfg: Config, checkpoint: str | os.PathLike, out: str | os.PathLike, 
         checkpoint: of the config's training, or a compact checkpoint.
         out: the file to write.
         dtype: as for :func:`csg_seg.save_compact`.
+        base: as for :func:`csg_seg.save_compact`.
 
     Returns:
         ``dtype``, ``dense_bytes`` of the dense network's state dict, ``compact_bytes`` of the file, and
@@ -46,7 +55,7 @@ def compact(cfg: Config, checkpoint: str | os.PathLike, out: str | os.PathLike, 
 
     def write(partial: Path) -> None:
         dataset_meta = read['meta'].get('dataset_meta') or {}
-        write_with_config(model, model.state_dict(), partial, cfg, dataset_meta, dtype=dtype)
+        write_with_config(model, model.state_dict(), partial, cfg, dataset_meta, dtype=dtype, base=base)
         if partial.stat().st_size >= dense:
             raise CSGError(
                 f'the file would have {partial.stat().st_size:,} bytes and the dense network has {dense:,}; '
@@ -55,13 +64,18 @@ def compact(cfg: Config, checkpoint: str | os.PathLike, out: str | os.PathLike, 
 
     out = Path(out)
     write_whole(out, write)
-    size = out.stat().st_size
+    size, dtype = out.stat().st_size, read_content(out, base).header['dtype']
     return {'dtype': dtype, 'dense_bytes': dense, 'compact_bytes': size, 'compression_ratio': dense / size}
 
 
 @torch.no_grad()
 def logit_error(
-    cfg: Config, checkpoint: str | os.PathLike, path: str | os.PathLike, *, images: int
+    cfg: Config,
+    checkpoint: str | os.PathLike,
+    path: str | os.PathLike,
+    *,
+    images: int,
+    base: str | os.PathLike | None = None,
 ) -> dict[str, float]:
     """Compare a compact checkpoint's class scores with those of the checkpoint it was made from.
 
@@ -70,13 +84,14 @@ def logit_error(
         checkpoint: the original.
         path: the compact checkpoint.
         images: number of images.
+        base: of an update, as for :func:`csg_seg.load_compact`.
 
     Returns:
         ``logit_error``, the mean absolute difference, and ``logit_size``, the mean absolute value.
     """
     model = build_model(cfg).eval()
     load_weights(model, read_checkpoint(checkpoint)['state_dict'])
-    loaded = load_compact(path, build_model(cfg)).eval()
+    loaded = load_compact(path, build_model(cfg), base=base).eval()
     loader = deepcopy(cfg.test_dataloader)
     loader.update(batch_size=1)
     differences, sizes = [], []

@@ -84,7 +84,7 @@ class GeneratorBank(Generators):
     def _adopt(self, name: str, conv: CSGConv) -> None:
         """Let a copied layer share the generator of the bank that equals its own."""
         for generator in self:
-            if _same_generators(generator, conv.generator):
+            if same_generators(generator, conv.generator):
                 object.__setattr__(conv, 'generator', generator)
                 return
         raise CSGError(
@@ -134,6 +134,15 @@ class GeneratorBank(Generators):
             self.ahead.make(self, self.layers)
         else:
             self.ahead.cached.clear()
+
+    def take_generators(self, bank: 'GeneratorBank') -> None:
+        """Use another bank's generators, which equal this one's, in place of its own."""
+        for position, (own, other) in enumerate(zip(self, bank, strict=True)):
+            for conv in self.layers.values():
+                if conv.generator is own:
+                    object.__setattr__(conv, 'generator', other)
+            self[position] = other
+        self.ahead.cached.clear()
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode; training clears the cached weights."""
@@ -224,7 +233,8 @@ def fit_after_load(root: nn.Module, incompatible_keys: Any) -> None:
     bank.loading.draw_codes(bank.reset.layers)
 
 
-def _same_generators(one: Generator, other: Generator) -> bool:
+def same_generators(one: Generator, other: Generator) -> bool:
+    """Whether two generators have equal settings and values, in any dtype and on any device."""
     if one.settings != other.settings:
         return False
     pairs = zip(_tensors(one), _tensors(other), strict=True)

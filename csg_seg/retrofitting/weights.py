@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from csg_seg.errors import CSGError, abridge
 from csg_seg.generators.settings import read_patterns
-from csg_seg.layers.bank import BANK, GeneratorBank, find_bank
+from csg_seg.layers.bank import BANK, GeneratorBank, find_bank, same_generators
 from csg_seg.layers.conv import generated_convs
 
 
@@ -89,6 +89,30 @@ def load_generators(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     bank = _check('load_generators', model, weights)
     _check_has_values('load_generators', model)
     bank.loading.load_generators(weights)
+
+
+def share_generators(model: nn.Module, *others: nn.Module) -> None:
+    """Let networks hold their equal generators once, in place, to serve many of them from one process.
+
+    The networks may have any architectures. Training one of them afterwards would change the generators of all.
+
+    Args:
+        model: a retrofitted network, whose generators stay.
+        others: retrofitted networks with the same generators, such as updates of one compact checkpoint.
+
+    Raises:
+        CSGError: a network is not retrofitted, or a generator differs; then nothing is changed.
+    """
+    bank = _check('share_generators', model, {})
+    banks = [_check('share_generators', each, {}) for each in others]
+    for position, other in enumerate(banks, start=1):
+        if len(other) != len(bank) or not all(map(same_generators, bank, other)):
+            raise CSGError(
+                f'share_generators: network {position} of the others has other generators than the first; share those '
+                'that come from one base and were trained with freeze_generator'
+            )
+    for other in banks:
+        other.take_generators(bank)
 
 
 def dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,7 @@ from csg_seg.retrofitting.weights import dense_shapes
 from csg_seg.version import __version__
 
 from .builders import Source, build, check_source, encode_source
-from .format import Compact, is_counter, is_setting, read_compact, write_file
+from .format import Compact, is_counter, is_setting, read_base, read_compact, write_file
 from .matching import check_fits, check_shapes, generated_layers, load_values, shapes_of
 from .precision import lower, matrices
 
@@ -28,7 +28,12 @@ SLACK = 8
 
 
 def save_compact(
-    model: nn.Module, path: str | os.PathLike, *, dtype: str = 'float32', source: Source | None = None
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    source: Source | None = None,
+    base: str | os.PathLike | None = None,
 ) -> None:
     """Save a retrofitted model as a compact checkpoint.
 
@@ -39,13 +44,16 @@ def save_compact(
         path: the file to write, usually ``*.safetensors``.
         dtype: precision of codes, generators, and weights of convs and linear layers: 'float32' (unchanged),
             'float16', 'bfloat16', or 'int8' with a scale for each row. Norm layers, biases and buffers are unchanged.
+            By default that of ``base``, or 'float32'.
         source: how to build the dense network, so that the file is sufficient on its own:
             ``dict(builder='torchvision', name='resnet18', num_classes=10)``, also 'timm' or your own builder
-            (:func:`csg_seg.register_builder`).
+            (:func:`csg_seg.register_builder`). By default that of ``base``, if it builds this network.
+        base: another compact checkpoint. The file becomes an update: it holds only what differs from the base, and
+            is loaded together with it.
 
     Raises:
         CSGError: the model is not retrofitted, the source builds another network, a value does not fit the dtype,
-            or the folder does not exist.
+            the base is not a whole compact checkpoint, or the folder does not exist.
     """
     if source is not None:
         built = build(source)
@@ -53,13 +61,16 @@ def save_compact(
             check_shapes(shapes_of(built.state_dict()), dense_shapes(model))
         except CSGError as error:
             raise CSGError(f'the source builds another network: its state dict {error}') from None
-    write_compact(model, model.state_dict(), path, dtype=dtype, source=source)
+    elif base is not None and find_bank(model) is not None:
+        source = _source_of(base, model)
+    write_compact(model, model.state_dict(), path, dtype=dtype, source=source, base=base)
 
 
 def load_compact(
     path: str | os.PathLike,
     model: nn.Module | None = None,
     *,
+    base: str | os.PathLike | None = None,
     reset: str | Sequence[str] = (),
     keep_weights: bool = True,
 ) -> nn.Module:
@@ -70,6 +81,7 @@ def load_compact(
         model: the dense network, which is retrofitted as the file says, or a retrofitted one. A network on the meta
             device takes over the file's tensors, on the CPU. Without a model, the network is built as the file says;
             that reads no other file and runs no code from the file.
+        base: of an update, the file that it was made from, if that is not beside it under its original name.
         reset: patterns of layers that keep their start values where the file does not fit them, see
             :func:`csg_seg.load_state_dict`; ``model.csg.reset.layers`` then lists them.
         keep_weights: whether the network keeps its generated weights from one evaluation to the next. If False,
@@ -81,10 +93,10 @@ def load_compact(
 
     Raises:
         CSGError: the file is damaged or not a compact checkpoint, its settings, names or shapes differ from the
-            model's (seeds of binary generators may differ; the file's are used), or it does not say how to build the
-            network.
+            model's (seeds of binary generators may differ; the file's are used), it does not say how to build the
+            network, or the base of an update is missing or is another file.
     """
-    compact = read_compact(path)
+    compact = read_compact(path, base)
     patterns = read_patterns('load_compact', 'reset', reset) or ()
     try:
         loaded = _build_and_fill(compact) if model is None else None
@@ -130,9 +142,10 @@ def write_compact(
     state_dict: Mapping[str, Tensor],
     path: str | os.PathLike,
     *,
-    dtype: str = 'float32',
+    dtype: str | None = None,
     source: Source | None = None,
     metadata: Mapping[str, str] | None = None,
+    base: str | os.PathLike | None = None,
 ) -> None:
     """Write a state dict of a retrofitted model, such as an average of its weights; see :func:`save_compact`.
 
@@ -143,6 +156,7 @@ def write_compact(
         dtype: as for :func:`save_compact`.
         source: as for :func:`save_compact`, but not checked by building it.
         metadata: notes to keep in the file, text by name.
+        base: as for :func:`save_compact`.
     """
     bank = find_bank(model)
     if bank is None:
@@ -160,6 +174,7 @@ def write_compact(
             raise CSGError(f'{name}: a {type(tensor).__name__} in the state dict, not a tensor; save it separately')
         if tensor.is_meta:
             raise CSGError(f'{name}: on the meta device, without values to save; load some first')
+    dtype = dtype or ('float32' if base is None else read_base(base).header.get('dtype', 'float32'))
     header = {
         'versions': json.dumps({'csg_seg': __version__, 'torch': torch.__version__}),
         **(metadata or {}),
@@ -171,7 +186,18 @@ def write_compact(
         check_source(source)
         header['source'] = encode_source(source)
     stored = {name: each for name, each in state_dict.items() if not (is_setting(name) or is_counter(name))}
-    write_file(path, lower(stored, matrices(model), dtype), header)
+    write_file(path, lower(stored, matrices(model), dtype), header, base)
+
+
+def _source_of(base: str | os.PathLike, model: nn.Module) -> Source | None:
+    """Return how the network of a file is built, if that is the network of a retrofitted model."""
+    source = read_compact(base).source
+    try:
+        if source is not None:
+            check_shapes(shapes_of(build(source).state_dict()), dense_shapes(model))
+    except CSGError:
+        return None
+    return source
 
 
 def _build(compact: Compact) -> nn.Module:

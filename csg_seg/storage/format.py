@@ -6,7 +6,6 @@ holds ``generators`` (JSON, a list of settings), ``layers`` (JSON, generator pos
 metadata. A file may come from anywhere: its claims are checked before memory is allocated for them.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -27,10 +26,13 @@ from csg_seg.generators.signature import encode_signature
 from csg_seg.layers.bank import BANK
 
 from .builders import check_source, decode_source
+from .digest import digest
 from .precision import restore
+from .updates import Content, Update, apply_update, find_difference
 
 # Version 1 had binary generators with other values. Version 2 had neither source nor dtype; it can still be read.
-FORMAT, VERSION, READABLE = 'csg_seg compact checkpoint', '3', ('2', '3')
+# Version 4 is an update of another file; whole files are still written as version 3.
+FORMAT, VERSION, UPDATE, READABLE = 'csg_seg compact checkpoint', '3', '4', ('2', '3', '4')
 # The weights and generators that a file claims may hold at most this many times the values stored in it.
 LARGEST_RATIO = 1000
 Shape = tuple[int, ...]
@@ -57,22 +59,79 @@ class Compact:
     metadata: dict[str, str]
 
 
-def write_file(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Write tensors and metadata with format, version and checksum; the file appears whole or not at all."""
+def write_file(
+    path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], base: str | os.PathLike | None = None
+) -> None:
+    """Write tensors and metadata with format, version and checksum; the file appears whole or not at all.
+
+    Args:
+        path: the file.
+        tensors: in the file's precision.
+        header: text by name.
+        base: a compact checkpoint; only what differs from it is written, with its name and checksum.
+
+    Raises:
+        CSGError: the base cannot be read, or is the file itself.
+    """
     # Cloned, because safetensors refuses views and tied tensors.
     cloned = {name: each.detach().cpu().clone(memory_format=torch.contiguous_format) for name, each in tensors.items()}
-    header = {**header, 'format': FORMAT, 'version': VERSION}
+    header = dict(header)
+    version = VERSION
+    if base is not None:
+        if path.exists() and path.samefile(base):
+            raise CSGError(f'{path}: the update would replace its base; choose another path')
+        cloned, update = find_difference(cloned, header, read_base(base), Path(base).name)
+        header, version = update.to_header(), UPDATE
+    header |= {'format': FORMAT, 'version': version}
     header['sha256'] = digest(cloned, header)
     write_whole(path, lambda partial: partial.write_bytes(save(cloned, metadata=header)))
 
 
-def read_compact(path: str | os.PathLike) -> Compact:
+def read_compact(path: str | os.PathLike, base: str | os.PathLike | None = None) -> Compact:
     """Read and verify a compact checkpoint; nothing in it is ever unpickled.
+
+    Args:
+        path: the file. Of an update, the base is read too.
+        base: of an update, if it is not in the same folder under its original name.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CSGError: the file is damaged, or is not a compact checkpoint.
+        CSGError: the file is damaged, or is not a compact checkpoint, or its base is missing or another file.
     """
+    content = read_content(path, base)
+    try:
+        return _parse(content.tensors, content.header)
+    except CSGError as error:
+        raise CSGError(f'{path}: {error}') from None
+    # A header that another program wrote may hold anything.
+    except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        raise CSGError(f'{path}: its header cannot be read ({type(error).__name__}); copy it again') from None
+
+
+def read_content(path: str | os.PathLike, base: str | os.PathLike | None = None) -> Content:
+    """Read a compact checkpoint as it is in its file, an update applied to its base; see :func:`read_compact`."""
+    content = _read_file(path)
+    if content.header.pop('version') == UPDATE:
+        return _apply_to_base(Path(path), content, base)
+    if base is not None:
+        raise CSGError(f'{path}: a whole compact checkpoint, not an update; leave out the base {base}')
+    return content
+
+
+def read_base(path: str | os.PathLike) -> Content:
+    """Read a compact checkpoint that is to be the base of an update.
+
+    Raises:
+        CSGError: as :func:`read_compact`, or it is an update itself.
+    """
+    content = _read_file(path)
+    if content.header.pop('version') == UPDATE:
+        raise CSGError(f'{path}: itself an update; take its base, a whole compact checkpoint')
+    return content
+
+
+def _read_file(path: str | os.PathLike) -> Content:
+    """Read and verify one file; the header still has its version."""
     if Path(path).is_dir():
         raise CSGError(f'{path}: a folder, not a compact checkpoint; give a file in it')
     if not Path(path).is_file():
@@ -88,26 +147,29 @@ def read_compact(path: str | os.PathLike) -> Compact:
     if header.get('version') not in READABLE:
         raise CSGError(
             f'{path}: has version {header.get("version")} of the format, but this csg_seg reads '
-            f'{" and ".join(READABLE)}; use the csg_seg that wrote it'
+            f'{", ".join(READABLE)}; use the csg_seg that wrote it'
         )
-    if header.pop('sha256', None) != digest(tensors, header):
+    sha256 = header.pop('sha256', None)
+    if sha256 is None or sha256 != digest(tensors, header):
         raise CSGError(f'{path}: damaged, its checksum does not match; copy it again')
+    del header['format']
+    return Content(tensors, header, sha256)
+
+
+def _apply_to_base(path: Path, content: Content, base: str | os.PathLike | None) -> Content:
+    """Read the base of an update, and apply the update to it."""
     try:
-        return _parse(tensors, header)
-    except CSGError as error:
-        raise CSGError(f'{path}: {error}') from None
-    # A header that another program wrote may hold anything.
-    except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        update = Update.from_header(content.header)
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise CSGError(f'{path}: its header cannot be read ({type(error).__name__}); copy it again') from None
-
-
-def digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
-    """Return the SHA-256 of tensors and metadata."""
-    sha = hashlib.sha256(json.dumps(dict(sorted(header.items()))).encode())
-    for name in sorted(tensors):
-        sha.update(f'{name} {tensors[name].dtype} {tuple(tensors[name].shape)}'.encode())
-        sha.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
+    file = path.with_name(update.base_name) if base is None else Path(base)
+    called = f'{path}: an update of {update.base_name} with checksum {update.base[:12]}'
+    if base is None and not file.is_file():
+        raise CSGError(f'{called}, which is not beside it; copy that file there, or give it as base')
+    try:
+        return apply_update(content.tensors, update, read_base(file))
+    except CSGError as error:
+        raise CSGError(f'{called}; {file}: {str(error).removeprefix(f"{file}: ")}') from None
 
 
 def is_setting(name: str) -> bool:

@@ -40,8 +40,8 @@ def summarise(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Return one entry for each cell, with mean and standard deviation over its seeds.
 
     Returns:
-        in the order of the first row of each; ``val`` and ``test`` are ``(mean, std)``, std None for one seed;
-        None where nothing was measured.
+        in the order of the first row of each; ``val``, ``test`` and ``int8_test``, that of weights rounded to 8 bits,
+        are ``(mean, std)``, std None for one seed; None where nothing was measured.
     """
     cells: dict[str, list[Row]] = {}
     for row in rows:
@@ -52,6 +52,8 @@ def summarise(rows: Iterable[Row]) -> list[dict[str, Any]]:
             **{key: several[0][key] for key in kept},
             'seeds': len(several),
             **{split: _mean([each[split] for each in several]) for split in ('val', 'test')},
+            'int8_bytes': several[0].get('int8', {}).get('bytes'),
+            'int8_test': _mean([each.get('int8', {}).get('test') for each in several]),
             'seconds': statistics.mean(each['seconds'] for each in several),
         }
         for several in cells.values()

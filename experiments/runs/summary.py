@@ -11,18 +11,33 @@ QUESTION = 'What do several configs score with several seeds?'
 VERDICT = 'as good as dense within the noise'
 
 
-def runs(dataset: str, network: str, size: str) -> str:
-    """Scores of each cell of one network in ``results/DATASET.json``."""
+def runs(dataset: str, network: str, size: str, *, costs: str = '') -> str:
+    """Scores of each cell of one network in ``results/DATASET.json``.
+
+    Args:
+        dataset: name of the file.
+        network: whose cells are listed.
+        size: of the images.
+        costs: name of a file of ``experiments.peers``, which adds operations and the time of a training step.
+    """
     cells = [
         each for each in summarise_cells(read(dataset)['rows']) if each['network'] == network and each['size'] == size
     ]
     metric = cells[0]['metric']
+    splits = [split for split in ('val', 'test') if any(each[split] for each in cells)]
+    measured = read(costs)['networks'] if costs else {}
     rows = []
     for each in cells:
         ratio = f'{each["dense_params"] / each["stored_params"]:.1f}x'
-        scores = [score_text(each[split]) for split in ('val', 'test')]
-        rows.append((each['cell'], f'{each["stored_params"]:,}', ratio, each['epochs'], each['seeds'], *scores))
-    columns = ('network', 'parameters stored', 'ratio', 'epochs', 'seeds', f'val {metric}', f'test {metric}')
+        row = [each['cell'], f'{each["stored_params"]:,}', ratio, each['epochs'], each['seeds']]
+        row += [score_text(each[split]) for split in splits]
+        row += [f'{each["int8_bytes"] / 1e6:.2f}', score_text(each['int8_test'])] if each['int8_bytes'] else ['', '']
+        if costs:
+            cost = measured.get(each['cell'])
+            row += [f'{cost["flops"] / 1e9:.2f}', f'{cost["step_ratio"]:.2f}x'] if cost else ['', '']
+        rows.append(row)
+    columns = ['network', 'parameters stored', 'ratio', 'epochs', 'seeds', *(f'{split} {metric}' for split in splits)]
+    columns += ['int8 file, MB', f'test {metric} of int8', *(('GFLOPs', 'step to dense') if costs else ())]
     return markdown(columns, rows)
 
 
@@ -46,5 +61,6 @@ def result() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    'camvid': lambda: runs('camvid', 'deeplabv3_r18-d16', '180x240', costs='peers-deeplabv3-r18'),
     'cifar10': cifar10,
 }

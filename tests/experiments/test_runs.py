@@ -162,15 +162,17 @@ def test_the_table_and_the_picture_show_every_cell_of_a_network(tmp_path, monkey
     for cell, method, stored in (('dense', 'dense', 100), ('csg-10x', 'csg', 10), ('narrow-10x', 'narrow', 9)):
         for seed in (0, 1):
             row = dict(cell=cell, network='n', method=method, size='8x8', metric='mIoU', epochs=2, dense_params=100)
+            row |= {'int8': {'bytes': 120_000, 'test': 39.0}} if cell == 'csg-10x' else {}
             rows.append(row | dict(stored_params=stored, seed=seed, val=50.0 + seed, test=40.0, seconds=60))
     rows.append(rows[-1] | {'cell': 'other', 'network': 'm'})
     monkeypatch.setattr(markdown, 'RESULT_FILES', tmp_path)
     (tmp_path / 'drawn.json').write_text(json.dumps({'rows': rows}))
-    lines = summary.runs('drawn', 'n', '8x8').splitlines()
+    (tmp_path / 'peers.json').write_text(json.dumps({'networks': {'dense': {'flops': 2.5e9, 'step_ratio': 1.0}}}))
+    lines = summary.runs('drawn', 'n', '8x8', costs='peers').splitlines()
     assert lines[2:] == [
-        '| dense | 100 | 1.0x | 2 | 2 | 50.50 +- 0.71 | 40.00 +- 0.00 |',
-        '| csg-10x | 10 | 10.0x | 2 | 2 | 50.50 +- 0.71 | 40.00 +- 0.00 |',
-        '| narrow-10x | 9 | 11.1x | 2 | 2 | 50.50 +- 0.71 | 40.00 +- 0.00 |',
+        '| dense | 100 | 1.0x | 2 | 2 | 50.50 +- 0.71 | 40.00 +- 0.00 |  |  | 2.50 | 1.00x |',
+        '| csg-10x | 10 | 10.0x | 2 | 2 | 50.50 +- 0.71 | 40.00 +- 0.00 | 0.12 | 39.00 +- 0.00 |  |  |',
+        '| narrow-10x | 9 | 11.1x | 2 | 2 | 50.50 +- 0.71 | 40.00 +- 0.00 |  |  |  |  |',
     ]
     figures = []
     monkeypatch.setattr(picture, 'save_figure', lambda figure, path: figures.append(figure))

@@ -69,9 +69,42 @@ def test_the_tools_file_is_enough_by_itself(trained, drawn, tmp_path):
     assert set(json.loads(header['versions'])) == {'csg_seg', 'torch', 'mmengine'}
 
 
+def test_an_update_is_used_by_every_tool_from_beside_its_base(trained, drawn, tmp_path):
+    base, update = tmp_path / 'base.safetensors', tmp_path / 'customer' / 'update.safetensors'
+    update.parent.mkdir()
+    write_compact_file(read_config(str(DEMO)), trained, base, dtype='int8')
+    content = torch.load(trained, weights_only=False)
+    for name, tensor in content['state_dict'].items():
+        if name.endswith('.code'):
+            tensor += 0.01
+    later = tmp_path / 'later.pth'
+    torch.save(content, later)
+    options = ['--base', base, '--images', 1, *cfg_options({'test_dataloader.dataset.data_root': drawn})]
+    told = json.loads(compact(DEMO, later, '--out', update, *options, '--json').stdout.splitlines()[-1])
+    assert told['dtype'] == 'int8' and told['compact_bytes'] == update.stat().st_size < 0.7 * base.stat().st_size
+    image = drawn / 'JPEGImages' / 'val_00000.jpg'
+    done = run_tool('demo.py', image, update, '--out', tmp_path / 'seen.png', check=False)
+    assert done.returncode == 1 and 'an update of base.safetensors' in done.stderr and 'copy that file' in done.stderr
+    update.rename(tmp_path / update.name)
+    seen = {}
+    for options in ((), ('--low-memory',)):
+        printed = run_tool(
+            'demo.py', image, tmp_path / update.name, '--out', tmp_path / f'{options}.png', '--json', *options
+        )
+        seen[options] = json.loads(printed.stdout)
+    first, second = seen.values()
+    assert first == pytest.approx(second, abs=0.5)
+
+
 @pytest.mark.full
-def test_the_tool_tests_both_files(trained, drawn, tmp_path):
+@pytest.mark.parametrize('updates', [False, True])
+def test_the_tool_tests_both_files(trained, drawn, tmp_path, updates):
     options = ['--dtype', 'int8', '--test', 'mIoU', *cfg_options({'test_dataloader.dataset.data_root': drawn})]
+    if updates:
+        base = tmp_path / 'elsewhere' / 'base.safetensors'
+        base.parent.mkdir()
+        write_compact_file(read_config(str(DEMO)), trained, base)
+        options += ['--base', base]
     printed = compact(DEMO, trained, '--out', tmp_path / 'small.safetensors', *options, '--json').stdout
     told = json.loads(printed.splitlines()[-1])
     # Of untrained weights, where a class more or less is found by chance.

@@ -26,8 +26,9 @@ def write_with_config(
     cfg: Config,
     dataset_meta: Mapping[str, Any],
     *,
-    dtype: str = 'float32',
+    dtype: str | None = None,
     notes: Mapping[str, str] | None = None,
+    base: str | os.PathLike | None = None,
 ) -> None:
     """Write a compact checkpoint that can be loaded without its config.
 
@@ -41,6 +42,7 @@ def write_with_config(
         dataset_meta: its ``classes`` and ``palette`` are stored.
         dtype: as for :func:`csg_seg.save_compact`.
         notes: more text to store, by name.
+        base: as for :func:`csg_seg.save_compact`.
     """
     try:
         source = describe(cfg)
@@ -51,4 +53,4 @@ def write_with_config(
     names = {key: dataset_meta[key] for key in ('classes', 'palette') if dataset_meta.get(key) is not None}
     versions = {'csg_seg': __version__, 'torch': torch.__version__, 'mmengine': mmengine.__version__}
     metadata = {**(notes or {}), 'dataset_meta': json.dumps(names), 'versions': json.dumps(versions)}
-    write_compact(model, state_dict, path, dtype=dtype, source=source, metadata=metadata)
+    write_compact(model, state_dict, path, dtype=dtype, source=source, metadata=metadata, base=base)

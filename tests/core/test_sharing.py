@@ -1,0 +1,87 @@
+"""Networks that share generators hold them once and compute what they did before."""
+
+import pytest
+import torch
+from torch import nn
+from two_convs import CSG, Net, batch, build
+
+from csg_seg import CSGError, load_compact, retrofit, save_compact, share_generators
+from csg_seg.layers.conv import generated_convs
+
+KINDS = {
+    'linear': {},
+    'binary': {'generator': 'binary'},
+    'mlp': {'generator': 'mlp', 'hidden': 5},
+}
+
+
+def with_other_codes(model, seed):
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, conv in generated_convs(model):
+            conv.code.add_(torch.randn(conv.code.shape, generator=rng))
+    return model.eval()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('keep_weights', [True, False])
+@torch.no_grad()
+def test_outputs_and_state_dicts_stay_and_memory_holds_one_generator(kind, keep_weights):
+    models = [with_other_codes(build(**KINDS[kind]), seed) for seed in range(3)]
+    for each in models:
+        each.csg.keep_weights = keep_weights
+    images, _ = batch()
+    wanted = [(each(images), {name: tensor.clone() for name, tensor in each.state_dict().items()}) for each in models]
+    share_generators(*models)
+    assert len({id(each.csg[0]) for each in models}) == 1
+    assert len({id(conv.generator) for each in models for _, conv in generated_convs(each)}) == 1
+    for _ in range(2):
+        for each, (outputs, state_dict) in zip(models, wanted, strict=True):
+            assert torch.equal(each(images), outputs)
+            assert each.state_dict().keys() == state_dict.keys()
+            assert all(torch.equal(tensor, state_dict[name]) for name, tensor in each.state_dict().items())
+
+
+def test_networks_of_other_architectures_share_too():
+    class Other(nn.Sequential):
+        def __init__(self):
+            torch.manual_seed(7)
+            super().__init__(nn.Conv2d(3, 24, 3), nn.Conv2d(24, 12, 3))
+
+    first, second = build(), retrofit(Other(), CSG)
+    images, _ = batch()
+    wanted = second.eval()(images)
+    second.csg[0].load_state_dict(first.csg[0].state_dict(), strict=False)
+    share_generators(first, second)
+    assert second.csg[0] is first.csg[0]
+    assert second(images).shape == wanted.shape
+    state_dict = second.state_dict()
+    retrofit(Other(), CSG).load_state_dict(state_dict)  # the entry of settings names its own layers
+
+
+def test_updates_of_a_base_are_served_with_one_generator(tmp_path):
+    save_compact(build(), tmp_path / 'base.safetensors')
+    wanted = []
+    for seed in range(2):
+        model = with_other_codes(build(), seed)
+        wanted.append(model(batch()[0]))
+        save_compact(model, tmp_path / f'{seed}.safetensors', base=tmp_path / 'base.safetensors')
+    models = [load_compact(tmp_path / f'{seed}.safetensors', Net()).eval() for seed in range(2)]
+    share_generators(*models)
+    assert models[0].csg[0] is models[1].csg[0]
+    for model, outputs in zip(models, wanted, strict=True):
+        assert torch.equal(model(batch()[0]), outputs)
+
+
+def test_other_generators_are_refused_and_nothing_changes():
+    first, equal = build(), build()
+    others = [retrofit(Net(), CSG | {'seed': 3}), retrofit(Net(), CSG | {'code_dim': 9}), build()]
+    with torch.no_grad():
+        others[2].csg[0].weight[0, 0] += 1e-3
+    for other in others:
+        own = equal.csg[0]
+        with pytest.raises(CSGError, match='network 2 of the others has other generators'):
+            share_generators(first, equal, other)
+        assert equal.csg[0] is own
+    with pytest.raises(CSGError, match='not retrofitted'):
+        share_generators(first, Net())
