@@ -7,11 +7,14 @@ This package needs only torch, numpy and safetensors. Everything for mmengine, m
 mmpretrain is in :mod:`csg_seg.mm`, which configs import: ``custom_imports = dict(imports=['csg_seg.mm'])``.
 """
 
+from .distillation import Teacher
 from .errors import CSGError, CSGWarning
 from .generators.registry import register_generator
 from .planning.planner import plan
 from .registration import register_with_mmengine
 from .report import summarise
+from .retrofitting.automatic import suggest
+from .retrofitting.freezing import train_only
 from .retrofitting.surgery import materialise, retrofit
 from .retrofitting.weights import fit, load_generators, load_state_dict, share_generators
 from .storage.builders import register_builder
@@ -21,6 +24,7 @@ from .version import __version__
 __all__ = [
     'CSGError',
     'CSGWarning',
+    'Teacher',
     '__version__',
     'fit',
     'load_compact',
@@ -33,7 +37,9 @@ __all__ = [
     'retrofit',
     'save_compact',
     'share_generators',
+    'suggest',
     'summarise',
+    'train_only',
 ]
 
 register_with_mmengine()

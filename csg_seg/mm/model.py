@@ -19,6 +19,7 @@ from csg_seg.layers.bank import GeneratorBank, bank_of
 from csg_seg.layers.conv import find_convs
 from csg_seg.layers.state_dict_checks import check_reset
 from csg_seg.mm.checkpoints.reading import read_checkpoint
+from csg_seg.retrofitting import freezing
 from csg_seg.retrofitting.surgery import CSG, retrofit
 
 from .teacher import Teacher
@@ -32,6 +33,7 @@ def CSGModel(
     generators_from: str | None = None,
     reset: str | Sequence[str] | None = None,
     keep_weights: bool = True,
+    train_only: str | Sequence[str] | None = None,
     **base: Any,
 ) -> nn.Module:
     """Build the model of the base config and retrofit it.
@@ -51,6 +53,7 @@ def CSGModel(
         reset: patterns for layers that keep their start values if the checkpoint that
             training starts from does not fit them, such as a head for other classes.
         keep_weights: as for :func:`csg_seg.load_compact`; False saves memory in evaluation.
+        train_only: patterns of parameter names, as for :func:`csg_seg.train_only`; all others are frozen.
         base: arguments of ``base_type``.
 
     Returns:
@@ -71,6 +74,8 @@ def CSGModel(
     architecture = deepcopy(dict(type=base_type, **base))
     model = retrofit_for_runner(MODELS.build(dict(type=base_type, **base)), csg, generators_from, reset)
     bank_of(model).keep_weights = keep_weights
+    if train_only is not None:
+        freezing.train_only(model, train_only)
     return model if teacher is None else _teach(model, {**teacher, 'model': teacher.get('model') or architecture})
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from csg_seg.errors import CSGError
 from csg_seg.generators.settings import matches
 from csg_seg.report import Summary, summarise
+from csg_seg.retrofitting.automatic import resolve
 from csg_seg.retrofitting.selection import generable
 from csg_seg.retrofitting.surgery import CSG, check_root, retrofit
 from csg_seg.retrofitting.weights import fit
@@ -141,7 +142,7 @@ def predict(model: nn.Module, csg: CSG) -> Plan:
     squares = sum(error**2 * _squares(convs[name]) for name, error in errors.items())
     summary = summarise(fitted)
     return Plan(
-        csg=[dict(csg)] if isinstance(csg, Mapping) else [dict(each) for each in csg],
+        csg=[dict(each) for each in resolve(model, csg)],
         relative_error=_relative(squares, sum(map(_squares, convs.values()))),
         layers=errors,
         dense_params=summary.dense_params,

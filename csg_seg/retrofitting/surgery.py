@@ -20,9 +20,10 @@ from csg_seg.layers.root import check_rootable
 from csg_seg.layers.watch import WATCH
 from csg_seg.report import summarise
 
+from .automatic import resolve
 from .selection import Reason, choose_layers, find_obstacles
 
-CSG = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+CSG = Mapping[str, Any] | Sequence[Mapping[str, Any]] | str
 
 
 def retrofit(model: nn.Module, csg: CSG) -> nn.Module:
@@ -36,7 +37,8 @@ def retrofit(model: nn.Module, csg: CSG) -> nn.Module:
         model: any network with convs of one to three dimensions, grouped and transposed ones included, and
             subclasses of them that compute with their own ``weight``.
         csg: a dict of settings (see :class:`csg_seg.generators.settings.Settings`), or a list of dicts for several
-            generators; each layer goes to the first dict that takes it.
+            generators; each layer goes to the first dict that takes it. ``dict(ratio=10)`` finds the settings by
+            :func:`csg_seg.suggest`, and ``'auto'`` stands for ``dict(ratio=10)``.
 
     Returns:
         The same model.
@@ -44,11 +46,8 @@ def retrofit(model: nn.Module, csg: CSG) -> nn.Module:
     Raises:
         CSGError: a setting is wrong, a dict takes no layer, or a layer cannot be generated.
     """
-    dicts = [csg] if isinstance(csg, Mapping) else csg
-    if not isinstance(dicts, Sequence) or len(dicts) == 0:
-        raise CSGError(f'csg must be a dict with slice_shape and code_dim, or a list of such dicts; got {csg!r}')
-    settings = [Settings.from_dict(each, position=position) for position, each in enumerate(dicts)]
     check_root(model)
+    settings = [Settings.from_dict(each, position=position) for position, each in enumerate(resolve(model, csg))]
     taken, left_dense = choose_layers(model, settings)
     swap_layers(model, settings, taken, left_dense)
     growth = summarise(model).describe_growth()

@@ -7,11 +7,11 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
+from csg_seg.distillation import match_layers
 from csg_seg.errors import CSGError
 from csg_seg.files import check_folder
 from csg_seg.mm.model import build_model
 from csg_seg.mm.plan_files import build_dense
-from csg_seg.mm.teacher import match_layers
 from csg_seg.planning.planner import Plan, plan
 from csg_seg.report import summarise
 from csg_seg.running.preflight import check_optimizer

@@ -13,7 +13,7 @@ from typing import Any
 
 import onnxruntime
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ Run = Callable[[Tensor], Any]
 
 def dense(cfg: Config, files: Mapping[str, Path]) -> Run:
     """Build the dense network and load the materialised checkpoint."""
-    model = MODELS.build(dense_model(cfg))
+    model = MODELS.build(ConfigDict(dense_model(cfg)))
     model.load_state_dict(read_checkpoint(files['dense'])['state_dict'])
     return partial(model.eval(), mode='tensor')
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -262,7 +262,8 @@ def measure_speed(
     csg = build_model(cfg)
     if find_bank(csg) is None:
         raise CSGError('the config is dense, so there is nothing to compare; give a CSG config')
-    models = {'dense': MODELS.build(dense_model(cfg)), 'csg': csg, 'materialised': materialise(deepcopy(csg))}
+    dense = MODELS.build(ConfigDict(dense_model(cfg)))
+    models = {'dense': dense, 'csg': csg, 'materialised': materialise(deepcopy(csg))}
     if without_ahead:
         models['csg, not ahead'] = never_ahead(deepcopy(csg))
     if autocast_generation:

@@ -26,7 +26,7 @@ ORDER = [
     {'generators', 'models', 'data'},
     {'fitting'},
     {'layers'},
-    {'report'},
+    {'report', 'distillation'},
     {'retrofitting'},
     {'storage'},
     {'planning'},

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from argparse import ArgumentParser
@@ -13,6 +14,7 @@ import mmseg
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, cfg_options, run_experiment, run_program, run_tool
 from mmengine.config import Config
 from torch import nn
@@ -248,3 +250,86 @@ def test_the_example_for_other_classes_runs(tmp_path, monkeypatch):
     names = dict(torch=torch, csg_seg=csg_seg, network=network, csg=csg)
     exec(example('plain_pytorch.md', "reset=['classifier']"), names)
     assert names['fresh'] == ('classifier',)
+
+
+def test_the_page_of_many_networks_is_true_of_plain_pytorch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page, source = 'many_networks.md', dict(builder='torchvision', name='resnet18', num_classes=4)
+
+    def network(seed):
+        torch.manual_seed(seed)
+        csg = dict(slice_shape=(16, 16, 3, 3), code_dim=16)
+        return csg_seg.retrofit(torchvision.models.resnet18(num_classes=4), csg)
+
+    base = network(0)
+    csg_seg.save_compact(base, 'base.safetensors', source=source)
+    names = dict(csg_seg=csg_seg, model=network(0))
+    exec(example(page, 'train_only(model'), names)
+    wanted = {}
+    for site in (7, 8):
+        with torch.no_grad():
+            for parameter in names['model'].parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.01)
+        exec(example(page, 'save_compact(').replace('site-7', f'site-{site}'), names)
+        wanted[site] = {name: tensor.clone() for name, tensor in names['model'].state_dict().items()}
+    assert Path('site-7.safetensors').stat().st_size < 0.7 * Path('base.safetensors').stat().st_size
+    Path('elsewhere').mkdir()
+    shutil.copy('site-7.safetensors', 'elsewhere')
+    exec(example(page, 'elsewhere/'), names)
+    exec(example(page, 'share_generators'), names)
+    for model, state_dict in zip([names['model'], *names['models']], (wanted[7], wanted[7], wanted[8]), strict=True):
+        assert all(torch.equal(tensor, state_dict[name]) for name, tensor in model.state_dict().items())
+    assert names['models'][0].csg[0] is names['models'][1].csg[0]
+
+
+def test_a_variant_that_trains_codes_differs_from_its_base_in_codes(drawn, tmp_path):
+    demo = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
+    (tmp_path / 'my_csg_config.py').write_text(f'_base_ = {str(demo)!r}\n')
+    recipe = example('many_networks.md', "_base_ = './my_csg_config.py'")
+    trained = tmp_path / 'base' / 'iter_2.pth'
+    (tmp_path / 'variant.py').write_text(recipe.replace('work_dirs/base/iter_20000.pth', str(trained)))
+    loaders = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+    options = {'train_cfg.max_iters': 2, 'train_cfg.val_interval': 3, 'default_hooks.checkpoint.interval': 2}
+    options |= {f'{loader}.dataset.data_root': drawn for loader in loaders}
+    for name, config in (('base', 'my_csg_config.py'), ('variant', 'variant.py')):
+        run_tool('train.py', tmp_path / config, '--work-dir', tmp_path / name, *cfg_options(options))
+    base, variant = (read_checkpoint(tmp_path / name / 'iter_2.pth')['state_dict'] for name in ('base', 'variant'))
+    changed = {name for name, tensor in variant.items() if not torch.equal(tensor, base[name])}
+    assert changed == {name for name in base if name.endswith('.code')}
+
+
+def test_the_example_of_gradient_accumulation_runs():
+    torch.manual_seed(0)
+    model = csg_seg.retrofit(
+        nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3)), dict(slice_shape=(16, 16, 3, 3), code_dim=8)
+    )
+    batches = [(torch.randn(2, 3, 9, 9), torch.randn(2, 32, 5, 5)) for _ in range(3)]
+    before = model[1].code.clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    exec(
+        example('speed.md', 'csg.accumulate'),
+        dict(model=model, batches=batches, loss=nn.MSELoss(), optimizer=optimizer),
+    )
+    assert not torch.equal(model[1].code, before)
+
+
+def test_the_example_of_a_teacher_goes_from_a_trained_network_to_a_compact_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    images = torch.randn(32, 3, 32, 32)
+    dense = torchvision.models.resnet18(num_classes=4)
+    dense(images)  # running statistics of these images
+    labels = dense.eval()(images).argmax(1)
+    batches = [(images[start : start + 8], labels[start : start + 8]) for start in range(0, 32, 8)]
+    names = dict(trained_network=lambda: dense, criterion=nn.CrossEntropyLoss(), loader=3 * batches)
+    exec(example('from_trained_weights.md', 'csg_seg.Teacher('), names)
+    fitted = csg_seg.retrofit(
+        torchvision.models.resnet18(num_classes=4), dict(slice_shape=(16, 16, 3, 3), code_dim=128)
+    )
+    csg_seg.fit(fitted, dense.state_dict())
+    loaded = csg_seg.load_compact('student.safetensors', torchvision.models.resnet18(num_classes=4))
+    with torch.no_grad():
+        wanted = dense(images)
+        before, after = ((each.eval()(images) - wanted).square().mean() for each in (fitted, loaded))
+    assert after < 0.5 * before

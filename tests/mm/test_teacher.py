@@ -19,10 +19,10 @@ from small_classifier import (
 from torch import nn
 
 from csg_seg import fit, materialise
+from csg_seg.distillation import divergence
 from csg_seg.errors import CSGError
 from csg_seg.layers.bank import find_bank
 from csg_seg.layers.conv import generated_convs
-from csg_seg.mm.teacher import divergence
 
 BLOCKS = ['backbone.layer*.*']
 

@@ -46,7 +46,7 @@ def dense_model(cfg: Config) -> dict[str, Any]:
     model = cfg.model.to_dict()
     if model['type'] in ('CSGModel', 'TaughtModel'):
         model['type'] = model.pop('base_type')
-        for key in ('csg', 'teacher', 'generators_from', 'reset', 'keep_weights'):
+        for key in ('csg', 'teacher', 'generators_from', 'reset', 'keep_weights', 'train_only'):
             model.pop(key, None)
     return model
 

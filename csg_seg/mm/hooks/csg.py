@@ -17,6 +17,7 @@ from csg_seg.layers.bank import GeneratorBank, bank_of, find_bank
 from csg_seg.mm.checkpoints.reading import generator_names
 from csg_seg.mm.model import bare_model, retrofit_for_runner
 from csg_seg.report import summarise
+from csg_seg.retrofitting.automatic import is_automatic
 from csg_seg.retrofitting.surgery import CSG
 
 from .checkpoint_guard import prepare_resume
@@ -97,7 +98,7 @@ class CSGHook(Hook):
 
 
 def _check_same_settings(csg: CSG | None, bank: GeneratorBank) -> None:
-    if csg is None:
+    if csg is None or isinstance(csg, str) or is_automatic(csg):
         return
     dicts = [csg] if isinstance(csg, Mapping) else csg
     settings = [Settings.from_dict(each, position=position) for position, each in enumerate(dicts)]

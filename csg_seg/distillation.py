@@ -1,0 +1,240 @@
+"""Distillation: a trained network, the teacher, adds losses to the training of a smaller one, the student."""
+
+import difflib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .errors import CSGError
+from .layers.root import BANK
+
+# Where networks that return several things have the class scores.
+SCORES = ('out', 'logits')
+
+
+class Teacher:
+    """A trained network whose outputs a student learns to reproduce.
+
+    ::
+
+        teacher = csg_seg.Teacher(student, network, logits=0.1, features=3.0, layers=['layer*.*'])
+        for images, labels in loader:
+            loss = criterion(student(images), labels) + teacher.loss(images)
+
+    The teacher's network is put into evaluation mode and frozen. It is not a part of the student, so checkpoints,
+    optimizers and copies of the student do not contain it.
+
+    Args:
+        student: the network that learns, usually retrofitted.
+        network: the teacher; None if :meth:`use` names it later.
+        logits: factor of the divergence of class probabilities, for each image or pixel. Hinton et al., "Distilling
+            the Knowledge in a Neural Network", 2015.
+        temperature: divides the class scores in ``logits`` and ``channels``.
+        channels: factor of the divergence of each class's distribution over the pixels. Shu et al., "Channel-Wise
+            Knowledge Distillation for Dense Prediction", ICCV 2021.
+        features: factor of the squared difference between feature maps, relative to the teacher's squares, averaged
+            over the maps. Romero et al., "FitNets", ICLR 2015.
+        layers: patterns for the names of the modules whose outputs ``features`` compares. Both networks have these
+            names. ``*`` matches a part of a name between dots: 'layer*.*' matches all blocks of a ResNet.
+        logits_layer: name of the module that computes the class scores. By default, the networks' own output: a
+            tensor, the first of several, or the entry 'out' or 'logits'.
+
+    Raises:
+        CSGError: an argument has a wrong type or is out of range, all factors are 0, or a pattern matches no module.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        network: nn.Module | None,
+        *,
+        logits: float = 1.0,
+        temperature: float = 4.0,
+        channels: float = 0.0,
+        features: float = 0.0,
+        layers: str | Sequence[str] = (),
+        logits_layer: str = '',
+    ):
+        self.factors = dict(logits=logits, channels=channels, features=features)
+        check_factors(self.factors, temperature)
+        patterns = [layers] if isinstance(layers, str) else list(layers)
+        if features and not patterns:
+            raise CSGError('teacher: features compares the outputs of layers, and layers is empty; name some')
+        self.temperature = temperature
+        self.layers = match_layers(student, patterns) if features else []
+        self.logits_layer = logits_layer
+        self.network: nn.Module | None = None
+        self._outputs: dict[tuple[str, str], Any] = {}
+        self._record_outputs('student', student)
+        if network is not None:
+            self.use(network)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the student, such as an EMA, does not need a copy of the teacher.
+        return {**self.__dict__, 'network': None, '_outputs': {}}
+
+    def use(self, network: nn.Module) -> None:
+        """Take a network as the teacher, and freeze it.
+
+        Raises:
+            CSGError: it has none of the layers to compare.
+        """
+        self._record_outputs('teacher', network.eval().requires_grad_(False))
+        self.network = network
+
+    def loss(self, *inputs: Any, **options: Any) -> Tensor:
+        """Return the sum of the losses after a forward pass of the student.
+
+        Args:
+            inputs: of the student's last forward pass; the teacher gets them too.
+            options: keyword arguments of it.
+
+        Raises:
+            CSGError: the student has not been called since, a layer was not, or outputs have different shapes.
+        """
+        self.observe(*inputs, **options)
+        return torch.stack(list(self.compare().values())).sum()
+
+    @torch.no_grad()
+    def observe(self, *inputs: Any, **options: Any) -> None:
+        """Run the teacher on the inputs of the student's forward pass, before it or after it."""
+        if self.network is None:
+            raise CSGError('teacher: there is no network, as in a copy of a student; call use(network) first')
+        self.network(*inputs, **options)
+
+    def compare(self) -> dict[str, Tensor]:
+        """Return the losses by name, 'logits', 'channels' and 'features', whose factors are not 0."""
+        try:
+            return dict(self._losses())
+        finally:
+            self._outputs.clear()
+
+    def _record_outputs(self, who: str, network: nn.Module) -> None:
+        wanted = [self.logits_layer] if self.factors['logits'] or self.factors['channels'] else []
+        for name in dict.fromkeys([*self.layers, *wanted]):
+            try:
+                module = network.get_submodule(name)
+            except AttributeError:
+                raise CSGError(f'teacher: the {who} has no layer {name!r}; set layers or logits_layer') from None
+            module.register_forward_hook(partial(self._record, who, name))
+
+    def _record(self, who: str, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        # Evaluations of the student, and copies of it, are not compared.
+        if who == 'teacher' or (self.network is not None and torch.is_grad_enabled()):
+            self._outputs[who, name] = output
+
+    def _losses(self) -> Iterator[tuple[str, Tensor]]:
+        factors, temperature = self.factors, self.temperature
+        if factors['logits'] or factors['channels']:
+            mine, wanted = self._pair(self.logits_layer, _class_scores)
+            if factors['logits']:
+                yield 'logits', factors['logits'] * divergence(mine, wanted, temperature, dim=1)
+            if factors['channels']:
+                if mine.ndim < 3:
+                    raise CSGError('teacher: channels compares pixels, this network classifies; set channels=0')
+                flat = divergence(mine.flatten(2), wanted.flatten(2), temperature, dim=2)
+                yield 'channels', factors['channels'] * flat
+        if factors['features']:
+            maps = [pair for name in self.layers for pair in zip(*self._pair(name, _as_list), strict=True)]
+            errors = [relative_squared_error(*pair) for pair in maps]
+            yield 'features', factors['features'] * torch.stack(errors).mean()
+
+    def _pair(self, name: str, read: Callable[[Any], Any]) -> tuple[Any, Any]:
+        """Return what ``read`` finds in a module's outputs in the student and in the teacher."""
+        for who in ('student', 'teacher'):
+            if (who, name) not in self._outputs:
+                called = f'layer {name!r} is not called as a module in the {who}; name one inside it'
+                raise CSGError(f'teacher: {called if name else f"the {who} was not called with gradients"}')
+        mine, wanted = (read(self._outputs[who, name]) for who in ('student', 'teacher'))
+        for one, other in zip(_as_list(mine), _as_list(wanted), strict=True):
+            if one.shape != other.shape:
+                raise CSGError(
+                    f'teacher: the output of {name or "the network"} is {tuple(other.shape)} in the teacher and '
+                    f'{tuple(one.shape)} in the student; compare other layers, or set features=0'
+                )
+        return mine, wanted
+
+
+def check_factors(factors: Mapping[str, Any], temperature: Any) -> None:
+    """Check the factors of losses and the temperature.
+
+    Raises:
+        CSGError: one has a wrong type or is out of range, or all factors are 0.
+    """
+    for name, value in {**factors, 'temperature': temperature}.items():
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise CSGError(f'teacher: {name} must be a number; got {value!r}')
+        if value < 0:
+            raise CSGError(f'teacher: {name} must not be negative; got {value}')
+    if temperature == 0:
+        raise CSGError('teacher: temperature must be above 0; got 0')
+    if not any(factors.values()):
+        raise CSGError(f'teacher: {", ".join(factors)} are all 0, so there is nothing to learn from; set one')
+
+
+def divergence(logits: Tensor, wanted: Tensor, temperature: float, *, dim: int) -> Tensor:
+    """Compute the Kullback-Leibler divergence of softened logits, times the squared temperature.
+
+    Args:
+        logits: the student's, of any shape.
+        wanted: the teacher's, of the same shape.
+        temperature: divides both.
+        dim: dimension along which probabilities sum to one. The result is the mean over all others.
+    """
+    mine, wanted = (functional.log_softmax(each / temperature, dim=dim) for each in (logits, wanted))
+    pointwise = functional.kl_div(mine, wanted, log_target=True, reduction='none')
+    return temperature**2 * pointwise.sum(dim).mean()
+
+
+def relative_squared_error(values: Tensor, wanted: Tensor) -> Tensor:
+    """Divide the sum of squared differences by the sum of the second tensor's squares, in float32."""
+    wanted = wanted.float()
+    return (values.float() - wanted).square().sum() / wanted.square().sum()
+
+
+def match_layers(network: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Return the names of the modules that match a pattern, by pattern and then in the network's order.
+
+    Raises:
+        CSGError: a pattern matches no module.
+    """
+    names = [name for name, _ in network.named_modules() if name.split('.')[0] != BANK]
+    found: list[str] = []
+    for pattern in patterns:
+        matching = [name for name in names if _matches(name, pattern)]
+        if not matching:
+            close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+            like = f'there are {", ".join(close)}' if close else f'names look like {names[-1]!r}'
+            raise CSGError(f'teacher: layers pattern {pattern!r} names no module; {like}')
+        found += [name for name in matching if name not in found]
+    return found
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts, wanted = name.split('.'), pattern.split('.')
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+
+
+def _class_scores(output: Any) -> Tensor:
+    """Return the class scores in a network's output.
+
+    Raises:
+        CSGError: there are none.
+    """
+    if isinstance(output, Mapping):
+        output = next((output[key] for key in SCORES if key in output), None)
+    elif isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise CSGError('teacher: there are no class scores in the output of the network; set logits_layer')
+    return output
+
+
+def _as_list(output: Any) -> list[Tensor]:
+    return list(output) if isinstance(output, (tuple, list)) else [output]

@@ -1,0 +1,109 @@
+"""Settings by themselves: the ratio asked for, with the settings one would choose."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from two_convs import Net, build
+
+from csg_seg import CSGError, retrofit, suggest, summarise
+
+
+def on_meta(function, **options):
+    with torch.device('meta'):
+        return function(**options)
+
+
+NETWORKS = {
+    'resnet18': torchvision.models.resnet18,
+    'resnet50': torchvision.models.resnet50,
+    'deeplabv3_resnet50': lambda: torchvision.models.segmentation.deeplabv3_resnet50(
+        weights=None, weights_backbone=None
+    ),
+    'densenet121': torchvision.models.densenet121,
+    'vgg11': lambda: torchvision.models.vgg11(num_classes=10).features,
+    'r3d_18': torchvision.models.video.r3d_18,
+    'mobilenet_v2': lambda: torchvision.models.mobilenet_v2().features,
+}
+RATIOS = {'resnet18': (2, 5, 10), 'vgg11': (2, 10, 50), 'densenet121': (2, 3), 'mobilenet_v2': (2,)}
+
+
+@pytest.mark.parametrize(
+    ('name', 'ratio'), [(name, ratio) for name in NETWORKS for ratio in RATIOS.get(name, (2, 5, 10))]
+)
+def test_the_ratio_is_met_closely(name, ratio):
+    model = on_meta(NETWORKS[name])
+    settings = suggest(model, ratio)
+    kernels = [each['slice_shape'][2:] for each in settings]
+    assert len(set(kernels)) == len(kernels)
+    found = summarise(retrofit(model, settings)).compression_ratio
+    assert ratio <= found < 1.06 * ratio
+
+
+def test_other_kernels_are_compressed_only_if_the_ratio_needs_it():
+    model = on_meta(NETWORKS['deeplabv3_resnet50'])
+    assert [each['slice_shape'] for each in suggest(model, 2)] == [(16, 16, 3, 3)]
+    assert {each['slice_shape'] for each in suggest(model, 20)} == {(16, 16, 3, 3), (16, 16, 1, 1)}
+
+
+def test_small_networks_get_small_slices_and_classifiers_stay_dense():
+    small = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 64, 3), nn.Conv2d(64, 64, 3), nn.Conv2d(64, 5, 3))
+    (settings,) = suggest(small, 3)
+    assert settings['slice_shape'][0] < 16
+    model = on_meta(NETWORKS['deeplabv3_resnet50'])
+    model.classifier[4] = nn.Conv2d(256, 21, 1, device='meta')
+    (by_kernel,) = [each for each in suggest(model, 20) if each['slice_shape'][2:] == (1, 1)]
+    assert 'classifier.4' in by_kernel['exclude']
+
+
+def test_settings_do_not_depend_on_weights_or_device():
+    with torch.device('meta'):
+        expected = suggest(torchvision.models.resnet18())
+    assert suggest(torchvision.models.resnet18()) == expected
+
+
+@pytest.mark.parametrize('csg', ['auto', {'ratio': 10}, {'ratio': 10.0}])
+def test_retrofit_takes_a_ratio(csg):
+    model, twin = (torchvision.models.resnet18() for _ in range(2))
+    retrofit(model, csg)
+    retrofit(twin, suggest(twin, 10))
+    assert model.csg[0].settings == twin.csg[0].settings
+    assert summarise(model).compression_ratio >= 10
+
+
+def test_other_keys_go_to_every_generator():
+    model = torchvision.models.resnet50()
+    retrofit(model, {'ratio': 3, 'exclude': 'layer1', 'precision': 'autocast', 'seed': 5})
+    assert len(model.csg) > 1
+    assert [each.settings.seed for each in model.csg] == [
+        5 * len(model.csg) + position for position in range(len(model.csg))
+    ]
+    assert all(each.settings.precision == 'autocast' for each in model.csg)
+    assert not any(name.startswith('layer1') for name in model.csg.layers)
+    assert summarise(model).compression_ratio >= 3
+
+
+@pytest.mark.parametrize(
+    ('csg', 'says'),
+    [
+        ({'ratio': 1}, 'ratio must be a number above 1; got 1'),
+        ({'ratio': 'ten'}, "ratio must be a number above 1; got 'ten'"),
+        ({'ratio': True}, 'ratio must be a number above 1'),
+        ({'ratio': 5, 'code_dim': 3}, "'code_dim' does not go with 'ratio'"),
+        ({'ratio': 10**6}, 'out of reach: the smallest this network can be is'),
+        ('automatic', "csg must be a dict with slice_shape and code_dim.*or 'auto'; got 'automatic'"),
+        ([], 'csg must be a dict'),
+    ],
+)
+def test_mistakes_are_refused_and_the_network_stays(csg, says):
+    model = Net()
+    with pytest.raises(CSGError, match=says):
+        retrofit(model, csg)
+    assert type(model) is Net
+
+
+def test_networks_with_nothing_to_compress_are_refused():
+    with pytest.raises(CSGError, match='no conv that can be generated'):
+        retrofit(nn.Sequential(nn.Linear(8, 8)), 'auto')
+    with pytest.raises(CSGError, match='already retrofitted'):
+        retrofit(build(), 'auto')

@@ -1,0 +1,92 @@
+"""train_only: what matches trains, everything else stays as it is."""
+
+import pickle
+from copy import deepcopy
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.nn import functional as F
+from two_convs import Net, batch, build
+
+from csg_seg import CSGError, save_compact, train_only
+
+
+def step(model):
+    images, labels = batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, weight_decay=0.1)
+    model.train()
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+
+def changes(model, before):
+    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+def snapshot(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+CODES = {'narrow.code', 'widen.code'}
+STATISTICS = {'norm.running_mean', 'norm.running_var', 'norm.num_batches_tracked'}
+
+
+@pytest.mark.parametrize(
+    ('patterns', 'trained', 'changed'),
+    [
+        ('*.code', CODES, CODES),
+        (['*.code', 'norm.*'], CODES | {'norm.weight', 'norm.bias'}, CODES | {'norm.weight', 'norm.bias'} | STATISTICS),
+        (['csg.*', 'narrow.code'], {'csg.0.weight', 'narrow.code'}, {'csg.0.weight', 'narrow.code'}),
+    ],
+)
+@pytest.mark.parametrize('copy', [lambda model: model, deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.filterwarnings('ignore::csg_seg.CSGWarning')  # layers share the generator, which is the point
+def test_only_what_matches_changes(patterns, trained, changed, copy):
+    model = build()
+    assert set(train_only(model, patterns)) == trained
+    model = copy(model)
+    before = snapshot(model)
+    step(model)
+    assert changes(model, before) == changed
+
+
+def test_an_update_holds_what_trained(tmp_path):
+    base, update = tmp_path / 'base.safetensors', tmp_path / 'update.safetensors'
+    model = build()
+    save_compact(model, base)
+    train_only(model, '*.code')
+    step(model)
+    save_compact(model, update, base=base)
+    with safe_open(str(update), framework='pt') as file:
+        assert set(file.keys()) == CODES
+
+
+def test_dense_networks_too():
+    model = Net()
+    assert train_only(model, ['head.*']) == ['head.weight', 'head.bias']
+    before = snapshot(model)
+    step(model)
+    assert changes(model, before) == {'head.weight', 'head.bias'}
+
+
+def test_training_goes_on_as_before_for_batch_norms_that_train():
+    model, twin = build(), build()
+    train_only(model, '*')
+    for each in (model, twin):
+        step(each)
+    assert not changes(model, snapshot(twin))
+
+
+@pytest.mark.parametrize(
+    ('patterns', 'says'), [('*.codes', "'\\*.codes' matches no parameter; there are"), (3, 'must be patterns')]
+)
+def test_mistakes_are_refused_and_nothing_changes(patterns, says):
+    model = build()
+    with pytest.raises(CSGError, match=says):
+        train_only(model, patterns)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules() if isinstance(module, nn.BatchNorm2d))
