@@ -1,4 +1,4 @@
-# make demo    set up, train a CSG DeepLabV3 and its dense counterpart on drawn data, print the comparison, look at an image
+# make demo    set up, train DeepLabV3 dense, with CSG and narrow on drawn data, print the comparison, look at an image
 # make test    set up and run the tests; CSG_SEG_DATA=FOLDER adds those on real images
 # make check-full   the long checks too
 # make lint    ruff and mypy
@@ -14,7 +14,7 @@ NAME := deeplabv3_r18-d8-w32_drawn-voc-80x80.py
 
 demo: $(VENV)/mm.installed
 	$(RUN) tools/dataset_converters/draw_voc.py data/drawn
-	$(RUN) tools/compare.py $(DEMO)/$(NAME) $(DEMO)/csg-s16-d128_$(NAME) \
+	$(RUN) tools/compare.py $(DEMO)/$(NAME) $(DEMO)/csg-s16-d128_$(NAME) --narrow $(DEMO)/$(subst w32,w13,$(NAME)) \
 		--work-dir work_dirs/demo --out work_dirs/demo/result.json
 	$(VENV)/bin/csg-seg demo data/drawn/VOC2012/JPEGImages/val_00045.jpg work_dirs/demo/csg.safetensors \
 		--scale 6 --out work_dirs/demo/seen.png --overwrite

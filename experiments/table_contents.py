@@ -35,8 +35,11 @@ def demo() -> str:
     result = read('demo')
     columns = ('network', 'parameters stored', 'compression', 'training checkpoint', 'mIoU', 'step time')
     rows = []
-    for name, ratio, seconds in (('dense', 1.0, 1.0), ('csg', result['compression_ratio'], result['step_time_ratio'])):
+    dense = result['dense']
+    for name in ('dense', 'csg', 'narrow'):
         each = result[name]
+        ratio = dense['stored_params'] / each['stored_params']
+        seconds = result['step_time_ratio'] if name == 'csg' else each['step_seconds'] / dense['step_seconds']
         size = f'{each["checkpoint_bytes"]:,} bytes'
         rows.append(
             (name, f'{each["stored_params"]:,}', f'{ratio:.2f}x', size, f'{each["mIoU"]:.2f}', f'{seconds:.2f}x')

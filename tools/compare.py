@@ -1,4 +1,4 @@
-"""Train a CSG config and its dense counterpart, and print what each stores, scores and takes."""
+"""Train a CSG config, its dense counterpart and perhaps a narrower network; print size, score and time of each."""
 
 import argparse
 
@@ -12,11 +12,14 @@ with one_line_errors():
     from csg_seg.running.configs import read_config
     from csg_seg.running.preflight import check_data
 
+NETWORKS = ('dense', 'csg', 'narrow')
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('dense', help='dense config file, iteration-based')
     parser.add_argument('csg', help='CSG config file')
+    parser.add_argument('--narrow', help='config file of a narrower dense network, to compare with')
     parser.add_argument('--work-dir', required=True, help='folder for checkpoints, picture and logs')
     parser.add_argument('--seed', type=int, default=0, help='of both trainings (default: 0)')
     options.add_cfg_options(parser, 'override settings of both: key=value ...')
@@ -29,8 +32,10 @@ def print_figures(result: dict) -> None:
     """Print a table of both networks, and the files that were written."""
     columns = ('network', 'parameters stored', 'compression', 'training checkpoint', 'mIoU', 'step time')
     rows = []
-    for name, ratio, relative in (('dense', 1.0, 1.0), ('csg', result['compression_ratio'], result['step_time_ratio'])):
-        each = result[name]
+    for name in [name for name in NETWORKS if name in result]:
+        each, dense = result[name], result['dense']
+        ratio = dense['stored_params'] / each['stored_params']
+        relative = result['step_time_ratio'] if name == 'csg' else each['step_seconds'] / dense['step_seconds']
         size, seconds = f'{each["checkpoint_bytes"]:,} bytes', f'{1000 * each["step_seconds"]:.0f} ms'
         numbers = (f'{each["stored_params"]:,}', f'{ratio:.2f}x', size, f'{each["mIoU"]:.2f}')
         rows.append((name, *numbers, f'{seconds} ({relative:.2f}x)'))
@@ -43,14 +48,15 @@ def main() -> None:
     args = parse_args()
     with one_line_errors():
         if args.out:
-            options.check_out(args.out, overwrite=True, inputs=[args.dense, args.csg])
+            options.check_out(args.out, overwrite=True, inputs=[args.dense, args.csg, args.narrow])
         settings = {'randomness.seed': args.seed, **(args.cfg_options or {})}
-        configs = [read_config(path, settings) for path in (args.dense, args.csg)]
+        given = [path for path in (args.dense, args.csg, args.narrow) if path]
+        configs = [read_config(path, settings) for path in given]
         for cfg in configs:
             for split in ('train', 'val', 'test'):
                 check_data(cfg, split)
         with console.notes_to_stderr(), writing_into(args.work_dir):
-            figures = compare(*configs, args.work_dir)
+            figures = compare(*configs[:2], args.work_dir, narrow=configs[2] if args.narrow else None)
         figures['made_with'] = made_with(seed=figures.pop('seed'))
         result = write_result(args.out, figures)
     console.print_result(result, print_figures, as_json=args.json)

@@ -14,28 +14,31 @@ from csg_seg.layers.conv import find_convs
 
 from .selection import choose_layers, generable
 
-RATIO = 10.0
-SIDES = (16, 12, 8, 6, 4)
+# What 'auto' asks for, where the network allows it.
+RATIO = 4.0
+SIDES = (16, 8, 4)
 # Layers with a smaller share of all weights, such as classifiers, stay dense.
 SMALLEST_SHARE = 1 / 1000
 # Shorter codes leave a layer's slices too little freedom to be worth the few parameters they save.
 SHORTEST = 8
+# Generation takes time in proportion to the length of the codes, so weights that need longer ones get smaller slices.
+LONGEST = 144
 # Keys of a csg dict that may stand beside 'ratio'.
 OTHERS = ('include', 'exclude', 'freeze_generator', 'layout', 'precision', 'seed')
 Kernel = tuple[int, ...]
 
 
-def suggest(model: nn.Module, ratio: float = RATIO, **others: Any) -> list[dict[str, Any]]:
+def suggest(model: nn.Module, ratio: float | None = None, **others: Any) -> list[dict[str, Any]]:
     """Return settings for training a network from scratch at a compression ratio.
 
     Each kernel size gets a generator of its own, the one with the most weights first, and only as many kernel sizes as
-    the ratio needs. Slices are as large as they can be while the generator stores at most about as much as the codes.
-    All generators compress alike, with codes of at least eight values. For a trained network, :func:`csg_seg.plan`
-    looks at the weights.
+    the ratio needs. Slices are as large as they can be while the generator stores no more than the codes and codes have
+    at most 144 values. All generators compress alike. For a trained network, :func:`csg_seg.plan` looks at the weights.
 
     Args:
         model: dense; its weights are not used.
-        ratio: dense parameters per stored parameter.
+        ratio: dense parameters per stored parameter. By default 4, or the square root of the largest possible ratio if
+            that is less.
         others: keys of each ``csg`` dict: ``include``, ``exclude``, ``freeze_generator``, ``layout``, ``precision``;
             and ``seed``, from which each generator gets a seed of its own.
 
@@ -45,7 +48,9 @@ def suggest(model: nn.Module, ratio: float = RATIO, **others: Any) -> list[dict[
     Raises:
         CSGError: the ratio is out of range or out of reach, or the network has nothing to compress.
     """
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 1 < ratio < math.inf:
+    if ratio is not None and (
+        isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 1 < ratio < math.inf
+    ):
         raise CSGError(f'csg: ratio must be a number above 1; got {ratio!r}')
     for key in others:
         if key not in OTHERS:
@@ -53,15 +58,12 @@ def suggest(model: nn.Module, ratio: float = RATIO, **others: Any) -> list[dict[
     seed = others.pop('seed', None)
     kernels = _kernels(model)
     total = sum(parameter.numel() for parameter in model.parameters())
-    smallest = math.inf
-    for count in range(1, len(kernels) + 1):
-        chosen = dict(list(kernels.items())[:count])
-        most = _settings(model, chosen, math.inf, others)
-        if not most:
-            continue
-        smallest = min(smallest, _stored(model, most))
+    smallest = min(_stored(model, _settings(model, each, math.inf, others)) for each in _first_of(kernels))
+    if ratio is None:
+        ratio = min(RATIO, math.sqrt(total / smallest))
+    for chosen in _first_of(kernels):
         # Beyond twice the ratio, it is better to compress a further kernel size too.
-        limit = 2 * ratio if count < len(kernels) else math.inf
+        limit = 2 * ratio if len(chosen) < len(kernels) else math.inf
         found = _search(model, chosen, total / ratio, limit, others)
         if found is not None:
             return (
@@ -113,6 +115,11 @@ def _kernels(model: nn.Module) -> dict[Kernel, dict[str, _ConvNd]]:
     return dict(sorted(found.items(), key=lambda each: -_count(each[1])))
 
 
+def _first_of(kernels: Mapping[Kernel, dict[str, _ConvNd]]) -> list[dict[Kernel, dict[str, _ConvNd]]]:
+    """Return the first kernel size, the first two, and so on up to all."""
+    return [dict(list(kernels.items())[:count]) for count in range(1, len(kernels) + 1)]
+
+
 def _count(convs: Mapping[str, _ConvNd]) -> int:
     return sum(conv.weight.numel() for conv in convs.values())
 
@@ -126,9 +133,11 @@ def _settings(
     dicts = []
     for kernel, convs in kernels.items():
         weights, values = _count(convs), math.prod(kernel)
-        side = next((each for each in SIDES if (each**2 * values) ** 2 <= weights), SIDES[-1])
-        slices, size = weights / (side**2 * values), side**2 * values
-        code_dim = min(max(int(weights / (ratio * (slices + size))), SHORTEST), size)
+        for side in SIDES:
+            slices, size = weights / (side**2 * values), side**2 * values
+            code_dim = min(max(int(weights / (ratio * (slices + size))), SHORTEST), size)
+            if size <= slices and code_dim <= LONGEST:
+                break
         exclude = others.get('exclude') or []
         exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         same = [name for name in small if tuple(find_convs(model)[name].kernel_size) == kernel]

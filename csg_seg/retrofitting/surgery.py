@@ -37,8 +37,8 @@ def retrofit(model: nn.Module, csg: CSG) -> nn.Module:
         model: any network with convs of one to three dimensions, grouped and transposed ones included, and
             subclasses of them that compute with their own ``weight``.
         csg: a dict of settings (see :class:`csg_seg.generators.settings.Settings`), or a list of dicts for several
-            generators; each layer goes to the first dict that takes it. ``dict(ratio=10)`` finds the settings by
-            :func:`csg_seg.suggest`, and ``'auto'`` stands for ``dict(ratio=10)``.
+            generators; each layer goes to the first dict that takes it. ``dict(ratio=4)`` finds the settings by
+            :func:`csg_seg.suggest`, and so does ``'auto'``, with a ratio that suits the network.
 
     Returns:
         The same model.

@@ -1,4 +1,4 @@
-"""Train a CSG config and its dense counterpart, and compare their size, mIoU and step time."""
+"""Train a CSG config, its dense counterpart and perhaps a narrower network; compare size, mIoU and step time."""
 
 import statistics
 import time
@@ -39,22 +39,25 @@ class Trained:
     summary: Summary
 
 
-def compare(dense: Config, csg: Config, work_dir: str | Path) -> dict[str, Any]:
-    """Train two configs, and write a picture, a compact and a materialised checkpoint.
+def compare(dense: Config, csg: Config, work_dir: str | Path, *, narrow: Config | None = None) -> dict[str, Any]:
+    """Train two or three configs, and write a picture, a compact and a materialised checkpoint.
 
     Args:
         dense: an iteration-based segmentation config.
         csg: its CSG config.
         work_dir: folder to write to.
+        narrow: a dense config with fewer channels, to compare with.
 
     Returns:
-        A dict of numbers for 'dense' and 'csg', ``compression_ratio``, ``step_time_ratio`` (CSG over
+        A dict of numbers for 'dense', 'csg' and 'narrow', ``compression_ratio``, ``step_time_ratio`` (CSG over
         dense, median over pairs of steps), ``files`` and ``seed``. It can be written as JSON.
 
     Raises:
         CSGError: a config is not an iteration-based segmentation config, or is wrong.
     """
     cfgs = {'dense': deepcopy(dense), 'csg': deepcopy(csg)}
+    if narrow is not None:
+        cfgs['narrow'] = deepcopy(narrow)
     for name, cfg in cfgs.items():
         if 'decode_head' not in cfg.model or 'max_iters' not in cfg.train_cfg:
             raise CSGError(f'{name}: not an iteration-based segmentation config; compare works with these only')
@@ -77,7 +80,7 @@ def compare(dense: Config, csg: Config, work_dir: str | Path) -> dict[str, Any]:
     return {
         **{each.name: _numbers(each, taken) for each, taken in zip(networks, seconds, strict=True)},
         'compression_ratio': networks[1].summary.compression_ratio,
-        'step_time_ratio': statistics.median(b / a for a, b in zip(*seconds, strict=True)),
+        'step_time_ratio': statistics.median(b / a for a, b in zip(*seconds[:2], strict=True)),
         'files': {name: {'path': str(path), 'bytes': path.stat().st_size} for name, path in files.items()},
         'seed': networks[0].runner.seed,
     }

@@ -25,7 +25,7 @@ NETWORKS = {
     'r3d_18': torchvision.models.video.r3d_18,
     'mobilenet_v2': lambda: torchvision.models.mobilenet_v2().features,
 }
-RATIOS = {'resnet18': (2, 5, 10), 'vgg11': (2, 10, 50), 'densenet121': (2, 3), 'mobilenet_v2': (2,)}
+RATIOS = {'resnet18': (2, 5, 10), 'resnet50': (2, 5), 'vgg11': (2, 10, 50), 'densenet121': (2, 3), 'mobilenet_v2': (2,)}
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_the_ratio_is_met_closely(name, ratio):
 
 def test_other_kernels_are_compressed_only_if_the_ratio_needs_it():
     model = on_meta(NETWORKS['deeplabv3_resnet50'])
-    assert [each['slice_shape'] for each in suggest(model, 2)] == [(16, 16, 3, 3)]
+    assert [each['slice_shape'][2:] for each in suggest(model, 1.8)] == [(3, 3)]
     assert {each['slice_shape'] for each in suggest(model, 20)} == {(16, 16, 3, 3), (16, 16, 1, 1)}
 
 
@@ -62,13 +62,19 @@ def test_settings_do_not_depend_on_weights_or_device():
     assert suggest(torchvision.models.resnet18()) == expected
 
 
-@pytest.mark.parametrize('csg', ['auto', {'ratio': 10}, {'ratio': 10.0}])
-def test_retrofit_takes_a_ratio(csg):
+@pytest.mark.parametrize('ratio', [5, 5.0, None])
+def test_retrofit_takes_a_ratio(ratio):
     model, twin = (torchvision.models.resnet18() for _ in range(2))
-    retrofit(model, csg)
-    retrofit(twin, suggest(twin, 10))
+    retrofit(model, 'auto' if ratio is None else {'ratio': ratio})
+    retrofit(twin, suggest(twin, ratio))
     assert model.csg[0].settings == twin.csg[0].settings
-    assert summarise(model).compression_ratio >= 10
+    assert summarise(model).compression_ratio == pytest.approx(ratio or 4, rel=0.03)
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_every_network_gets_settings_without_a_ratio(name):
+    found = summarise(retrofit(on_meta(NETWORKS[name]), 'auto')).compression_ratio
+    assert 1.2 < found < 4.2
 
 
 def test_other_keys_go_to_every_generator():

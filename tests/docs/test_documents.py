@@ -44,8 +44,8 @@ def test_three_lines_make_a_config(tmp_path):
     assert len(lines.splitlines()) == 3
     (tmp_path / 'mine.py').write_text(lines)
     printed = run_program(sys.executable, ROOT / 'tools' / 'report.py', tmp_path / 'mine.py').stdout
-    assert '68,114,570 dense: 3.87x smaller' in printed
-    assert '68.11 M dense, 3.87x smaller' in README
+    assert '68,114,570 dense: 4.00x smaller' in printed
+    assert '68.11 M dense, 4.00x smaller' in README
 
 
 def test_hook_lines_make_a_config(tmp_path):

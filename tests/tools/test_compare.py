@@ -14,6 +14,7 @@ from csg_seg.storage.format import read_compact
 
 DEMO = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
 DENSE = DEMO.with_name(DEMO.name.removeprefix('csg-s16-d128_'))
+NARROW = DENSE.with_name(DENSE.name.replace('w32', 'w13'))
 MAKEFILE = (ROOT / 'Makefile').read_text()
 
 
@@ -23,13 +24,15 @@ def compared(drawn, tmp_path_factory):
     folder = tmp_path_factory.mktemp('compared')
     options = {f'{split}_dataloader.dataset.data_root': drawn for split in ('train', 'val', 'test')}
     options |= {'train_cfg.max_iters': 2, 'default_hooks.checkpoint.interval': 2, 'train_dataloader.batch_size': 2}
-    command = [DENSE, DEMO, '--work-dir', folder, '--out', folder / 'result.json', *cfg_options(options), '--json']
+    command = [DENSE, DEMO, '--narrow', NARROW, '--work-dir', folder, '--out', folder / 'result.json', *cfg_options(options), '--json']
     return folder, json.loads(run_tool('compare.py', *command).stdout)
 
 
 def test_the_result_is_what_is_printed_and_every_file_is_there(compared):
     folder, printed = compared
     assert json.loads((folder / 'result.json').read_text()) == printed
+    assert printed['narrow']['stored_params'] == pytest.approx(printed['csg']['stored_params'], rel=0.03)
+    assert printed['compression_ratio'] == printed['dense']['stored_params'] / printed['csg']['stored_params']
     assert printed['files'].keys() == {'picture', 'compact checkpoint', 'materialised checkpoint'}
     for file in printed['files'].values():
         assert (folder / file['path']).stat().st_size == file['bytes'] > 0
