@@ -33,7 +33,8 @@ class Cell:
         epochs: length of the training; None leaves the config's.
         amp: whether to train in mixed precision.
 
-    In ``csg`` and ``options``, ``'cell:NAME'`` stands for the trained checkpoint of another cell of the same seed.
+    In ``csg`` and ``options``, ``'cell:NAME'`` stands for the trained checkpoint of another cell of the same seed, and
+    ``'cell:DATASET/NAME'`` for one of another data set.
     """
 
     name: str
@@ -54,9 +55,17 @@ class Cell:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The labels of the cells whose checkpoints this one starts from."""
+        """The labels of the cells of the same data set whose checkpoints this one starts from."""
+        return tuple(label for label in self._named() if '/' not in label)
+
+    @property
+    def needs_elsewhere(self) -> tuple[str, ...]:
+        """``DATASET/LABEL`` of the cells of other data sets whose checkpoints this one starts from."""
+        return tuple(label for label in self._named() if '/' in label)
+
+    def _named(self) -> list[str]:
         named = [each for _, each in leaves([self.csg, self.options]) if str(each).startswith(OTHER_CELL)]
-        return tuple(f'{each.removeprefix(OTHER_CELL)}-s{self.seed}' for each in dict.fromkeys(named))
+        return [f'{each.removeprefix(OTHER_CELL)}-s{self.seed}' for each in dict.fromkeys(named)]
 
     def read_config(self) -> Config:
         """Return the cell's complete config, with data under ``data/``.

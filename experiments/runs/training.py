@@ -81,7 +81,8 @@ def train_missing(
             data_sets.add(run.data_sets)
             run.check_data()
     for run in runs.values():
-        if not run.cell.needs:
+        run.check_elsewhere()
+        if not (run.cell.needs or run.cell.needs_elsewhere):
             prepare(run.cfg, run.cell.seed, run.folder)
     lock, failed = threading.Lock(), []
     submitted: dict[str, Future] = {}
@@ -90,7 +91,7 @@ def train_missing(
         for label in run.cell.needs:
             if label in submitted and submitted[label].exception() is not None:  # waits until it is done
                 raise CSGError(f'{label}, which it needs, failed')
-        row = run.finish({label: every[label].checkpoint() for label in run.cell.needs})
+        row = run.finish({label: every[label].checkpoint() for label in run.cell.needs} | run.check_elsewhere())
         with lock:
             add_row(file, row, list(every))
 
@@ -130,8 +131,8 @@ class Run:
 
     def __init__(self, table: Table, cell: Cell, *, data: Path, work_dir: Path):
         self.table, self.cell = table, cell
+        self.work_dir, self.data = work_dir, data
         self.folder = work_dir / table.dataset / cell.label
-        self.data = data
         self.started = False
         self._processes: list[subprocess.Popen] = []
 
@@ -163,9 +164,25 @@ class Run:
         for split in SPLITS:
             check_data(self.cfg, split)
 
+    def check_elsewhere(self) -> dict[str, str | None]:
+        """Return the checkpoints of the cells of other data sets that this one starts from, by label.
+
+        Raises:
+            CSGError: one has not been trained here.
+        """
+        found = {label: _trained(self.work_dir / label) for label in self.cell.needs_elsewhere}
+        for label, checkpoint in found.items():
+            if checkpoint is None:
+                dataset, _, cell = label.partition('/')
+                raise CSGError(
+                    f'{self.cell.label} needs {cell} of the data set {dataset}; first train it with its own table and '
+                    'the same --work-dir'
+                )
+        return found
+
     def checkpoint(self) -> str | None:
         """Return the file of the trained network, None if its training has not ended here."""
-        return latest_checkpoint(self.folder) if (self.folder / 'test.json').exists() else None
+        return _trained(self.folder)
 
     def finish(self, needed: Mapping[str, str | None]) -> Row:
         """Train, or resume, and test.
@@ -277,6 +294,11 @@ class Run:
     def _commits(self) -> list[str]:
         file = self.folder / 'commits.json'
         return json.loads(file.read_text()) if file.exists() else []
+
+
+def _trained(folder: Path) -> str | None:
+    """Return the checkpoint in the folder of a cell, None if its training has not ended."""
+    return latest_checkpoint(folder) if (folder / 'test.json').exists() else None
 
 
 def _replace_texts(node: Any, change: Callable[[str], str]) -> None:

@@ -80,6 +80,23 @@ def test_cells_are_trained_once_and_start_from_one_another(tmp_path, drawn):
     assert file.stat().st_mtime_ns == before
 
 
+def test_a_cell_starts_from_one_of_another_data_set(tmp_path, drawn):
+    table = table_file(
+        tmp_path, [DENSE_CELL, {**DENSE_CELL, 'name': 'on', 'options': {'load_from': 'cell:other/base'}}]
+    )
+    parsed = read_table(table)
+    (cell,) = parsed.matching(['on'])
+    assert cell.needs == () and cell.needs_elsewhere == ('other/base-s0',)
+    run = Run(parsed, cell, data=tmp_path, work_dir=tmp_path / 'work')
+    with pytest.raises(CSGError, match='on-s0 needs base-s0 of the data set other; first train it with its own table'):
+        run.check_elsewhere()
+    folder = tmp_path / 'work' / 'other' / 'base-s0'
+    folder.mkdir(parents=True)
+    for name in ('iter_6.pth', 'test.json', 'last_checkpoint'):
+        (folder / name).write_text(str(folder / 'iter_6.pth'))
+    assert run.check_elsewhere() == {'other/base-s0': str(folder / 'iter_6.pth')}
+
+
 @pytest.mark.full
 def test_a_killed_runner_resumes_to_the_same_weights(tmp_path, drawn):
     table = table_file(tmp_path, [DENSE_CELL])
