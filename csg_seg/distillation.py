@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .errors import CSGError
+from .generators.settings import read_patterns
 from .layers.root import BANK
 
 # Where networks that return several things have the class scores.
@@ -46,7 +48,8 @@ class Teacher:
             tensor, the first of several, or the entry 'out' or 'logits'.
 
     Raises:
-        CSGError: an argument has a wrong type or is out of range, all factors are 0, or a pattern matches no module.
+        CSGError: an argument has a wrong type or is out of range, all factors are 0, a pattern matches no module, or
+            the two networks share parameters.
     """
 
     def __init__(
@@ -63,9 +66,12 @@ class Teacher:
     ):
         self.factors = dict(logits=logits, channels=channels, features=features)
         check_factors(self.factors, temperature)
-        patterns = [layers] if isinstance(layers, str) else list(layers)
+        patterns = read_patterns('teacher', 'layers', layers) or ()
         if features and not patterns:
             raise CSGError('teacher: features compares the outputs of layers, and layers is empty; name some')
+        if patterns and not features:
+            raise CSGError('teacher: layers are compared by features, which is 0; set features, or leave layers out')
+        self._student = [weakref.ref(each) for each in student.parameters()]
         self.temperature = temperature
         self.layers = match_layers(student, patterns) if features else []
         self.logits_layer = logits_layer
@@ -77,15 +83,20 @@ class Teacher:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the student, such as an EMA, does not need a copy of the teacher.
-        return {**self.__dict__, 'network': None, '_outputs': {}}
+        return {**self.__dict__, 'network': None, '_outputs': {}, '_student': []}
 
     def use(self, network: nn.Module) -> None:
         """Take a network as the teacher, and freeze it.
 
         Raises:
-            CSGError: it has none of the layers to compare.
+            CSGError: it has none of the layers to compare, or shares parameters with the student.
         """
-        self._record_outputs('teacher', network.eval().requires_grad_(False))
+        if not isinstance(network, nn.Module):
+            raise CSGError(f'teacher: the network must be a module; got {type(network).__name__}')
+        own = {id(each) for each in network.parameters()}
+        if any(id(each()) in own for each in self._student):
+            raise CSGError('teacher: student and teacher share parameters; copy the network before retrofit')
+        self._record_outputs('teacher', network.requires_grad_(False))
         self.network = network
 
     def loss(self, *inputs: Any, **options: Any) -> Tensor:
@@ -106,7 +117,7 @@ class Teacher:
         """Run the teacher on the inputs of the student's forward pass, before it or after it."""
         if self.network is None:
             raise CSGError('teacher: there is no network, as in a copy of a student; call use(network) first')
-        self.network(*inputs, **options)
+        self.network.eval()(*inputs, **options)  # a trainer may have put it into training mode
 
     def compare(self) -> dict[str, Tensor]:
         """Return the losses by name, 'logits', 'channels' and 'features', whose factors are not 0."""

@@ -13,16 +13,20 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
+# Packages that import mmengine while they are imported themselves; csg_seg.mm needs them whole.
+PACKAGES = ('mmengine', 'mmcv', 'mmseg', 'mmpretrain')
+
 
 class _AfterMMEngine(MetaPathFinder):
-    """Find mmengine as usual, and register once it is imported."""
+    """Find mmengine and the packages around it as usual, and register once the outermost of them is imported."""
 
     is_searching = False
+    depth = 0
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != 'mmengine' or self.is_searching:
+        if fullname not in PACKAGES or self.is_searching:
             return None
         self.is_searching = True
         try:
@@ -33,9 +37,14 @@ class _AfterMMEngine(MetaPathFinder):
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
-                execute(module)
-                sys.meta_path.remove(self)
-                _register()
+                self.depth += 1
+                try:
+                    execute(module)
+                finally:
+                    self.depth -= 1
+                if self.depth == 0 and self in sys.meta_path and 'mmengine' in sys.modules:
+                    sys.meta_path.remove(self)
+                    _register()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -59,8 +59,11 @@ def measure_score(cfg, checkpoint: str, metric: str, base: str | None = None) ->
 
 def print_lines(found: dict, out: str) -> None:
     """Print the size of the file and the differences that were measured."""
-    sizes = f'{found["dense_bytes"]:,} bytes dense, {found["compact_bytes"]:,} compact'
-    print(f'{out}: {sizes} ({found["dtype"]}), {found["compression_ratio"]:.2f}x smaller')
+    sizes = f'{found["dense_bytes"]:,} bytes dense, {found["compact_bytes"]:,}'
+    if 'base_bytes' in found:
+        print(f'{out}: {sizes} as an update ({found["dtype"]}) of a base of {found["base_bytes"]:,}')
+    else:
+        print(f'{out}: {sizes} compact ({found["dtype"]}), {found["compression_ratio"]:.2f}x smaller')
     if 'logit_error' in found:
         error, size = found['logit_error'], found['logit_size']
         percent = 100 * error / size

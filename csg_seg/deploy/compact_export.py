@@ -40,7 +40,8 @@ def compact(
 
     Returns:
         ``dtype``, ``dense_bytes`` of the dense network's state dict, ``compact_bytes`` of the file, and
-        ``compression_ratio``, the first over the second. They can be written as JSON.
+        ``compression_ratio``, the first over the second; of an update also ``base_bytes``, and the ratio is that of
+        both files together. They can be written as JSON.
 
     Raises:
         CSGError: the config is dense, the checkpoint does not fit it, or the file would not be smaller than the
@@ -65,7 +66,11 @@ def compact(
     out = Path(out)
     write_whole(out, write)
     size, dtype = out.stat().st_size, read_content(out, base).header['dtype']
-    return {'dtype': dtype, 'dense_bytes': dense, 'compact_bytes': size, 'compression_ratio': dense / size}
+    found = {'dtype': dtype, 'dense_bytes': dense, 'compact_bytes': size, 'compression_ratio': dense / size}
+    if base is not None:
+        whole = Path(base).stat().st_size
+        found |= {'base_bytes': whole, 'compression_ratio': dense / (size + whole)}
+    return found
 
 
 @torch.no_grad()

@@ -21,15 +21,17 @@ class Accumulation:
     """Weights made once, whose gradients add up over several batches before they are sent through the generators.
 
     Attributes:
-        is_on: whether a :meth:`block` has begun.
+        is_on: whether a :meth:`block` has begun and not ended.
         made: the weights by layer, with the graph of their generation; empty until the first forward pass.
         leaves: copies without a graph, which the layers compute with and which collect the gradients.
+        inputs: code and generator weight that each was made of.
     """
 
     def __init__(self) -> None:
         self.is_on = False
         self.made: dict[CSGConv, Tensor] = {}
         self.leaves: dict[CSGConv, Tensor] = {}
+        self.inputs: dict[CSGConv, tuple[Tensor, Tensor]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle without what is going on."""
@@ -68,7 +70,7 @@ class Accumulation:
         if not self.made:
             self._make(generators, layers)
         for conv, leaf in self.leaves.items():
-            conv.__dict__['ready'] = partial(_if_learning, leaf)
+            conv.__dict__['ready'] = partial(_if_learning, leaf, conv, self.inputs[conv])
 
     def _make(self, generators: Sequence[Generator], layers: Mapping[str, CSGConv]) -> None:
         for generator in generators:
@@ -80,12 +82,27 @@ class Accumulation:
             self.made.update(zip(learning, weights, strict=True))
         # In the parameters' precision, for the sums. Autocast casts them for each batch, as it casts dense weights.
         self.leaves = {conv: made.detach().to(conv.code.dtype).requires_grad_() for conv, made in self.made.items()}
+        self.inputs = {conv: (conv.code, conv.generator.weight) for conv in self.made}
+        for leaf in self.leaves.values():
+            leaf.register_hook(partial(self._check_open, self.leaves))
+
+    def _check_open(self, leaves: dict[CSGConv, Tensor], gradient: Tensor) -> None:
+        """Refuse a gradient that comes after the block of its leaves, when nothing would send it on."""
+        if self.leaves is not leaves:
+            raise CSGError('the backward pass of a batch in csg.accumulate() must run inside the with block')
 
     def _send(self) -> None:
         """Send the sums of the weights' gradients through the generators."""
         used = [(made, grad) for conv, made in self.made.items() if (grad := self.leaves[conv].grad) is not None]
+        if self.made and not used:
+            raise CSGError(
+                'no generated weight got a gradient in csg.accumulate(); call backward() inside the with block, '
+                'without inputs'
+            )
         torch.autograd.backward([made for made, _ in used], [grad.to(made.dtype) for made, grad in used])
 
 
-def _if_learning(leaf: Tensor) -> Tensor | None:
-    return leaf if torch.is_grad_enabled() else None
+def _if_learning(leaf: Tensor, conv: CSGConv, inputs: tuple[Tensor, Tensor]) -> Tensor | None:
+    """Return the leaf where gradients are recorded, unless the conv has another code or generator for the moment."""
+    is_own = conv.code is inputs[0] and conv.generator.weight is inputs[1]
+    return leaf if is_own and torch.is_grad_enabled() else None

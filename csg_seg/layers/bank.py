@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from typing import Any, cast
 
 import torch
@@ -32,6 +33,7 @@ class GeneratorBank(Generators):
         accumulation: weights made once for several batches, in :meth:`accumulate`.
         keep_weights: whether weights are kept from one evaluation to the next. If False, memory holds one generated
             weight at a time, and each evaluation takes longer.
+        is_shared: whether other networks hold the generators too, see :func:`csg_seg.share_generators`.
     """
 
     def __init__(self, generators: Iterable[Generator], left_dense: Mapping[str, object]):
@@ -43,6 +45,7 @@ class GeneratorBank(Generators):
         self.loading = Loading(self)
         self.reset = self.loading.reset
         self.keep_weights = True
+        self.is_shared = False
         self._changes = CSGConv.changes
         self._is_watched = False
 
@@ -103,11 +106,13 @@ class GeneratorBank(Generators):
                     loss(model(images), labels).backward()
             optimizer.step()
 
-        Under ``DistributedDataParallel``, run the last batch after the block, because gradients are exchanged in its
-        backward pass; run the others in ``no_sync()`` as well.
+        Gradients of codes and generators appear at the end of the block, so scale, clip or clear gradients and step
+        the optimizer afterwards. Under ``DistributedDataParallel``, run the last batch after the block, because
+        gradients are exchanged in its backward pass; run the others in ``no_sync()`` as well.
 
         Raises:
-            CSGError: an optimizer steps inside the block, blocks are nested, or the parameters are sharded.
+            CSGError: an optimizer steps inside the block, a backward pass is missing in it, blocks are nested, or the
+                parameters are sharded.
         """
         return self.accumulation.block(list(self), self.layers)
 
@@ -135,14 +140,20 @@ class GeneratorBank(Generators):
         else:
             self.ahead.cached.clear()
 
-    def take_generators(self, bank: 'GeneratorBank') -> None:
-        """Use another bank's generators, which equal this one's, in place of its own."""
-        for position, (own, other) in enumerate(zip(self, bank, strict=True)):
+    def take_generators(self, generators: Iterable[Generator]) -> None:
+        """Use other generators in place of the bank's own, which they equal."""
+        for position, (own, other) in enumerate(zip(list(self), generators, strict=True)):
             for conv in self.layers.values():
                 if conv.generator is own:
                     object.__setattr__(conv, 'generator', other)
             self[position] = other
         self.ahead.cached.clear()
+
+    def unshare(self) -> None:
+        """Take copies of generators that other networks hold too, before they change."""
+        if self.is_shared:
+            self.take_generators([deepcopy(each) for each in self])
+            self.is_shared = False
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode; training clears the cached weights."""
@@ -152,6 +163,7 @@ class GeneratorBank(Generators):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move or cast the generators, and clear the cached weights."""
+        self.unshare()
         self.ahead.cached.clear()
         return super()._apply(fn, recurse)
 
@@ -222,6 +234,7 @@ def check_before_load(root: nn.Module, state_dict: dict[str, Tensor], prefix: st
     bank = bank_of(root)
     bank.refresh(root)
     drop(bank.layers)  # of a forward pass that was interrupted
+    bank.unshare()
     bank.loading.forget_loaded()
     StateDictChecks(root, bank, bank.reset, state_dict, prefix).run()
 

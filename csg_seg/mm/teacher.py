@@ -57,7 +57,7 @@ class Teacher:
         self.checkpoint = checkpoint
         self.model = model
         self.labels = labels
-        self.options: dict[str, Any] = dict(temperature=temperature, layers=layers, **factors)
+        self.options: dict[str, Any] = dict(temperature=temperature, layers=layers if features else (), **factors)
         self.logits_layer = logits_layer or ''
         self.losses: distillation.Teacher | None = None  # None if only labels teach
 

@@ -5,18 +5,17 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from csg_seg.errors import CSGError, abridge
-from csg_seg.generators.settings import read_patterns
 
 
 def train_only(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
     """Train only parameters whose names match a pattern, in place; call it before the optimizer is made.
 
-    A batch norm without a parameter that trains uses its running statistics and leaves them as they are, in training
-    too. So after ``train_only(model, '*.code')`` codes alone change, and an update of a compact checkpoint holds
-    nothing else.
+    A batch or instance norm without a parameter that trains uses its running statistics and leaves them as they are,
+    in training too. So after ``train_only(model, '*.code')`` codes alone change, and an update of a compact checkpoint
+    holds nothing else.
 
     Args:
         model: any network, usually a retrofitted one.
@@ -28,7 +27,9 @@ def train_only(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
     Raises:
         CSGError: a pattern matches no parameter.
     """
-    wanted = read_patterns('train_only', 'patterns', patterns) or ()
+    wanted = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(wanted, Sequence) or not all(isinstance(each, str) for each in wanted):
+        raise CSGError(f"train_only: give patterns of parameter names, such as ['*.code']; got {patterns!r}")
     names = [name for name, _ in model.named_parameters()]
     for pattern in wanted:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -37,10 +38,17 @@ def train_only(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     for module in model.modules():
-        if isinstance(module, _BatchNorm) and not any(each.requires_grad for each in module.parameters()):
-            module.register_forward_pre_hook(_evaluate)
+        if isinstance(module, _NormBase) and module.running_mean is not None:
+            hooks = module._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if hook is _evaluate_frozen]:
+                del hooks[key]
+            # A norm without parameters trains if everything does.
+            if len(trained) < len(names):
+                module.register_forward_pre_hook(_evaluate_frozen)
     return trained
 
 
-def _evaluate(norm: nn.Module, inputs: Any) -> None:
-    norm.eval()
+def _evaluate_frozen(norm: nn.Module, inputs: Any) -> None:
+    """Let a norm without a parameter that trains use its running statistics."""
+    if not any(each.requires_grad for each in norm.parameters()):
+        norm.eval()

@@ -71,6 +71,8 @@ def materialise(model: nn.Module) -> nn.Module:
     if not convs:
         raise CSGError('nothing to materialise: the model has no generated layer; retrofit it first')
     roots = list(find_roots(model))
+    if any(bank.accumulation.is_on for _, _, bank in roots):
+        raise CSGError('gradients are being accumulated; materialise after the with block')
     registered = {generator for _, _, bank in roots for generator in bank}
     for name, conv in convs.items():
         if conv.generator not in registered:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from csg_seg.errors import CSGError, abridge
+from csg_seg.generators.linear import Generator
 from csg_seg.generators.settings import read_patterns
 from csg_seg.layers.bank import BANK, GeneratorBank, find_bank, same_generators
 from csg_seg.layers.conv import generated_convs
@@ -94,7 +95,8 @@ def load_generators(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 def share_generators(model: nn.Module, *others: nn.Module) -> None:
     """Let networks hold their equal generators once, in place, to serve many of them from one process.
 
-    The networks may have any architectures. Training one of them afterwards would change the generators of all.
+    The networks may have any architectures. A network that loads other weights, moves or is cast takes generators of
+    its own again. Training one of them would change the generators of all.
 
     Args:
         model: a retrofitted network, whose generators stay.
@@ -106,13 +108,20 @@ def share_generators(model: nn.Module, *others: nn.Module) -> None:
     bank = _check('share_generators', model, {})
     banks = [_check('share_generators', each, {}) for each in others]
     for position, other in enumerate(banks, start=1):
-        if len(other) != len(bank) or not all(map(same_generators, bank, other)):
+        if len(other) != len(bank) or not all(map(_interchangeable, bank, other)):
             raise CSGError(
-                f'share_generators: network {position} of the others has other generators than the first; share those '
-                'that come from one base and were trained with freeze_generator'
+                f'share_generators: network {position} of the others has other generators than the first, or in '
+                'another dtype or on another device; share those that come from one base, trained with freeze_generator'
             )
     for other in banks:
         other.take_generators(bank)
+        bank.is_shared = other.is_shared = True
+
+
+def _interchangeable(one: Generator, other: Generator) -> bool:
+    tensors = (one.state_dict().values(), other.state_dict().values())
+    alike = all(a.dtype == b.dtype and a.device == b.device for a, b in zip(*tensors, strict=False))
+    return alike and same_generators(one, other)
 
 
 def dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,7 @@ from mmengine.runner import Runner
 
 from csg_seg.errors import CSGError
 from csg_seg.files import check_folder, write_tensors, writing
+from csg_seg.layers.bank import find_bank
 from csg_seg.mm.checkpoints.writing import write_with_config
 from csg_seg.mm.figures import save_figure
 from csg_seg.mm.hooks.label_guard import LabelGuardHook
@@ -61,7 +62,11 @@ def compare(dense: Config, csg: Config, work_dir: str | Path, *, narrow: Config 
     for name, cfg in cfgs.items():
         if 'decode_head' not in cfg.model or 'max_iters' not in cfg.train_cfg:
             raise CSGError(f'{name}: not an iteration-based segmentation config; compare works with these only')
-        check_optimizer(cfg, build_model(cfg))
+        model = build_model(cfg)
+        check_optimizer(cfg, model)
+        if (find_bank(model) is not None) != (name == 'csg'):
+            wanted = 'a CSG config, this one is dense' if name == 'csg' else 'a dense config, this one is a CSG config'
+            raise CSGError(f'{name}: give {wanted}')
     work_dir = Path(work_dir)
     check_folder(work_dir, given=f'--work-dir {work_dir}')
     work_dir.mkdir(parents=True, exist_ok=True)

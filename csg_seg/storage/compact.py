@@ -54,6 +54,7 @@ def save_compact(
     Raises:
         CSGError: the model is not retrofitted, the source builds another network, a value does not fit the dtype,
             the base is not a whole compact checkpoint, or the folder does not exist.
+        FileNotFoundError: there is no such base.
     """
     if source is not None:
         built = build(source)
@@ -92,9 +93,10 @@ def load_compact(
         The same model, or the one built.
 
     Raises:
+        FileNotFoundError: there is no such file, or no such base.
         CSGError: the file is damaged or not a compact checkpoint, its settings, names or shapes differ from the
             model's (seeds of binary generators may differ; the file's are used), it does not say how to build the
-            network, or the base of an update is missing or is another file.
+            network, or the base of an update is not beside it or is another file.
     """
     compact = read_compact(path, base)
     patterns = read_patterns('load_compact', 'reset', reset) or ()

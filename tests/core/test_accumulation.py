@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from csg_seg import CSGError, retrofit
+from csg_seg import CSGError, materialise, retrofit
 
 CSG = {'slice_shape': (12, 20, 3, 3), 'code_dim': 24}
 KINDS = {
@@ -163,6 +163,39 @@ def test_a_block_inside_a_block_is_refused():
     with pytest.raises(CSGError, match='leave the other block first'), model.csg.accumulate(), model.csg.accumulate():
         pass
     assert_usable(model)
+
+
+def test_a_backward_pass_after_the_block_or_past_the_weights_is_refused():
+    model = build()
+    with pytest.raises(CSGError, match='no generated weight got a gradient'), model.csg.accumulate():
+        loss = model(batches()[0])
+    with pytest.raises(CSGError, match='must run inside the with block'):
+        loss.backward()
+    with pytest.raises(CSGError, match='without inputs'), model.csg.accumulate():
+        model(batches()[0]).backward(inputs=[model[2].bias])
+    with model.csg.accumulate():
+        first, second = (model(images) for images in batches(2))
+        first.backward()
+    with pytest.raises(CSGError, match='must run inside the with block'):
+        second.backward()
+    assert_usable(model)
+
+
+def test_materialising_inside_is_refused():
+    model = build()
+    with pytest.raises(CSGError, match='materialise after the with block'), model.csg.accumulate():
+        model(batches()[0]).backward()
+        materialise(model)
+    assert_usable(model)
+
+
+def test_other_values_for_a_moment_are_those_that_compute():
+    model = build()
+    others = {name: 1.3 * tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    wanted = torch.func.functional_call(model, others, batches()[0])
+    with model.csg.accumulate():
+        model(batches()[0]).backward()
+        torch.testing.assert_close(torch.func.functional_call(model, others, batches()[0]), wanted)
 
 
 def test_an_error_inside_discards_the_sums():

@@ -96,7 +96,14 @@ def test_other_keys_go_to_every_generator():
         ({'ratio': 'ten'}, "ratio must be a number above 1; got 'ten'"),
         ({'ratio': True}, 'ratio must be a number above 1'),
         ({'ratio': 5, 'code_dim': 3}, "'code_dim' does not go with 'ratio'"),
-        ({'ratio': 10**6}, 'out of reach: the smallest this network can be is'),
+        (
+            {'ratio': 10**6},
+            'out of reach: with codes of 8 values this network becomes .* of its parameters are in convs',
+        ),
+        ({'ratio': 2, 'seed': 'x'}, "seed must be an integer from 0; got 'x'"),
+        ({'ratio': 2, 'include': 'nope'}, 'or none that is included'),
+        ([{'ratio': 2}], 'stand alone, not in a list'),
+        (['auto'], 'stand alone, not in a list'),
         ('automatic', "csg must be a dict with slice_shape and code_dim.*or 'auto'; got 'automatic'"),
         ([], 'csg must be a dict'),
     ],
@@ -108,8 +115,18 @@ def test_mistakes_are_refused_and_the_network_stays(csg, says):
     assert type(model) is Net
 
 
+def test_include_and_exclude_choose_kernels():
+    for options in ({'include': ['layer*.*.conv2']}, {'exclude': ['*.conv1', '*.conv3', '*.downsample.*']}):
+        model = retrofit(on_meta(NETWORKS['resnet50']), {'ratio': 1.3, **options})
+        assert all(name.endswith('conv2') for name in model.csg.layers)
+        assert summarise(model).compression_ratio == pytest.approx(1.3, rel=0.05)
+
+
 def test_networks_with_nothing_to_compress_are_refused():
     with pytest.raises(CSGError, match='no conv that can be generated'):
         retrofit(nn.Sequential(nn.Linear(8, 8)), 'auto')
+    for layers in ([nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3, groups=64)], [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)]):
+        with pytest.raises(CSGError, match='no conv that can be generated|would make this network larger'):
+            retrofit(nn.Sequential(*layers), 'auto')
     with pytest.raises(CSGError, match='already retrofitted'):
         retrofit(build(), 'auto')

@@ -142,11 +142,35 @@ def test_networks_of_torchvision_are_compared_by_their_blocks():
         ({'features': 1.0}, 'layers is empty; name some'),
         ({'features': 1.0, 'layers': ['bodi.*']}, "layers pattern 'bodi.\\*' names no module; there are body"),
         ({'logits_layer': 'fc'}, "the student has no layer 'fc'"),
+        ({'layers': ['body.*']}, 'features, which is 0'),
+        ({'features': 1.0, 'layers': [3]}, 'layers must be patterns'),
     ],
 )
 def test_wrong_options_are_refused(options, says):
     with pytest.raises(CSGError, match=says):
         Teacher(Net(), Net(1), **options)
+
+
+def test_networks_that_share_parameters_are_refused_and_stay_trainable():
+    network = Net()
+    student = retrofit(network, CSG)  # in place
+    with pytest.raises(CSGError, match='share parameters; copy the network before retrofit'):
+        Teacher(student, network)
+    with pytest.raises(CSGError, match='share parameters'):
+        Teacher(student, student.head, logits_layer='')
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    with pytest.raises(CSGError, match='must be a module; got OrderedDict'):
+        Teacher(student, network.state_dict())
+
+
+def test_a_trainer_cannot_put_the_teacher_into_training_mode():
+    student, network = Net(), Net(1)
+    teacher = Teacher(student, network)
+    student(images())
+    wanted = teacher.loss(images())
+    network.train()
+    student(images())
+    torch.testing.assert_close(teacher.loss(images()), wanted)
 
 
 def test_outputs_that_cannot_be_compared_are_refused():

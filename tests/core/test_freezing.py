@@ -81,8 +81,35 @@ def test_training_goes_on_as_before_for_batch_norms_that_train():
     assert not changes(model, snapshot(twin))
 
 
+def test_what_was_frozen_can_train_again():
+    model, twin = build(), build()
+    train_only(model, '*.code')
+    train_only(model, ['*.code', 'csg.*'])
+    assert all(len(module._forward_pre_hooks) == 1 for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    model.norm.requires_grad_(True)  # by hand
+    before = snapshot(model)
+    step(model)
+    assert changes(model, before) >= STATISTICS
+    model.load_state_dict(twin.state_dict())
+    train_only(model, '*')
+    for each in (model, twin):
+        step(each)
+    assert not changes(model, snapshot(twin))
+
+
+@pytest.mark.parametrize('norm', [nn.BatchNorm2d(16, affine=False), nn.InstanceNorm2d(16, track_running_stats=True)])
+def test_norms_without_parameters_train_only_if_everything_does(norm):
+    for patterns, moves in (('0.*', False), ('*', True)):
+        model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), norm, nn.Conv2d(16, 4, 3))
+        train_only(model, patterns)
+        before = norm.running_mean.clone()
+        model.train()(batch()[0])
+        assert torch.equal(norm.running_mean, before) != moves
+
+
 @pytest.mark.parametrize(
-    ('patterns', 'says'), [('*.codes', "'\\*.codes' matches no parameter; there are"), (3, 'must be patterns')]
+    ('patterns', 'says'),
+    [('*.codes', "'\\*.codes' matches no parameter; there are"), (3, 'give patterns of parameter names')],
 )
 def test_mistakes_are_refused_and_nothing_changes(patterns, says):
     model = build()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from two_convs import CSG, Net, batch, build
 
-from csg_seg import CSGError, load_compact, retrofit, save_compact, share_generators
+from csg_seg import CSGError, fit, load_compact, retrofit, save_compact, share_generators
 from csg_seg.layers.conv import generated_convs
 
 KINDS = {
@@ -85,3 +85,30 @@ def test_other_generators_are_refused_and_nothing_changes():
         assert equal.csg[0] is own
     with pytest.raises(CSGError, match='not retrofitted'):
         share_generators(first, Net())
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda model: model.load_state_dict(build(9).state_dict()),
+        lambda model: fit(model, Net(9).state_dict()),
+        lambda model: model.half(),
+    ],
+    ids=['load', 'fit', 'half'],
+)
+def test_a_network_that_changes_takes_generators_of_its_own(change):
+    first, second, third = (with_other_codes(build(), seed) for seed in range(3))
+    images, _ = batch()
+    wanted = [each(images) for each in (first, third)]
+    share_generators(first, second, third)
+    change(second)
+    assert second.csg[0] is not first.csg[0] and first.csg[0] is third.csg[0]
+    for model, outputs in zip((first, third), wanted, strict=True):
+        assert torch.equal(model(images), outputs)
+    change(first)
+    assert torch.equal(third(images), wanted[1])
+
+
+def test_generators_of_another_dtype_are_refused():
+    with pytest.raises(CSGError, match='another dtype'):
+        share_generators(build(), build().double())
