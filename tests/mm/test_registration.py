@@ -78,3 +78,15 @@ print([str(each.message) for each in told if 'csg_seg.mm' in str(each.message)])
 
 def test_the_tools_read_a_config_of_version_0_2(old_config):
     assert json.loads(run_tool('report.py', old_config, '--json').stdout)['stored_params'] == 115_426
+
+
+@pytest.mark.parametrize('package', ['mmcv', 'mmseg', 'mmpretrain'])
+def test_packages_around_mmengine_may_be_imported_after_csg_seg(package):
+    script = f"""
+import csg_seg, {package}
+from mmengine.registry import MODELS
+print('CSGModel' in MODELS.module_dict)
+"""
+    done = run_python(script)
+    assert done.stdout.splitlines()[-1] == 'True'
+    assert 'cannot be imported' not in done.stderr
