@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -163,7 +164,13 @@ class Teacher:
                 called = f'layer {name!r} is not called as a module in the {who}; name one inside it'
                 raise CSGError(f'teacher: {called if name else f"the {who} was not called with gradients"}')
         mine, wanted = (read(self._outputs[who, name]) for who in ('student', 'teacher'))
-        for one, other in zip(_as_list(mine), _as_list(wanted), strict=True):
+        pairs = list(zip_longest(_as_list(mine), _as_list(wanted)))
+        if not all(isinstance(each, Tensor) for pair in pairs for each in pair):
+            raise CSGError(
+                f'teacher: {name or "the network"} does not return the same number of tensors in student and teacher; '
+                'compare other layers'
+            )
+        for one, other in pairs:
             if one.shape != other.shape:
                 raise CSGError(
                     f'teacher: the output of {name or "the network"} is {tuple(other.shape)} in the teacher and '
@@ -190,7 +197,7 @@ def check_factors(factors: Mapping[str, Any], temperature: Any) -> None:
 
 
 def divergence(logits: Tensor, wanted: Tensor, temperature: float, *, dim: int) -> Tensor:
-    """Compute the Kullback-Leibler divergence of softened logits, times the squared temperature.
+    """Compute the Kullback-Leibler divergence of softened logits, times the squared temperature, in float32.
 
     Args:
         logits: the student's, of any shape.
@@ -198,7 +205,7 @@ def divergence(logits: Tensor, wanted: Tensor, temperature: float, *, dim: int) 
         temperature: divides both.
         dim: dimension along which probabilities sum to one. The result is the mean over all others.
     """
-    mine, wanted = (functional.log_softmax(each / temperature, dim=dim) for each in (logits, wanted))
+    mine, wanted = (functional.log_softmax(each.float() / temperature, dim=dim) for each in (logits, wanted))
     pointwise = functional.kl_div(mine, wanted, log_target=True, reduction='none')
     return temperature**2 * pointwise.sum(dim).mean()
 
@@ -248,4 +255,6 @@ def _class_scores(output: Any) -> Tensor:
 
 
 def _as_list(output: Any) -> list[Tensor]:
+    if isinstance(output, Mapping):
+        return list(output.values())
     return list(output) if isinstance(output, (tuple, list)) else [output]

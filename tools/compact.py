@@ -41,7 +41,7 @@ def measure_score(cfg, checkpoint: str, metric: str, base: str | None = None) ->
     with tempfile.TemporaryDirectory() as folder:
         if base is not None:  # an update is read from where its base is
             Path(folder, Path(base).name).symlink_to(Path(base).resolve())
-            update = Path(folder, f'update-{Path(checkpoint).name}')
+            update = Path(folder, f'update-of-{Path(base).name}')
             update.symlink_to(Path(checkpoint).resolve())
             checkpoint = str(update)
         config = Path(folder, 'config.py')

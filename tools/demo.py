@@ -34,7 +34,9 @@ def main() -> None:
             raise CSGError(f'--opacity {args.opacity} is not above 0 and at most 1')
         if args.scale < 1:
             raise CSGError(f'--scale {args.scale}: give a whole number of at least 1')
-        network = load_network(args.config, args.checkpoint, args.cfg_options, keep_weights=not args.low_memory)
+        network = load_network(
+            args.config, args.checkpoint, args.cfg_options, keep_weights=False if args.low_memory else None
+        )
         prediction = predict(network, args.image)
         picture = draw(network, args.image, prediction, opacity=args.opacity, scale=args.scale)
         save_picture(picture, args.out)

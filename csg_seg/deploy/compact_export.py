@@ -47,6 +47,8 @@ def compact(
         CSGError: the config is dense, the checkpoint does not fit it, or the file would not be smaller than the
             dense network.
     """
+    if base is not None and Path(out).exists() and Path(out).samefile(base):
+        raise CSGError(f'{out}: the update would replace its base; choose another path')
     model = build_model(cfg)
     if find_bank(model) is None:
         raise CSGError('the config is dense, and a compact checkpoint holds codes; give a CSG config')

@@ -38,7 +38,7 @@ def load_network(
     checkpoint: str | os.PathLike,
     options: Mapping[str, Any] | None = None,
     *,
-    keep_weights: bool = True,
+    keep_weights: bool | None = None,
 ) -> BaseModel:
     """Load a trained network for inference.
 
@@ -79,7 +79,7 @@ def load_network(
         meta = _metainfo(network.cfg) | {key: each for key, each in meta.items() if each is not None}
     network.dataset_meta = meta
     bank = find_bank(network)
-    if bank is not None:
+    if bank is not None and keep_weights is not None:
         bank.keep_weights = keep_weights
     return network.eval()
 

@@ -24,14 +24,17 @@ class Accumulation:
         is_on: whether a :meth:`block` has begun and not ended.
         made: the weights by layer, with the graph of their generation; empty until the first forward pass.
         leaves: copies without a graph, which the layers compute with and which collect the gradients.
-        inputs: code and generator weight that each was made of.
+        inputs: the parameters that each was made of.
     """
 
     def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
         self.is_on = False
         self.made: dict[CSGConv, Tensor] = {}
         self.leaves: dict[CSGConv, Tensor] = {}
-        self.inputs: dict[CSGConv, tuple[Tensor, Tensor]] = {}
+        self.inputs: dict[CSGConv, list[nn.Parameter]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle without what is going on."""
@@ -46,10 +49,10 @@ class Accumulation:
             raise CSGError('gradients are being accumulated already; leave the other block first')
         if any(type(each) is not nn.Parameter for each in stored):
             raise CSGError('codes or generators are sharded; accumulate their gradients without this block')
-        names = {id(each) for each in stored}
+        own = {id(each) for each in stored}
 
         def check_step(optimizer: Optimizer, *_: object) -> None:
-            if any(id(each) in names for group in optimizer.param_groups for each in group['params']):
+            if any(id(each) in own for group in optimizer.param_groups for each in group['params']):
                 raise CSGError('gradients are still being accumulated; step the optimizer after the with block')
 
         self.is_on = True
@@ -60,7 +63,7 @@ class Accumulation:
         finally:
             handle.remove()
             drop(layers)
-            self.__init__()  # type: ignore[misc]
+            self._clear()
 
     def provide(self, generators: Sequence[Generator], layers: Mapping[str, CSGConv]) -> None:
         """Give the layers their weights, for the forward pass that begins and for recomputing it.
@@ -82,7 +85,7 @@ class Accumulation:
             self.made.update(zip(learning, weights, strict=True))
         # In the parameters' precision, for the sums. Autocast casts them for each batch, as it casts dense weights.
         self.leaves = {conv: made.detach().to(conv.code.dtype).requires_grad_() for conv, made in self.made.items()}
-        self.inputs = {conv: (conv.code, conv.generator.weight) for conv in self.made}
+        self.inputs = {conv: _inputs(conv) for conv in self.made}
         for leaf in self.leaves.values():
             leaf.register_hook(partial(self._check_open, self.leaves))
 
@@ -102,7 +105,11 @@ class Accumulation:
         torch.autograd.backward([made for made, _ in used], [grad.to(made.dtype) for made, grad in used])
 
 
-def _if_learning(leaf: Tensor, conv: CSGConv, inputs: tuple[Tensor, Tensor]) -> Tensor | None:
-    """Return the leaf where gradients are recorded, unless the conv has another code or generator for the moment."""
-    is_own = conv.code is inputs[0] and conv.generator.weight is inputs[1]
+def _inputs(conv: CSGConv) -> list[nn.Parameter]:
+    return [*conv.stored().values(), *conv.generator.parameters()]
+
+
+def _if_learning(leaf: Tensor, conv: CSGConv, inputs: list[nn.Parameter]) -> Tensor | None:
+    """Return the leaf where gradients are recorded, unless the conv has other parameters for the moment."""
+    is_own = all(each is other for each, other in zip(_inputs(conv), inputs, strict=True))
     return leaf if is_own and torch.is_grad_enabled() else None

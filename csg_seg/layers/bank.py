@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from copy import deepcopy
 from typing import Any, cast
 
 import torch
@@ -33,7 +32,6 @@ class GeneratorBank(Generators):
         accumulation: weights made once for several batches, in :meth:`accumulate`.
         keep_weights: whether weights are kept from one evaluation to the next. If False, memory holds one generated
             weight at a time, and each evaluation takes longer.
-        is_shared: whether other networks hold the generators too, see :func:`csg_seg.share_generators`.
     """
 
     def __init__(self, generators: Iterable[Generator], left_dense: Mapping[str, object]):
@@ -45,7 +43,6 @@ class GeneratorBank(Generators):
         self.loading = Loading(self)
         self.reset = self.loading.reset
         self.keep_weights = True
-        self.is_shared = False
         self._changes = CSGConv.changes
         self._is_watched = False
 
@@ -107,8 +104,9 @@ class GeneratorBank(Generators):
             optimizer.step()
 
         Gradients of codes and generators appear at the end of the block, so scale, clip or clear gradients and step
-        the optimizer afterwards. Under ``DistributedDataParallel``, run the last batch after the block, because
-        gradients are exchanged in its backward pass; run the others in ``no_sync()`` as well.
+        the optimizer afterwards, and write to no parameter inside. In a compiled graph, weights are generated for each
+        batch. Under ``DistributedDataParallel``, run the last batch after the block, because gradients are exchanged
+        in its backward pass; run the others in ``no_sync()`` as well.
 
         Raises:
             CSGError: an optimizer steps inside the block, a backward pass is missing in it, blocks are nested, or the
@@ -139,21 +137,6 @@ class GeneratorBank(Generators):
             self.ahead.make(self, self.layers)
         else:
             self.ahead.cached.clear()
-
-    def take_generators(self, generators: Iterable[Generator]) -> None:
-        """Use other generators in place of the bank's own, which they equal."""
-        for position, (own, other) in enumerate(zip(list(self), generators, strict=True)):
-            for conv in self.layers.values():
-                if conv.generator is own:
-                    object.__setattr__(conv, 'generator', other)
-            self[position] = other
-        self.ahead.cached.clear()
-
-    def unshare(self) -> None:
-        """Take copies of generators that other networks hold too, before they change."""
-        if self.is_shared:
-            self.take_generators([deepcopy(each) for each in self])
-            self.is_shared = False
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode; training clears the cached weights."""

@@ -61,6 +61,8 @@ class Loading:
         if not self.fit_on_load:
             self.forget_loaded()
         dense = {name: conv.loaded for name, conv in self.bank.layers.items() if conv.loaded is not None}
+        if dense:
+            self.bank.unshare()
         # Drop them first, so that none remains if the fit fails.
         self.forget_loaded()
         self.errors = {}
@@ -83,6 +85,7 @@ class Loading:
         if count != len(self.bank):
             raise CSGError(f'the weights hold {count} generators, this network has {len(self.bank)}')
         check_signatures(self.bank, weights)
+        self.bank.unshare()
         own = generator_entries(self.bank)
         check_entries(own, weights, 'take the weights of a whole CSG network')
         for name in own:

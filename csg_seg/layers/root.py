@@ -11,7 +11,8 @@ block while other blocks need it.
 
 import copyreg
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -29,12 +30,32 @@ NOT_ITEMS = {'__init__', '__repr__', '__dir__', '__iter__', 'forward'}
 
 
 class Generators(nn.ModuleList):
-    """Generators and, by name, the layers that use them; the base class of the bank."""
+    """Generators and the layers that use them; the base class of the bank.
+
+    Attributes:
+        layers: the layers by name.
+        is_shared: whether other networks hold the generators too, see :func:`csg_seg.share_generators`.
+    """
 
     layers: dict[str, CSGConv]
+    is_shared: bool = False
 
     def __iter__(self) -> Iterator[Generator]:
         return cast(Iterator[Generator], super().__iter__())
+
+    def take_generators(self, generators: Iterable[Generator]) -> None:
+        """Use other generators in place of the bank's own, which they equal."""
+        for position, (own, other) in enumerate(zip(list(self), generators, strict=True)):
+            for conv in self.layers.values():
+                if conv.generator is own:
+                    object.__setattr__(conv, 'generator', other)
+            self[position] = other
+
+    def unshare(self) -> None:
+        """Take copies of generators that other networks hold too, before they change."""
+        if self.is_shared:
+            self.take_generators([deepcopy(each) for each in self])
+            self.is_shared = False
 
 
 class CSGRoot(nn.Module):

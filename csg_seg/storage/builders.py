@@ -6,9 +6,10 @@ connection, and runs no code from the file.
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -107,6 +108,23 @@ def build(source: Source, *, most_values: int | None = None) -> nn.Module:
     except Exception as error:
         what = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
         raise CSGError(f'the builder {source["builder"]!r} cannot build the network ({what}); give the model') from None
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Let modules that this thread builds have their parameters on the meta device; buffers stay real."""
+    register, thread = nn.Module.register_parameter, get_ident()
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if type(parameter) is nn.Parameter and not parameter.is_meta and get_ident() == thread:
+            parameter = nn.Parameter(parameter.to('meta'), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 class _Limit(TorchFunctionMode):

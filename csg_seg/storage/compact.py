@@ -18,7 +18,7 @@ from csg_seg.retrofitting.surgery import swap_layers
 from csg_seg.retrofitting.weights import dense_shapes
 from csg_seg.version import __version__
 
-from .builders import Source, build, check_source, encode_source
+from .builders import Source, build, check_source, encode_source, parameters_on_meta
 from .format import Compact, is_counter, is_setting, read_base, read_compact, write_file
 from .matching import check_fits, check_shapes, generated_layers, load_values, shapes_of
 from .precision import lower, matrices
@@ -73,7 +73,7 @@ def load_compact(
     *,
     base: str | os.PathLike | None = None,
     reset: str | Sequence[str] = (),
-    keep_weights: bool = True,
+    keep_weights: bool | None = None,
 ) -> nn.Module:
     """Load a compact checkpoint into a model, which is unchanged if they do not fit.
 
@@ -86,8 +86,8 @@ def load_compact(
         reset: patterns of layers that keep their start values where the file does not fit them, see
             :func:`csg_seg.load_state_dict`; ``model.csg.reset.layers`` then lists them.
         keep_weights: whether the network keeps its generated weights from one evaluation to the next. If False,
-            memory holds one of them at a time, and each evaluation takes longer; ``model.csg.keep_weights`` can
-            change it later.
+            memory holds one of them at a time, and each evaluation takes longer. By default as the model says, True
+            for a new one; ``model.csg.keep_weights`` can change it later.
 
     Returns:
         The same model, or the one built.
@@ -101,12 +101,13 @@ def load_compact(
     compact = read_compact(path, base)
     patterns = read_patterns('load_compact', 'reset', reset) or ()
     try:
-        loaded = _build_and_fill(compact) if model is None else None
+        loaded = _build_and_fill(compact, patterns) if model is None else None
         if loaded is None:
             loaded = _fill(_build(compact) if model is None else model, compact, patterns)
     except CSGError as error:
         raise CSGError(f'{path}: {error}') from None
-    bank_of(loaded).keep_weights = keep_weights
+    if keep_weights is not None:
+        bank_of(loaded).keep_weights = keep_weights
     return loaded
 
 
@@ -121,22 +122,33 @@ def _fill(model: nn.Module, compact: Compact, reset: Sequence[str]) -> nn.Module
     return model
 
 
-def _build_and_fill(compact: Compact) -> nn.Module | None:
-    """Build a file's network on the meta device, where no dense weight takes memory or time, and load the values.
+def _build_and_fill(compact: Compact, reset: Sequence[str]) -> nn.Module | None:
+    """Build a file's network with parameters on the meta device, where they take no memory or time, and fill it.
 
     Returns:
-        the network on the CPU; None if it computes values that the file lacks, or another device is the default one.
+        the network on the CPU; None if some of its parameters are not in the file, or are used in another way than as
+        parameters, or if another device is the default one.
     """
     if torch.get_default_device().type != 'cpu':
         return None
     try:
-        with torch.device('meta'):
+        with parameters_on_meta():
             model = _build(compact)
-        _fill(model, compact, ())
+        _fill(model, compact, reset)
     except CSGError:
         return None
-    tensors = [*model.parameters(), *model.buffers()]
-    return None if any(each.is_meta for each in tensors) else model
+    is_whole = not any(each.is_meta for each in (*model.parameters(), *model.buffers()))
+    return model if is_whole and not any(map(_holds_parameters, model.modules())) else None
+
+
+def _holds_parameters(module: nn.Module) -> bool:
+    """Whether a module holds a parameter, or a tensor on the meta device, that is neither registered nor loaded."""
+    for value in vars(module).values():
+        if isinstance(value, (list, tuple, Tensor)):
+            values = [value] if isinstance(value, Tensor) else value
+            if any(isinstance(each, Tensor) and (each.is_meta or isinstance(each, nn.Parameter)) for each in values):
+                return True
+    return False
 
 
 def write_compact(
@@ -193,13 +205,16 @@ def write_compact(
 
 def _source_of(base: str | os.PathLike, model: nn.Module) -> Source | None:
     """Return how the network of a file is built, if that is the network of a retrofitted model."""
-    source = read_compact(base).source
+    compact = read_compact(base)
+    if compact.source is None:
+        return None
+    with parameters_on_meta():
+        built = _build(compact)
     try:
-        if source is not None:
-            check_shapes(shapes_of(build(source).state_dict()), dense_shapes(model))
+        check_shapes(shapes_of(built.state_dict()), dense_shapes(model))
     except CSGError:
         return None
-    return source
+    return compact.source
 
 
 def _build(compact: Compact) -> nn.Module:

@@ -139,7 +139,8 @@ def _read_file(path: str | os.PathLike) -> Content:
     try:
         with safe_open(str(path), framework='pt') as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            # Copied: the file may be written to while the tensors are in use.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise CSGError(f'{path}: damaged, or not a compact checkpoint ({error}); copy it again') from None
     if header.get('format') != FORMAT:

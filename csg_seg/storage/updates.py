@@ -12,6 +12,9 @@ from csg_seg.errors import CSGError
 
 from .digest import digest
 
+# Of a file, in bytes, in most file systems.
+LONGEST_NAME = 255
+
 
 @dataclass(frozen=True)
 class Content:
@@ -61,7 +64,11 @@ class Update:
         told, removed = json.loads(header['header']), json.loads(header['removed'])
         texts = [each for pair in told.items() for each in pair] + [each for names in removed for each in names]
         name = Path(header['base_name']).name  # a base is not read from other folders
-        if not name or len(removed) != 2 or not all(isinstance(each, str) for each in texts):
+        if (
+            not 0 < len(name.encode()) <= LONGEST_NAME
+            or len(removed) != 2
+            or not all(isinstance(each, str) for each in texts)
+        ):
             raise TypeError('header')
         return cls(header['base'], name, told, removed, header['result'])
 
@@ -69,7 +76,14 @@ class Update:
 def find_difference(
     tensors: Mapping[str, Tensor], header: Mapping[str, str], base: Content, base_name: str
 ) -> tuple[dict[str, Tensor], Update]:
-    """Return the tensors that differ from a base's, and the rest of the update."""
+    """Return the tensors that differ from a base's, and the rest of the update.
+
+    Args:
+        tensors: after the update, in the file's precision.
+        header: metadata after the update.
+        base: what is there before.
+        base_name: file name of the base.
+    """
     changed = {name: each for name, each in tensors.items() if not _equal(each, base.tensors.get(name))}
     told = {key: text for key, text in header.items() if base.header.get(key) != text}
     lost = [name for name in base.tensors if name not in tensors], [key for key in base.header if key not in header]

@@ -8,7 +8,7 @@ from experiments.runs.rows import score_text, summarise
 from .measure import held_in_step
 
 QUESTION = 'What do networks of equal size cost in time and memory?'
-VERDICT = 'CSG trains and evaluates like a dense network; networks that compute less are faster'
+VERDICT = 'of those that make full weights, CSG is among the fastest; networks that compute less are faster'
 
 
 PEERS = ('csg-10x', 'csg-47x', 'hypernetwork-10x', 't-basis-10x', 'tucker-10x', 'cp-10x', 'separable-10x', 'narrow-10x')

@@ -59,7 +59,10 @@ def print_tables(result: dict) -> None:
         )
         rows.append((name, *step, f'{each["floor"]:.3f}x', f'{each["images_per_second"]:.1f}', share, *evaluation))
     print_table(columns, rows, width=130)
-    print('Medians; each ratio is the median over the rounds. Floor: the ratio of operations in a step.')
+    print(
+        'Medians; each ratio is the median over the rounds. Floor: the ratio of operations in a step, each at the '
+        'speed of its precision.'
+    )
     keys = [key for key in (*HELD, 'peak_bytes') if key in result['networks']['dense']['bytes']]
     held = ('network', *(f'{key.removesuffix("_bytes")}, MB' for key in keys), 'to dense')
     rows = []

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from experiments.markdown import link, markdown, megabytes, percent, read
 
 QUESTION = 'How long do a step and an evaluation take, and what memory do they need?'
-VERDICT = 'generation costs a few percent of a step; see [speed](../docs/speed.md)'
+VERDICT = 'generation costs little if images are many or large; see [speed](../docs/speed.md)'
 
 
 TIMED = {

@@ -23,6 +23,7 @@ from csg_seg.layers.bank import bank_of, find_bank
 from csg_seg.layers.conv import CSGConv
 from csg_seg.mm.checkpoints.descriptions import dense_model
 from csg_seg.mm.model import build_model
+from csg_seg.retrofitting.automatic import is_automatic
 from csg_seg.retrofitting.surgery import materialise
 from csg_seg.running.processes import replace_sync_bn
 from experiments.batches import held_bytes, random_batch
@@ -269,6 +270,8 @@ def measure_speed(
     if autocast_generation:
         if not load.bf16:
             raise CSGError('generation in the precision of autocast needs --bf16')
+        if is_automatic(cfg.model.csg):
+            raise CSGError('give the slice_shape and code_dim that csg_seg.suggest found, to compare precisions')
         several = cfg.model.csg if isinstance(cfg.model.csg, list) else [cfg.model.csg]
         cfg.model.csg = [{**each, 'precision': 'autocast'} for each in several]
         models[AUTOCAST] = build_model(cfg)
@@ -347,7 +350,8 @@ def summarise_speed(
     Returns:
         by network: ``step`` and ``evaluation`` in seconds, each also with ``_ratio`` and ``_spread`` (the
         interquartile range relative to the median); ``images_per_second`` of training; ``memory_ratio``;
-        ``floor``, the step ratio if time were in proportion to operations; for the generated network,
+        ``floor``, the step ratio if time were in proportion to operations, those of generation in float32 weighted by
+        ``slower_generation``; for the generated network,
         ``generation_share`` of the step.
     """
     dense = results['dense']

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from csg_seg import CSGError, Teacher, retrofit
+from csg_seg.distillation import divergence
 
 CSG = {'slice_shape': (16, 16, 3, 3), 'code_dim': 16}
 
@@ -149,6 +150,25 @@ def test_networks_of_torchvision_are_compared_by_their_blocks():
 def test_wrong_options_are_refused(options, says):
     with pytest.raises(CSGError, match=says):
         Teacher(Net(), Net(1), **options)
+
+
+def test_scores_of_half_precision_are_compared_in_float32():
+    rng = torch.Generator().manual_seed(0)
+    scores = [torch.randn(2, 5, 12, 12, generator=rng).bfloat16() for _ in range(2)]
+    wanted = divergence(*(each.float().flatten(2) for each in scores), 4.0, dim=2)
+    assert divergence(*(each.flatten(2) for each in scores), 4.0, dim=2) == wanted
+
+
+def test_layers_that_return_dicts_are_compared_and_others_refused():
+    student, network = (Net(seed, 'torchvision') for seed in range(2))
+    teacher = Teacher(student, network, logits=0, features=1.0, layers=[''])
+    student(images())
+    assert teacher.loss(images()) > 0
+    student = Net(0, 'tuple')
+    teacher = Teacher(student, Net(1, 'torchvision'), logits=0, features=1.0, layers=[''])
+    student(images())
+    with pytest.raises(CSGError, match='does not return the same number of tensors'):
+        teacher.loss(images())
 
 
 def test_networks_that_share_parameters_are_refused_and_stay_trainable():

@@ -120,44 +120,85 @@ def test_copies_keep_the_choice():
 @pytest.mark.parametrize('keep_weights', [True, False])
 def test_a_compact_file_is_loaded_with_the_choice(keep_weights, tmp_path):
     save_compact(build(), tmp_path / 'x.safetensors')
-    model = nn.Sequential(*[nn.Conv2d(3, 330, 3, padding=1), nn.Conv2d(330, 360, 3, padding=1)])
-    model.append(nn.ConvTranspose2d(360, 330, 3)).append(nn.Conv2d(330, 20, 3))
-    loaded = load_compact(tmp_path / 'x.safetensors', model, keep_weights=keep_weights).eval()
+    loaded = load_compact(tmp_path / 'x.safetensors', dense_network(), keep_weights=keep_weights).eval()
     assert loaded.csg.keep_weights == keep_weights
     torch.testing.assert_close(outputs(loaded), outputs(build()), rtol=1e-5, atol=1e-6)
 
 
-@pytest.fixture
-def builder():
-    """A builder of the network above, with a buffer that files lack if asked."""
-    built = []
+def dense_network():
+    model = nn.Sequential(nn.Conv2d(3, 330, 3, padding=1), nn.Conv2d(330, 360, 3, padding=1))
+    return model.append(nn.ConvTranspose2d(360, 330, 3)).append(nn.Conv2d(330, 20, 3))
+
+
+def add_table(model):
+    """A buffer that files lack, as normalisation constants of mmengine."""
+    model.register_buffer('table', torch.arange(5.0), persistent=False)
+
+
+def add_plain_tensor(model):
+    model.scale = torch.full((3,), 2.0)
+
+
+def add_second_place(model):
+    """A parameter that the module also uses outside its parameters."""
+    model.again = [model[0].bias]
+
+
+def add_reading(model):
+    model.mean = model[0].weight.mean().item()
+
+
+EXTRAS = {'nothing': (lambda model: None, 1), 'buffer': (add_table, 1), 'tensor': (add_plain_tensor, 1)}
+EXTRAS |= {'second place': (add_second_place, 2), 'value': (add_reading, 2)}
+
+
+@pytest.mark.parametrize('extra', EXTRAS)
+def test_dense_weights_are_not_allocated_unless_they_are_used_otherwise(extra, tmp_path):
+    add, times = EXTRAS[extra]
+    devices = []
 
     @register_builder('own low memory')
-    def build_own(buffer=False):
-        model = nn.Sequential(nn.Conv2d(3, 330, 3, padding=1), nn.Conv2d(330, 360, 3, padding=1))
-        model.append(nn.ConvTranspose2d(360, 330, 3)).append(nn.Conv2d(330, 20, 3))
-        if buffer:
-            model.register_buffer('table', torch.arange(5.0), persistent=False)
-        built.append(model[0].weight.device.type)
+    def build_own():
+        model = dense_network()
+        devices.append(model[0].weight.device.type)
+        add(model)
         return model
 
-    yield built
-    del BUILDERS['own low memory']
-
-
-@pytest.mark.parametrize(('buffer', 'devices'), [(False, ['meta']), (True, ['meta', 'cpu'])])
-def test_a_network_is_built_without_dense_weights_unless_it_computes_values_of_its_own(
-    builder, buffer, devices, tmp_path
-):
-    model = build()
-    if buffer:
-        model.register_buffer('table', torch.arange(5.0), persistent=False)
-    save_compact(model, tmp_path / 'x.safetensors', source={'builder': 'own low memory', 'buffer': buffer})
-    builder.clear()
-    loaded = load_compact(tmp_path / 'x.safetensors')
-    assert builder == devices
+    try:
+        model = build()
+        add(model)
+        save_compact(model, tmp_path / 'x.safetensors', source={'builder': 'own low memory'})
+        devices.clear()
+        loaded = load_compact(tmp_path / 'x.safetensors')
+    finally:
+        del BUILDERS['own low memory']
+    assert devices == ['meta', 'cpu'][:times]
     assert all(not each.is_meta and each.is_contiguous() for each in loaded.state_dict().values())
-    assert all(each.requires_grad for each in loaded.parameters())
+    assert all(each.requires_grad and type(each) is nn.Parameter for each in loaded.parameters())
     torch.testing.assert_close(outputs(loaded.eval()), outputs(model))
-    if buffer:
-        assert torch.equal(loaded.table, torch.arange(5.0))
+    for name in ('table', 'scale'):
+        if hasattr(model, name):
+            assert torch.equal(getattr(loaded, name), getattr(model, name))
+    assert not hasattr(model, 'again') or loaded.again[0] is loaded[0].bias
+    assert nn.Conv2d(3, 3, 3).weight.device.type == 'cpu'  # building elsewhere is as before
+
+
+def test_a_loaded_network_does_not_depend_on_its_file(tmp_path):
+    path = tmp_path / 'x.safetensors'
+    save_compact(build(), path)
+    with torch.device('meta'):
+        model = dense_network()
+    loaded = load_compact(path, model).eval()
+    before = outputs(loaded)
+    with path.open('r+b') as file:
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(outputs(loaded), before)
+
+
+def test_a_choice_that_was_made_stays(tmp_path):
+    path = tmp_path / 'x.safetensors'
+    save_compact(build(), path)
+    model = build()
+    model.csg.keep_weights = False
+    assert not load_compact(path, model).csg.keep_weights
+    assert load_compact(path, model, keep_weights=True).csg.keep_weights

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from two_convs import CSG, Net, batch, build
 
-from csg_seg import CSGError, fit, load_compact, retrofit, save_compact, share_generators
+from csg_seg import CSGError, fit, load_compact, load_generators, retrofit, save_compact, share_generators
 from csg_seg.layers.conv import generated_convs
 
 KINDS = {
@@ -50,11 +50,11 @@ def test_networks_of_other_architectures_share_too():
 
     first, second = build(), retrofit(Other(), CSG)
     images, _ = batch()
-    wanted = second.eval()(images)
     second.csg[0].load_state_dict(first.csg[0].state_dict(), strict=False)
+    wanted = second.eval()(images)
     share_generators(first, second)
     assert second.csg[0] is first.csg[0]
-    assert second(images).shape == wanted.shape
+    assert torch.equal(second(images), wanted)
     state_dict = second.state_dict()
     retrofit(Other(), CSG).load_state_dict(state_dict)  # the entry of settings names its own layers
 
@@ -93,8 +93,9 @@ def test_other_generators_are_refused_and_nothing_changes():
         lambda model: model.load_state_dict(build(9).state_dict()),
         lambda model: fit(model, Net(9).state_dict()),
         lambda model: model.half(),
+        lambda model: load_generators(model, build(9).state_dict()),
     ],
-    ids=['load', 'fit', 'half'],
+    ids=['load', 'fit', 'half', 'generators'],
 )
 def test_a_network_that_changes_takes_generators_of_its_own(change):
     first, second, third = (with_other_codes(build(), seed) for seed in range(3))

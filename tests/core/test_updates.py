@@ -149,6 +149,7 @@ def test_damaged_files_are_refused(base, tmp_path):
         ({'header': '{"dtype": "int8"}'}, 'together they are not the network that was saved'),
         ({'base_name': '../base.safetensors'}, None),  # only a name: a base is not read from other folders
         ({'base_name': ''}, 'its header cannot be read'),
+        ({'base_name': 'x' * 300}, 'its header cannot be read'),
     ],
 )
 def test_headers_that_another_program_wrote_are_read_or_refused(change, says, base, tmp_path):
