@@ -199,6 +199,7 @@ def test_the_public_names_are_these():
     assert sorted(csg_seg.__all__) == [
         'CSGError',
         'CSGWarning',
+        'Teacher',
         '__version__',
         'fit',
         'load_compact',
@@ -210,7 +211,10 @@ def test_the_public_names_are_these():
         'register_generator',
         'retrofit',
         'save_compact',
+        'share_generators',
+        'suggest',
         'summarise',
+        'train_only',
     ]
     assert all(callable(getattr(csg_seg, name)) for name in csg_seg.__all__ if name != '__version__')
 

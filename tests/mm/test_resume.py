@@ -15,7 +15,11 @@ def arguments(drawn, work_dir, **options):
     options |= {f'{split}_dataloader.dataset.data_root': drawn for split in ('train', 'val', 'test')}
     options = {'train_cfg.max_iters': 4, **options}
     options |= {'train_dataloader.batch_size': 2, 'default_hooks.checkpoint.interval': 1}
-    return [DEMO, '--work-dir', work_dir, *cfg_options(options)]
+    adamw = work_dir.parent / 'adamw.py'  # whose state counts its steps
+    adamw.write_text(
+        f"_base_ = {str(DEMO)!r}\noptim_wrapper = dict(optimizer=dict(_delete_=True, type='AdamW', lr=3e-3))\n"
+    )
+    return [adamw, '--work-dir', work_dir, *cfg_options(options)]
 
 
 @pytest.fixture(scope='module')
