@@ -53,6 +53,8 @@ def experiments() -> str:
     return markdown(('experiment', 'question', 'result', 'verdict'), rows, left=range(4))
 
 
-TABLES: dict[str, Callable[[], str]] = {'demo': demo, 'experiments': experiments}
-for each in EXPERIMENTS.values():
-    TABLES |= each.TABLES
+TABLES: dict[str, Callable[[], str]] = {
+    'demo': demo,
+    'experiments': experiments,
+    **{name: table for each in EXPERIMENTS.values() for name, table in each.TABLES.items()},
+}

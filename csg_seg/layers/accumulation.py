@@ -1,6 +1,6 @@
 """Gradient accumulation: weights made once for several batches."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -41,7 +41,7 @@ class Accumulation:
         return Accumulation, ()
 
     @contextmanager
-    def block(self, generators: Sequence[Generator], layers: Mapping[str, CSGConv]) -> Iterator[None]:
+    def block(self, generators: Iterable[Generator], layers: Mapping[str, CSGConv]) -> Iterator[None]:
         """See :meth:`csg_seg.layers.bank.GeneratorBank.accumulate`."""
         stored = [each for generator in generators for each in generator.parameters()]
         stored += [each for conv in layers.values() for each in conv.stored().values()]
@@ -65,7 +65,7 @@ class Accumulation:
             drop(layers)
             self._clear()
 
-    def provide(self, generators: Sequence[Generator], layers: Mapping[str, CSGConv]) -> None:
+    def provide(self, generators: Iterable[Generator], layers: Mapping[str, CSGConv]) -> None:
         """Give the layers their weights, for the forward pass that begins and for recomputing it.
 
         They are made in the first pass, because autocast may be on in passes alone.
@@ -75,7 +75,7 @@ class Accumulation:
         for conv, leaf in self.leaves.items():
             conv.__dict__['ready'] = partial(_if_learning, leaf, conv, self.inputs[conv])
 
-    def _make(self, generators: Sequence[Generator], layers: Mapping[str, CSGConv]) -> None:
+    def _make(self, generators: Iterable[Generator], layers: Mapping[str, CSGConv]) -> None:
         for generator in generators:
             convs = [conv for conv in layers.values() if conv.generator is generator]
             learns = any(each.requires_grad for each in generator.parameters())

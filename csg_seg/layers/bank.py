@@ -112,7 +112,7 @@ class GeneratorBank(Generators):
             CSGError: an optimizer steps inside the block, a backward pass is missing in it, blocks are nested, or the
                 parameters are sharded.
         """
-        return self.accumulation.block(list(self), self.layers)
+        return self.accumulation.block(self, self.layers)
 
     def share_with(self, root: nn.Module) -> None:
         """Give the generators to a second root too, such as a slice of a container."""
@@ -132,7 +132,7 @@ class GeneratorBank(Generators):
         elif WATCH.is_over:
             WATCH.end()
         if self.accumulation.is_on and torch.is_grad_enabled():
-            self.accumulation.provide(list(self), self.layers)
+            self.accumulation.provide(self, self.layers)
         elif self.keep_weights or torch.is_grad_enabled():
             self.ahead.make(self, self.layers)
         else:

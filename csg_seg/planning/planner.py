@@ -13,7 +13,7 @@ from torch import nn
 from csg_seg.errors import CSGError
 from csg_seg.generators.settings import matches
 from csg_seg.report import Summary, summarise
-from csg_seg.retrofitting.automatic import resolve
+from csg_seg.retrofitting.automatic import SMALLEST_SHARE, resolve
 from csg_seg.retrofitting.selection import generable
 from csg_seg.retrofitting.surgery import CSG, check_root, retrofit
 from csg_seg.retrofitting.weights import fit
@@ -23,9 +23,6 @@ from .search import Choice, Convs, Track, search_settings
 
 # Points of a curve while the size grows by a factor of e.
 POINTS_PER_FACTOR = 100
-# Layers with a smaller share of all weights, such as classifiers, stay dense: compressing them saves next to nothing
-# and may cost accuracy.
-SMALLEST_SHARE = 1 / 1000
 
 
 @dataclass(frozen=True)

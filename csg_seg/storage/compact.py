@@ -188,7 +188,10 @@ def write_compact(
             raise CSGError(f'{name}: a {type(tensor).__name__} in the state dict, not a tensor; save it separately')
         if tensor.is_meta:
             raise CSGError(f'{name}: on the meta device, without values to save; load some first')
-    dtype = dtype or ('float32' if base is None else read_base(base).header.get('dtype', 'float32'))
+    if base is not None and path.exists() and path.samefile(base):
+        raise CSGError(f'{path}: the update would replace its base; choose another path')
+    old = None if base is None else read_base(base)
+    dtype = dtype or (old.header.get('dtype', 'float32') if old else 'float32')
     header = {
         'versions': json.dumps({'csg_seg': __version__, 'torch': torch.__version__}),
         **(metadata or {}),
@@ -200,7 +203,7 @@ def write_compact(
         check_source(source)
         header['source'] = encode_source(source)
     stored = {name: each for name, each in state_dict.items() if not (is_setting(name) or is_counter(name))}
-    write_file(path, lower(stored, matrices(model), dtype), header, base)
+    write_file(path, lower(stored, matrices(model), dtype), header, old)
 
 
 def _source_of(base: str | os.PathLike, model: nn.Module) -> Source | None:

@@ -60,7 +60,7 @@ class Compact:
 
 
 def write_file(
-    path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], base: str | os.PathLike | None = None
+    path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], base: Content | None = None
 ) -> None:
     """Write tensors and metadata with format, version and checksum; the file appears whole or not at all.
 
@@ -68,19 +68,14 @@ def write_file(
         path: the file.
         tensors: in the file's precision.
         header: text by name.
-        base: a compact checkpoint; only what differs from it is written, with its name and checksum.
-
-    Raises:
-        CSGError: the base cannot be read, or is the file itself.
+        base: another compact checkpoint; only what differs from it is written, with its name and checksum.
     """
     # Cloned, because safetensors refuses views and tied tensors.
     cloned = {name: each.detach().cpu().clone(memory_format=torch.contiguous_format) for name, each in tensors.items()}
     header = dict(header)
     version = VERSION
     if base is not None:
-        if path.exists() and path.samefile(base):
-            raise CSGError(f'{path}: the update would replace its base; choose another path')
-        cloned, update = find_difference(cloned, header, read_base(base), Path(base).name)
+        cloned, update = find_difference(cloned, header, base)
         header, version = update.to_header(), UPDATE
     header |= {'format': FORMAT, 'version': version}
     header['sha256'] = digest(cloned, header)
@@ -154,7 +149,7 @@ def _read_file(path: str | os.PathLike) -> Content:
     if sha256 is None or sha256 != digest(tensors, header):
         raise CSGError(f'{path}: damaged, its checksum does not match; copy it again')
     del header['format']
-    return Content(tensors, header, sha256)
+    return Content(tensors, header, sha256, Path(path).name)
 
 
 def _apply_to_base(path: Path, content: Content, base: str | os.PathLike | None) -> Content:

@@ -24,11 +24,13 @@ class Content:
         tensors: in the file's precision.
         header: text by name, without format, version and checksum.
         sha256: the checksum of the file; for an update, of tensors and header together with its base.
+        name: of the file.
     """
 
     tensors: dict[str, Tensor]
     header: dict[str, str]
     sha256: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Update:
 
 
 def find_difference(
-    tensors: Mapping[str, Tensor], header: Mapping[str, str], base: Content, base_name: str
+    tensors: Mapping[str, Tensor], header: Mapping[str, str], base: Content
 ) -> tuple[dict[str, Tensor], Update]:
     """Return the tensors that differ from a base's, and the rest of the update.
 
@@ -82,12 +84,11 @@ def find_difference(
         tensors: after the update, in the file's precision.
         header: metadata after the update.
         base: what is there before.
-        base_name: file name of the base.
     """
     changed = {name: each for name, each in tensors.items() if not _equal(each, base.tensors.get(name))}
     told = {key: text for key, text in header.items() if base.header.get(key) != text}
     lost = [name for name in base.tensors if name not in tensors], [key for key in base.header if key not in header]
-    return changed, Update(base.sha256, base_name, told, lost, digest(tensors, header))
+    return changed, Update(base.sha256, base.name, told, lost, digest(tensors, header))
 
 
 def apply_update(tensors: Mapping[str, Tensor], update: Update, base: Content) -> Content:
@@ -104,7 +105,7 @@ def apply_update(tensors: Mapping[str, Tensor], update: Update, base: Content) -
     merged = {**kept, **tensors}
     if digest(merged, header) != update.result:
         raise CSGError('together they are not the network that was saved; copy both again')
-    return Content(merged, header, update.result)
+    return Content(merged, header, update.result, base.name)
 
 
 def _equal(one: Tensor, other: Tensor | None) -> bool:

@@ -43,14 +43,14 @@ def dense(cfg: Config, files: Mapping[str, Path]) -> Run:
     return partial(model.eval(), mode='tensor')
 
 
-def compact(cfg: Config, files: Mapping[str, Path], *, keep_weights: bool = True) -> Run:
+def compact(cfg: Config, files: Mapping[str, Path]) -> Run:
     """Load the compact file."""
-    return partial(load_compact(files['compact'], keep_weights=keep_weights).eval(), mode='tensor')
+    return partial(load_compact(files['compact']).eval(), mode='tensor')
 
 
 def compact_low_memory(cfg: Config, files: Mapping[str, Path]) -> Run:
     """Load the compact file; no weight is kept."""
-    return compact(cfg, files, keep_weights=False)
+    return partial(load_compact(files['compact'], keep_weights=False).eval(), mode='tensor')
 
 
 def onnx_dense(cfg: Config, files: Mapping[str, Path]) -> Run:

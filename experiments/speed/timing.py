@@ -140,6 +140,9 @@ class Trainee:
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.load.device, torch.bfloat16) if self.load.bf16 else nullcontext()
 
+    def _accumulation(self) -> AbstractContextManager[Any]:
+        return bank_of(self.model).accumulate() if self.generates_once else nullcontext()
+
     def _loss(self) -> Tensor:
         with self._precision():
             loss, _ = self.model.parse_losses(self.model(**self.batch, mode='loss'))
@@ -151,7 +154,7 @@ class Trainee:
         self.optimizer.zero_grad()
         clock = Clock(self.load.device)
         clock.mark()
-        with bank_of(self.model).accumulate() if self.generates_once else nullcontext():
+        with self._accumulation():
             for _ in range(self.load.accumulate):
                 loss = self._loss()
                 clock.mark()
@@ -166,8 +169,8 @@ class Trainee:
     def count_operations(self) -> int:
         """Train a step without the optimizer; return the floating-point operations of its convs and products."""
         self.model.train()
-        once = bank_of(self.model).accumulate() if self.generates_once else nullcontext()
-        with torch.compiler.set_stance('force_eager'), FlopCounterMode(display=False) as counter, once:
+        eager, counter = torch.compiler.set_stance('force_eager'), FlopCounterMode(display=False)
+        with eager, counter, self._accumulation():
             for _ in range(self.load.accumulate):
                 self._loss().backward()
         self.optimizer.zero_grad()
