@@ -4,7 +4,6 @@ A cell is a config with settings and a seed. Interrupted trainings are resumed b
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -18,12 +17,10 @@ with one_line_errors():
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
     from .picture import draw_scores
+    from .places import add_places
     from .rows import label_of, read_rows, score_text, summarise
     from .table import ROOT, read_table
     from .training import train_missing
-
-CACHE = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
-GIVEN_DATA = os.environ.get('CSG_SEG_DATA')
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,13 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--only', nargs='+', default=['*'], help="cells to train, by name or pattern: dense-s0 'csg-*'")
     parser.add_argument('--jobs', type=int, default=1, help='cells to train at a time, one thread each (default: 1)')
     parser.add_argument('--dry-run', action='store_true', help='train nothing; print what is done and what is missing')
-    parser.add_argument(
-        '--data',
-        default=Path(GIVEN_DATA, 'data') if GIVEN_DATA else 'data',
-        help='folder that holds the data sets (default: data in $CSG_SEG_DATA, or data)',
-    )
-    default = CACHE / 'csg_seg' / 'runs'
-    parser.add_argument('--work-dir', default=default, help='folder for logs and checkpoints (default: %(default)s)')
+    add_places(parser)
     parser.add_argument('--results', default=ROOT / 'results', help='folder of the results (default: results)')
     parser.add_argument('--picture', help='also draw the scores over the stored parameters (.png)')
     parser.add_argument('--overwrite', action='store_true', help='replace PICTURE when it exists')
@@ -131,8 +122,8 @@ def main() -> None:
                     table,
                     cells,
                     results=Path(args.results),
-                    data=Path(args.data),
-                    work_dir=Path(args.work_dir),
+                    data=args.data,
+                    work_dir=args.work_dir,
                     jobs=args.jobs,
                     notify=display.update,
                     tell=display.tell,

@@ -156,6 +156,7 @@ def commands(files, drawn, image):
         'experiments.runs': ([TABLE], '--work-dir', 'x'),
         'experiments.rivals': ([], '--work-dir', 'x'),
         'experiments.peers': ([TABLE], '--out', 'x.json'),
+        'experiments.updates': ([TABLE], '--out', 'x.json'),
         'experiments.carry_over': ([DENSE, files / 'dense.pth', *data], '--work-dir', 'x'),
         'experiments.federated': (['--network', 'a', *network, '*', *data], '--work-dir', 'x'),
         'model_converters/released2csg.py': ([files / 'csg.pth'], '--out', 'x.pth'),

@@ -1,0 +1,1 @@
+"""Bytes and scores of update files for the variants of one base."""
