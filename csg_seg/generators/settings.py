@@ -36,8 +36,8 @@ class Settings:
         seed: of the start values; by default the generator's position.
         options: the options of the generator's kind.
         residual: rank of the correction that each layer adds to its generated weight; 0 for none.
-        precision: under autocast, 'float32' generates weights in the parameters' precision and 'autocast' in
-            autocast's. Files do not depend on it.
+        precision: under autocast, 'autocast' generates weights in autocast's precision and 'float32' in the
+            parameters'. Files do not depend on it.
     """
 
     slice_shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class Settings:
     seed: int = 0
     options: Mapping[str, int] = field(default_factory=dict, hash=False)
     residual: int = 0
-    precision: str = 'float32'
+    precision: str = 'autocast'
 
     @classmethod
     def from_dict(cls, csg: Mapping[str, Any], *, position: int = 0) -> 'Settings':
@@ -81,7 +81,7 @@ class Settings:
             seed=_integer(where, 'seed', values['seed'], minimum=0, maximum=MAX_SEED),
             options=_options(where, generator, values),
             residual=_integer(where, 'residual', values.get('residual', 0), minimum=0),
-            precision=_choice(where, 'precision', values.get('precision', 'float32'), PRECISIONS),
+            precision=_choice(where, 'precision', values.get('precision', Settings.precision), PRECISIONS),
         )
         try:
             KINDS[generator].check_settings(settings)

@@ -97,7 +97,8 @@ def test_files_and_plain_networks_do_not_depend_on_the_precision(tmp_path):
 def test_the_default_precision_is_not_written_and_another_is_refused():
     settings = {'slice_shape': [16, 16, 3, 3], 'code_dim': 128}
     assert 'precision' not in Settings.from_dict(settings).to_dict()
-    cast = Settings.from_dict({**settings, 'precision': 'autocast'})
-    assert Settings.from_dict(cast.to_dict()) == cast and cast.precision == 'autocast'
+    assert Settings.from_dict(settings).precision == 'autocast'
+    exact = Settings.from_dict({**settings, 'precision': 'float32'})
+    assert Settings.from_dict(exact.to_dict()) == exact and exact.precision == 'float32'
     with pytest.raises(CSGError, match="precision must be one of 'float32', 'autocast'; got 'bf16'"):
         Settings.from_dict({**settings, 'precision': 'bf16'})
