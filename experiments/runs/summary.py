@@ -41,6 +41,21 @@ def runs(dataset: str, network: str, size: str, *, costs: str = '') -> str:
     return markdown(columns, rows)
 
 
+def headline() -> str:
+    """Size, cost and scores of the networks on CamVid, for a first look."""
+    cells = [each for each in summarise_cells(read('camvid')['rows']) if each['size'] == '180x240']
+    costs = read('peers-deeplabv3-r18')['networks']
+    rows = []
+    for each in cells:
+        cost = costs.get(each['cell'])
+        if each['network'] == 'deeplabv3_r18-d16' and cost:
+            row = [each['cell'], f'{each["stored_params"]:,}', f'{each["int8_bytes"] / 1e6:.2f} MB']
+            row += [f'{cost["flops"] / 1e9:.2f}', f'{cost["step_ratio"]:.2f}x']
+            rows.append([*row, *(score_text(each[split]) for split in ('val', 'test'))])
+    columns = ('network', 'parameters stored', 'int8 file', 'GFLOPs', 'training step', 'val mIoU', 'test mIoU')
+    return markdown(columns, rows)
+
+
 def cifar10() -> str:
     """Accuracy of ResNet-20 on a part of CIFAR-10."""
     rows: list[Sequence[object]] = []
@@ -62,5 +77,6 @@ def result() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     'camvid': lambda: runs('camvid', 'deeplabv3_r18-d16', '180x240', costs='peers-deeplabv3-r18'),
+    'headline': headline,
     'cifar10': cifar10,
 }
