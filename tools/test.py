@@ -89,7 +89,7 @@ def main() -> None:
         use_cpu_processes(cfg)
         with writing_into(cfg.work_dir), console.notes_to_stderr(when=args.json), ProgressBarHook() as bars:
             runner = Runner.from_cfg(cfg)
-            runner.register_hook(CheckpointGuardHook())
+            runner.register_hook(CheckpointGuardHook(complete=True))
             runner.register_hook(bars)
             runner.register_hook(LabelGuardHook(cfg))
             scores = runner.test()

@@ -203,6 +203,29 @@ def test_dense_config_does_not_start_from_codes(drawn, files, tmp_path, refused)
     assert 'but the config is dense' in message
 
 
+@pytest.mark.parametrize('tool', ['train.py', 'test.py'])
+def test_weights_under_other_names_do_not_leave_a_network_random(refused, drawn, files, tmp_path, tool):
+    state_dict = torch.load(files / 'dense.pt')['state_dict']
+    torch.save({'model': {f'net.{name}': each for name, each in state_dict.items()}}, tmp_path / 'other.pth')
+    given = [tmp_path / 'other.pth'] if tool == 'test.py' else []
+    more = {} if given else {'load_from': tmp_path / 'other.pth'}
+    message = refused(tool, DENSE, *given, *small(drawn, **more))
+    assert 'is missing' in message and 'no name is the same' in message and 'rename_weights.py' in message
+
+
+def test_a_test_needs_all_weights_in_their_shapes(refused, drawn, files, tmp_path):
+    state_dict = torch.load(files / 'dense.pt')['state_dict']
+    head = 'decode_head.conv_seg.weight'
+    for change, says in (
+        ({head: state_dict[head][:3]}, f'{head} is (3, 32, 1, 1) instead of (21, 32, 1, 1)'),
+        ({head: None}, f'{head} is missing'),
+    ):
+        changed = {name: each for name, each in {**state_dict, **change}.items() if each is not None}
+        torch.save({'state_dict': changed}, tmp_path / 'changed.pth')
+        message = refused('test.py', DENSE, tmp_path / 'changed.pth', *small(drawn))
+        assert says in message and message.endswith('use a checkpoint of this config')
+
+
 @pytest.mark.parametrize(('launcher', 'says'), [('slurm', 'SLURM_PROCID'), ('pytorch', 'RANK'), ('mpi', 'RANK')])
 def test_launcher_without_its_environment(refused, drawn, launcher, says):
     message = refused('train.py', CSG, '--launcher', launcher, *small(drawn))

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +83,40 @@ def load_weights(model: nn.Module, state_dict: dict) -> None:
         raise CSGError(f'the checkpoint does not fit the config: {" ".join(str(error).split())[:300]}') from None
 
 
-def _hint(model: nn.Module, state_dict: dict) -> str:
+def check_dense(model: nn.Module, state_dict: Mapping[str, Any], *, complete: bool) -> None:
+    """Check that a checkpoint fits a dense model: mmengine loads what fits, and leaves the rest random.
+
+    Args:
+        model: not wrapped.
+        state_dict: about to be loaded.
+        complete: whether it must have all weights, as for a test; otherwise one is enough, as for a training.
+
+    Raises:
+        CSGError: weights are missing or have other shapes.
+    """
+    given = {name.removeprefix('module.'): each for name, each in state_dict.items()}
+    wanted = {name: each for name, each in model.state_dict().items() if each.is_floating_point()}
+    wrong = [f'{name} is missing' for name in wanted if name not in given]
+    if not complete and len(wrong) < len(wanted):
+        return
+    wrong += [
+        f'{name} is {tuple(given[name].shape)} instead of {tuple(each.shape)}'
+        for name, each in wanted.items()
+        if name in given and given[name].shape != each.shape
+    ]
+    if wrong:
+        raise CSGError(f'the checkpoint does not fit the config: {abridge(wrong)}; {_hint(model, state_dict)}')
+
+
+def _hint(model: nn.Module, state_dict: Mapping[str, Any]) -> str:
     """Say what to do about a state dict with other names."""
     if find_bank(model) is None and any(name.endswith('.code') for name in state_dict):
         return 'it is a CSG checkpoint; use its CSG config, or materialise it'
     if all(name.startswith('module.') for name in state_dict):
         return "its names begin with 'module.'; released files are converted by tools/model_converters/released2csg.py"
+    if not model.state_dict().keys() & state_dict.keys():
+        return (
+            'no name is the same: if other code wrote it for the same network, '
+            'tools/model_converters/rename_weights.py renames its tensors'
+        )
     return 'use a checkpoint of this config'

@@ -1,4 +1,4 @@
-"""CheckpointGuardHook: refuse checkpoints that a run cannot resume from."""
+"""CheckpointGuardHook: refuse checkpoints that do not fit, or that a run cannot resume from."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,18 +10,33 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from csg_seg.errors import CSGError
 from csg_seg.layers.bank import find_bank
 from csg_seg.mm.checkpoints.old_runs import put_generators_first
+from csg_seg.mm.checkpoints.reading import check_dense
 from csg_seg.mm.model import bare_model
+from csg_seg.mm.patches import check_kind
 
 # Settings that only some kinds of torch's optimizers have.
 KIND = {'momentum', 'betas', 'alpha', 'rho', 'lambd', 'etas', 'lr_decay'}
 
 
 class CheckpointGuardHook(Hook):
-    """Refuse to resume from a checkpoint without training state, or with the state of another optimizer."""
+    """Refuse to resume from a checkpoint without training state, or with the state of another optimizer.
+
+    Weights that do not fit a dense network are refused too; retrofitted ones check theirs.
+
+    Args:
+        complete: whether a checkpoint must have all weights of a dense network, as for a test.
+    """
+
+    def __init__(self, *, complete: bool = False):
+        self.complete = complete
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Compare the checkpoint's optimizer state with the config's optimizer."""
+        """Compare weights with the network, and optimizer state with the config's optimizer."""
         prepare_resume(runner, checkpoint)
+        model = bare_model(runner.model)
+        if find_bank(model) is None:
+            check_kind(model, checkpoint.get('state_dict', checkpoint))
+            check_dense(model, checkpoint.get('state_dict', checkpoint), complete=self.complete)
         if not runner._resume or not isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)):
             return
         path = runner._load_from or find_latest_checkpoint(runner.work_dir)

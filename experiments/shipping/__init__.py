@@ -1,0 +1,1 @@
+"""Scores and sizes of a trained network on its way to the files that ship."""
