@@ -22,6 +22,7 @@ Shape = tuple[int, ...]
 FIXED = (*DENSE_KINDS, nn.Linear, _NormBase, nn.GroupNorm, nn.LayerNorm)
 OTHER_NETWORK = 'take a checkpoint of the same network, or name the layer in reset'
 OTHER_SETTINGS = "set the config's csg to the checkpoint's, take another checkpoint, or name the layer in reset"
+OTHER_NAMES = 'no name is one of this model: take a checkpoint of the same network, or rename its tensors'
 
 
 @dataclass
@@ -182,7 +183,8 @@ class StateDictChecks:
             needed = dict(self.own)
             for name, conv in self.convs.items():
                 needed |= {f'{self.prefix}{name}.{key}': each for key, each in conv.stored().items()}
-            check_entries(needed, self.state_dict, OTHER_SETTINGS)
+            has_any = needed.keys() & self.state_dict.keys()
+            check_entries(needed, self.state_dict, OTHER_SETTINGS if has_any else OTHER_NAMES)
             self._check_count()
             self._check_layers()
             self._check_renamed()

@@ -291,6 +291,16 @@ def test_a_state_dict_without_a_generated_entry_is_refused(lost, strict):
     assert_same_state(model, kept)
 
 
+def test_a_state_dict_under_other_names_is_refused():
+    model = build()
+    kept = snapshot(model)
+    with pytest.raises(CSGError, match='no name is one of this model.*rename its tensors'):
+        model.load_state_dict(
+            {f'other.{name}': each for name, each in build(seed=1).state_dict().items()}, strict=False
+        )
+    assert_same_state(model, kept)
+
+
 def test_a_deepcopy_checks_what_it_loads_against_itself():
     model = build()
     twin = copy.deepcopy(model)
