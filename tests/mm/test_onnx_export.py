@@ -70,6 +70,12 @@ def test_the_file_says_how_images_are_prepared(exported):
     assert says['mean'] == pytest.approx(preprocessor.mean) and says['std'] == pytest.approx(preprocessor.std)
 
 
+def test_the_file_does_not_name_code_of_this_machine(exported):
+    _, folder, _ = exported
+    for name in ('plain', 'generated'):
+        assert b'.py' not in (folder / name).read_bytes(), name
+
+
 def test_a_file_that_computes_something_else_is_not_left(exported, tmp_path, monkeypatch):
     _, folder, _ = exported
     monkeypatch.setattr('csg_seg.deploy.onnx_export._exported', lambda *_: onnx.load(folder / 'plain'))
