@@ -12,6 +12,7 @@ from .peers import summary as peers
 from .rivals import summary as rivals
 from .runs import summary as runs
 from .scale import summary as scale
+from .shipping import summary as shipping
 from .speed import summary as speed
 from .zoo import summary as zoo
 
@@ -25,6 +26,7 @@ EXPERIMENTS = {
     'zoo': zoo,
     'fits': fits,
     'carry_over': carry_over,
+    'shipping': shipping,
     'peers': peers,
     'rivals': rivals,
 }

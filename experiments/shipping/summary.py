@@ -20,7 +20,7 @@ def shipping() -> str:
 def result() -> str:
     """The result of ``experiments.shipping``."""
     scores = {each['name']: each['score'] for each in read('shipping-cgnet')['stages']}
-    shown = ', '.join(f'{name} {score:.2f}' for name, score in scores.items())
+    shown = '; '.join(f'{name} {score:.2f}' for name, score in scores.items())
     return f'{link("shipping-cgnet")}: mIoU of CGNet on CamVid: {shown}'
 
 
