@@ -18,8 +18,8 @@ setup(
     # Configs and tools, which mim and 'csg_seg::' bases look for there; links to the folders of this project.
     package_data={'csg_seg': ['.mim/model-index.yml', '.mim/configs/**/*', '.mim/tools/**/*']},
     entry_points={'console_scripts': ['csg-seg = csg_seg.cli.main:main']},
-    python_requires='>=3.10,<3.13',
-    install_requires=['torch>=2.6', 'numpy', 'safetensors'],
+    python_requires='>=3.10,<3.15',
+    install_requires=['torch>=2.6', 'numpy', 'safetensors>=0.4'],
     extras_require={
         'mm': [*MM, 'torchvision', 'pillow', 'matplotlib', 'rich', 'scipy'],
         'data': ['pillow', 'pycocotools', 'rich'],

@@ -1,8 +1,7 @@
 """Examine the installation: versions, devices, incompatible packages, and what to do about them."""
 
 import platform
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +13,9 @@ from csg_seg.version import __version__
 
 from .failures import EXTRAS
 
+# Oldest and newest version that the tests were run with; setup.py and README.md repeat them.
+PYTHON = ((3, 10), (3, 14))
+TORCH = ((2, 6), (2, 15))
 # Import name, the distribution that we install, and the distribution of OpenMMLab.
 MM = (
     ('mmengine', 'onedl-mmengine', 'mmengine'),
@@ -58,14 +60,19 @@ def examine() -> list[Finding]:
 
 def _basics() -> Iterator[Finding]:
     yield Finding('csg_seg', __version__)
-    found = sys.version_info[:2]
-    wrong = '' if (3, 10) <= found <= (3, 12) else 'use Python 3.10 to 3.12'
-    yield Finding('python', platform.python_version(), wrong)
-    number = tuple(int(part) for part in torch.__version__.split('.')[:2])
-    yield Finding('torch', torch.__version__, '' if number >= (2, 6) else "pip install 'torch>=2.6'")
+    yield _in_range('python', platform.python_version(), PYTHON)
+    yield _in_range('torch', torch.__version__, TORCH)
     for name in REQUIRED:
         installed = _installed(name)
         yield Finding(name, installed or 'not installed', '' if installed else f'pip install {name}')
+
+
+def _in_range(name: str, found: str, tested: Sequence[tuple[int, int]]) -> Finding:
+    oldest, newest = tested
+    number = tuple(int(part) for part in found.split('.')[:2])
+    span = f'{oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]}'
+    newer = f'; newer than the tested {span}' if number > newest else ''
+    return Finding(name, f'{found}{newer}', f'use {name} {span}' if number < oldest else '')
 
 
 def _mm_packages() -> Iterator[Finding]:

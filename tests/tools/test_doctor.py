@@ -52,6 +52,35 @@ def test_what_does_not_go_together_is_named_with_a_remedy(installed, name, says,
     assert says in examined(monkeypatch, installed)[name].remedy
 
 
+def test_setup_and_readme_name_the_versions_that_doctor_checks():
+    (oldest, newest), (torch_oldest, torch_newest) = doctor.PYTHON, doctor.TORCH
+    setup, readme = (ROOT / 'setup.py').read_text(), (ROOT / 'README.md').read_text()
+    assert f"python_requires='>={numbers(oldest)},<{numbers((newest[0], newest[1] + 1))}'" in setup
+    assert f"'torch>={numbers(torch_oldest)}'" in setup
+    assert f'Python {numbers(oldest)} to {numbers(newest)}' in readme
+    assert f'torch {numbers(torch_oldest)} to {numbers(torch_newest)}' in readme
+
+
+def numbers(version):
+    return '.'.join(map(str, version))
+
+
+@pytest.mark.parametrize(
+    ('found', 'state', 'remedy'),
+    [
+        ('2.5.1+cpu', '2.5.1+cpu', 'use torch 2.6 to 2.15'),
+        ('2.6.0', '2.6.0', ''),
+        ('2.15.0+cu132', '2.15.0+cu132', ''),
+        ('2.16.0a0', '2.16.0a0; newer than the tested 2.6 to 2.15', ''),
+    ],
+)
+def test_an_old_torch_is_a_mistake_and_one_newer_than_tested_is_named(found, state, remedy, monkeypatch):
+    monkeypatch.setattr(doctor, 'TORCH', ((2, 6), (2, 15)))
+    monkeypatch.setattr(torch, '__version__', found)
+    finding = examined(monkeypatch, {})['torch']
+    assert (finding.state, finding.remedy) == (state, remedy)
+
+
 @pytest.mark.parametrize('name', [name for name, _, _ in doctor.OPTIONAL])
 def test_a_missing_optional_package_is_no_mistake_and_says_what_it_is_for(monkeypatch, name):
     found = examined(monkeypatch, {name: None})[name]
