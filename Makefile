@@ -1,6 +1,7 @@
 # make demo    set up, train DeepLabV3 dense, with CSG and narrow on drawn data, print the comparison, look at an image
 # make test    set up and run the tests; CSG_SEG_DATA=FOLDER adds those on real images
 # make check-full   the long checks too
+# make docs    build the documentation site into docs/_build/html
 # make lint    ruff and mypy
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ PIP_INSTALL := PIP_CONSTRAINT=constraints.txt $(RUN) -m pip install --disable-pi
 DEMO := configs/demo
 NAME := deeplabv3_r18-d8-w32_drawn-voc-80x80.py
 
-.PHONY: demo test check-full lint clean
+.PHONY: demo test check-full docs lint clean
 
 demo: $(VENV)/mm.installed
 	$(RUN) tools/dataset_converters/draw_voc.py data/drawn
@@ -25,13 +26,16 @@ test: $(VENV)/dev.installed
 check-full: $(VENV)/dev.installed
 	$(RUN) -m pytest -m 'full or not full'
 
+docs: $(VENV)/dev.installed
+	$(RUN) -m sphinx -W --keep-going -q docs docs/_build/html
+
 lint: $(VENV)/dev.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
 clean:
-	rm -rf $(VENV) work_dirs data/drawn
+	rm -rf $(VENV) work_dirs data/drawn docs/_build
 
 $(VENV)/mm.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,5 +44,5 @@ $(VENV)/mm.installed: setup.py constraints.txt
 	touch $@
 
 $(VENV)/dev.installed: $(VENV)/mm.installed
-	$(PIP_INSTALL) -e '.[mm,data,onnx,dev]'
+	$(PIP_INSTALL) -e '.[mm,data,onnx,docs,dev]'
 	touch $@

@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 # The maintained line of OpenMMLab's packages; import names mmcv, mmengine, mmseg, mmpretrain.
 MM = ['onedl-mmcv', 'onedl-mmengine', 'onedl-mmsegmentation', 'onedl-mmpretrain']
+# They build the documentation; myst-nb needs Python 3.11.
+DOCS = ['sphinx', 'furo', 'myst-nb', 'sphinx-copybutton', 'ipykernel']
 
 setup(
     name='csg_seg',
@@ -24,6 +26,7 @@ setup(
         'mm': [*MM, 'torchvision', 'pillow', 'matplotlib', 'rich', 'scipy'],
         'data': ['pillow', 'pycocotools', 'rich'],
         'onnx': ['onnx', 'onnxruntime', 'onnxscript'],
+        'docs': [f"{name}; python_version >= '3.11'" for name in DOCS],
         'dev': [
             'setuptools',
             'pytest',

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from csg_seg.cli.main import describe
+
 from .carry_over import summary as carry_over
 from .exchange import summary as exchange
 from .federated import summary as federated
@@ -55,8 +57,19 @@ def experiments() -> str:
     return markdown(('experiment', 'question', 'result', 'verdict'), rows, left=range(4))
 
 
+def commands() -> str:
+    """What each command of ``csg-seg`` does."""
+    rows = [
+        (task if position == 0 else '', f'`{name}`', says)
+        for task, names in describe().items()
+        for position, (name, says) in enumerate(names.items())
+    ]
+    return markdown(('to', 'command', 'what it does'), rows, left=range(3))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     'demo': demo,
+    'commands': commands,
     'experiments': experiments,
     **{name: table for each in EXPERIMENTS.values() for name, table in each.TABLES.items()},
 }

@@ -13,6 +13,14 @@ from .doctor import examine
 from .failures import one_line_errors
 
 TOOLS = Path(__file__).parents[1] / '.mim' / 'tools'
+DOCTOR = 'Look at the installation: versions, devices, what does not go together. Takes --json.'
+TASKS = {
+    'Choose settings': ('report', 'plan'),
+    'Train and test': ('train', 'test', 'compare'),
+    'Use a trained network': ('compact', 'demo', 'materialise', 'export_onnx'),
+    'Data and checkpoints of others': ('draw_voc', 'coco2voc', 'released2csg', 'rename_weights'),
+    'Installation': ('doctor',),
+}
 
 
 def tools() -> dict[str, Path]:
@@ -33,14 +41,21 @@ def print_findings(*, as_json: bool) -> int:
     return int(any(each.remedy for each in findings))
 
 
-def usage() -> str:
-    """Return the list of commands."""
-    says = {'doctor': 'Look at the installation: versions, devices, what does not go together. Takes --json.'}
+def describe() -> dict[str, dict[str, str]]:
+    """Return what each command does, by task and name."""
+    says = {'doctor': DOCTOR}
     for name, path in tools().items():
         says[name] = (ast.get_docstring(ast.parse(path.read_text())) or '').splitlines()[0]
-    width = max(map(len, says))
-    lines = [f'  {name:{width}}  {text}' for name, text in says.items()]
-    return '\n'.join(['usage: csg-seg COMMAND ...; COMMAND --help says more', '', *lines])
+    return {task: {name: says[name] for name in names} for task, names in TASKS.items()}
+
+
+def usage() -> str:
+    """Return the list of commands."""
+    lines = ['usage: csg-seg COMMAND ...; COMMAND --help says more']
+    width = max(len(name) for names in TASKS.values() for name in names)
+    for task, commands in describe().items():
+        lines += ['', f'{task}:', *(f'  {name:{width}}  {text}' for name, text in commands.items())]
+    return '\n'.join(lines)
 
 
 def main() -> None:

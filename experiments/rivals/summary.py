@@ -7,7 +7,7 @@ from experiments.markdown import link, markdown, read
 from .compared import GENERATORS, config_name
 
 QUESTION = 'Are other generators better at equal size?'
-VERDICT = 'no; see [rivals](rivals/README.md)'
+VERDICT = 'no; see [other methods](../docs/other_methods.md)'
 
 
 def generators() -> str:
