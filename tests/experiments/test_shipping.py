@@ -18,6 +18,7 @@ def test_every_stage_of_a_network_is_scored(drawn, tmp_path):
     torch.save({'state_dict': build_model(Config.fromfile(DENSE)).state_dict()}, tmp_path / 'dense.pth')
     roots = {f'{split}_dataloader.dataset.data_root': drawn for split in ('train', 'val', 'test')}
     steps = {'train_cfg.max_iters': 2, 'train_dataloader.batch_size': 2, 'default_hooks.checkpoint.interval': 2}
+    steps['optim_wrapper.optimizer.lr'] = 1e-6  # the start values are no trained network, and would diverge
     out = tmp_path / 'stages.json'
     options = ['--ratios', 3, 5, '--work-dir', tmp_path / 'runs', '--out', out, *cfg_options({**roots, **steps})]
     run_experiment('shipping', DENSE, tmp_path / 'dense.pth', *options)
