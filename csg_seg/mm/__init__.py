@@ -10,6 +10,7 @@ from contextlib import redirect_stdout
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
+from typing import Any
 
 from mmengine.config.utils import MODULE2PACKAGE
 
@@ -32,6 +33,10 @@ for library, (distribution_name, modules) in LIBRARIES.items():
     with redirect_stdout(None), warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='Fail to import ``MultiScaleDeformableAttention``')
         try:
+            if library == 'mmpretrain':
+                dependency: Any = import_module('mmpretrain.utils.dependency')
+                # mmpretrain's multimodal networks do not import with transformers 5; without them, the rest does.
+                dependency.WITH_MULTIMODAL &= not dependency.satisfy_requirement('transformers>=5')
             for module in modules:
                 import_module(f'{__name__}.{module}')
         except (ImportError, AssertionError) as error:  # mmseg asserts the versions that it works with

@@ -6,9 +6,11 @@ connection, and runs no code from the file.
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
+from inspect import signature
 from threading import get_ident
 from typing import Any
 
@@ -22,6 +24,10 @@ Builder = Callable[..., nn.Module]
 Source = Mapping[str, Any]
 BUILDERS: dict[str, Builder] = {}
 FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye}
+TIMM_FILES = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir')
+MONAI_FUNCTIONS = r'resnet\d+|MedNe[Xx]t\w+|vista3d132'
+# Keys of transformers' configs whose text says nothing about how a network is built.
+NOTES = ('id2label', 'label2id', '_name_or_path')
 
 
 def register_builder(name: str) -> Callable[[Builder], Builder]:
@@ -104,6 +110,8 @@ def build(source: Source, *, most_values: int | None = None) -> nn.Module:
             return BUILDERS[source['builder']](**arguments)
     except CSGError:
         raise
+    except ModuleNotFoundError as error:
+        raise CSGError(f'the builder {source["builder"]!r} needs {error.name}; install it, or give the model') from None
     # A library may raise anything for arguments from a file.
     except Exception as error:
         what = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
@@ -135,15 +143,18 @@ class _Limit(TorchFunctionMode):
         self.left = most_values
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        """Count the values requested from factories, and check the size of every other result."""
+        """Count the values requested from factories, and check the size of every other new result."""
         kwargs = kwargs or {}
+        values = 0
         if func in FACTORIES:
             shape = kwargs.get('size', args[0] if args and isinstance(args[0], (tuple, list)) else args)
             values = math.prod(size for size in shape if isinstance(size, int) and size > 0)
-            self.left -= values**2 if func is torch.eye and len(shape) == 1 else values
+            values = values**2 if func is torch.eye and len(shape) == 1 else values
+            self.left -= values
             self._check(0)
         result = func(*args, **kwargs)
-        if isinstance(result, Tensor):
+        is_argument = any(result is each for each in (*args, *kwargs.values()))  # as of functions that work in place
+        if isinstance(result, Tensor) and result.numel() > values and not is_argument:
             self._check(result.numel())
         return result
 
@@ -168,17 +179,74 @@ def build_timm(*, name: str, **arguments: Any) -> nn.Module:
     timm = import_module('timm')
     if not timm.is_model(name):  # create_model would also download from a hub
         raise CSGError(f'timm has no network {name[:80]!r}')
-    files = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir')
-    _check_plain(name, arguments, refused=files)
+    _check_plain(name, arguments, refused=TIMM_FILES)
     return timm.create_model(name, pretrained=False, **arguments)
 
 
-def _check_plain(name: str, arguments: Mapping[str, Any], *, refused: tuple[str, ...]) -> None:
+@register_builder('smp')
+def build_smp(*, name: str, **arguments: Any) -> nn.Module:
+    """Build a network of segmentation_models_pytorch by its class's name, such as 'Unet'; it must be installed."""
+    _check_plain(name, arguments, refused=('encoder_weights', *TIMM_FILES))
+    _check_local(arguments)  # 'tu-hf-hub:...' would download
+    return import_module('segmentation_models_pytorch').create_model(name, encoder_weights=None, **arguments)
+
+
+@register_builder('monai')
+def build_monai(*, name: str, **arguments: Any) -> nn.Module:
+    """Build a network of MONAI by the name of its class or function in monai.networks.nets; MONAI must be installed."""
+    files = ('pretrained', 'pretrained_url', 'pretrained_state_dict_key', 'weights', 'weights_backbone')
+    _check_plain(name, arguments, refused=files)
+    _check_local(arguments)
+    network: Any = getattr(import_module('monai.networks.nets'), name, None)
+    is_class = isinstance(network, type) and issubclass(network, nn.Module)
+    if not (is_class or re.fullmatch(MONAI_FUNCTIONS, name)) or name == 'Transchex':  # Transchex reads a checkpoint
+        raise CSGError(f'monai.networks.nets has no network {name[:80]!r} that needs no other files')
+    off = {'pretrained': False} if 'pretrained' in signature(network).parameters else {}
+    return network(**off, **arguments)
+
+
+@register_builder('transformers')
+def build_transformers(*, name: str, config: Mapping[str, Any]) -> nn.Module:
+    """Build an image network of transformers, which must be installed.
+
+    Args:
+        name: its class, such as 'SegformerForSemanticSegmentation'.
+        config: its settings, ``model.config.to_diff_dict()``. Those of timm's networks are refused.
+    """
+    _check_plain(name, {})
+    _check_local(
+        config, refused=('backbone', 'architecture', 'model_args', 'attn_implementation', '_attn_implementation')
+    )
+    transformers = import_module('transformers')
+    network: Any = getattr(transformers, name, None)
+    is_class = isinstance(network, type) and issubclass(network, transformers.PreTrainedModel)
+    inputs = network.main_input_name if is_class else ()
+    if 'pixel_values' not in ([inputs] if isinstance(inputs, str) else inputs) or name.startswith('Timm'):
+        raise CSGError(f'transformers has no network {name[:80]!r} that takes images')
+    return network(network.config_class(**config))
+
+
+def _check_plain(name: str, arguments: Mapping[str, Any], *, refused: tuple[str, ...] = ()) -> None:
     if not isinstance(name, str):
         raise CSGError(f'the name of a network must be a string; got {str(name)[:40]}')
     for key in arguments:
         if key in refused:
             raise CSGError(f'{key} is not for files, which hold their own weights; leave it out')
+
+
+def _check_local(value: Any, *, refused: tuple[str, ...] = ()) -> None:
+    """Refuse, at any depth, text that may be a path or an address, and keys that make a library look for one."""
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            if key in refused and each is not None:
+                raise CSGError(f'{key} may make the library read files or connect; leave it out, or give the model')
+            if key not in NOTES:
+                _check_local(each, refused=refused)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            _check_local(each, refused=refused)
+    elif isinstance(value, str) and re.search(r'[/\\:]', value):
+        raise CSGError(f'{value[:80]!r} may be a path or an address, which files must not name; give the model')
 
 
 def _known() -> str:

@@ -23,8 +23,9 @@ from .format import Compact, is_counter, is_setting, read_base, read_compact, wr
 from .matching import check_fits, check_shapes, generated_layers, load_values, shapes_of
 from .precision import lower, matrices
 
-# While the network of a file is built, it may allocate this many times the values of its weights.
-SLACK = 8
+# While the network of a file is built, it may allocate this many times the values of its weights: some networks are cut
+# out of larger ones, a PSPNet's encoder out of a VGG-11 with 14 times its values.
+SLACK = 16
 
 
 def save_compact(

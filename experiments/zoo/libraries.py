@@ -24,15 +24,20 @@ from csg_seg.errors import CSGError
 from csg_seg.mm.checkpoints.descriptions import without_weights
 
 from .network import UnreadError, check_network, one_line
+from .sources import list_sources
 
-SCOPES = ('mmseg', 'mmpretrain', 'torchvision', 'timm')
+# Import name of each scope's library.
+SCOPES = {
+    **{name: name for name in ('mmseg', 'mmpretrain', 'torchvision', 'timm', 'monai', 'transformers')},
+    'smp': 'segmentation_models_pytorch',
+}
 # Settings that may differ between two configs of one network.
 OTHERWISE = 'data_preprocessor|train_cfg|test_cfg|num_classes|loss.*'
 PRELOAD = ('csg_seg', 'mmseg.models', 'mmpretrain.models', 'torchvision', 'timm')
 
 
 def list_networks(scope: str, patterns: Sequence[str] = ('*',)) -> dict[str, Any]:
-    """Return the model name or config of each distinct network of a library, by name.
+    """Return the model name, source or config of each distinct network of a library, by name.
 
     Args:
         scope: one of :data:`SCOPES`.
@@ -43,21 +48,26 @@ def list_networks(scope: str, patterns: Sequence[str] = ('*',)) -> dict[str, Any
     """
     if scope not in SCOPES:
         raise CSGError(f'there is no scope {scope!r}; choose from {", ".join(SCOPES)}')
-    if find_spec(scope) is None:
-        raise CSGError(f'{scope} is not installed')
-    paths: dict[str, Path] = {}
-    if scope in ('torchvision', 'timm'):
-        models = import_module('torchvision.models' if scope == 'torchvision' else scope)
-        names = list(models.list_models())
-    else:
-        folder = Path(import_module(scope).__file__ or '').parent / '.mim' / 'configs'
-        paths = {path.stem: path for path in sorted(folder.rglob('*.py')) if '_base_' not in path.parts}
-        names = list(paths)
-    chosen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if find_spec(SCOPES[scope]) is None:
+        raise CSGError(f'{SCOPES[scope]} is not installed; docs/supported.md has the command that installs it')
+    networks = _networks(scope)
+    names = list(networks)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise CSGError(f'no network of {scope} is named {pattern}; names look like {names[0]}')
-    return _read_networks([paths[name] for name in chosen]) if paths else {name: name for name in chosen}
+    chosen = {name: spec for name, spec in networks.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    return _read_networks(chosen.values()) if scope in ('mmseg', 'mmpretrain') else chosen
+
+
+def _networks(scope: str) -> dict[str, Any]:
+    """Return the name, source or config file of each network of a library, by name."""
+    if scope in ('torchvision', 'timm'):
+        models = import_module('torchvision.models' if scope == 'torchvision' else scope)
+        return {name: name for name in models.list_models()}
+    if scope in ('mmseg', 'mmpretrain'):
+        folder = Path(import_module(scope).__file__ or '').parent / '.mim' / 'configs'
+        return {path.stem: path for path in sorted(folder.rglob('*.py')) if '_base_' not in path.parts}
+    return list_sources(scope)
 
 
 def _read_networks(paths: Iterable[Path]) -> dict[str, Any]:
@@ -109,7 +119,7 @@ def _check_all(
     track: Callable[[Sequence[int]], Iterable[int]],
 ) -> Generator[dict[str, Any], None, None]:
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload([name for name in PRELOAD if find_spec(name.split('.')[0])])
+    context.set_forkserver_preload([name for name in (*PRELOAD, SCOPES[scope]) if find_spec(name.split('.')[0])])
     waiting = iter(networks.items())
     running: list[_Check] = []
     try:

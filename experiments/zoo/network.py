@@ -27,12 +27,14 @@ from csg_seg.report import summarise
 from csg_seg.retrofitting.selection import Cause, Reason, generable, not_generable, reason_to_skip
 from csg_seg.retrofitting.surgery import materialise
 from csg_seg.running.processes import replace_sync_bn
+from csg_seg.storage.builders import Source, build
 from csg_seg.storage.compact import load_compact, save_compact
 from experiments.batches import random_batch
 
 # Smallest first, except LeNet's; some networks accept only one size.
 SIZES = (64, 128, 160, 224, 256, 336, 384, 448, 512, 640, 32)
 FRAMES = 16
+SIZES_3D = (32, 64, 96)
 RATIO = 9
 
 
@@ -74,7 +76,8 @@ def check_network(scope: str, spec: Any) -> dict[str, Any]:
     causes = [each.cause for each in cast(dict[str, Reason], bank_of(model).left_dense).values()]
     causes = [Cause.COSTS_MORE if cause is Cause.OTHER_KERNEL else cause for cause in causes]
     try:
-        problem = _gradient_problem(model, run_loss, used) or _storage_problem(model, run, keys)
+        source = spec if isinstance(spec, Mapping) and 'builder' in spec else None
+        problem = _gradient_problem(model, run_loss, used) or _storage_problem(model, run, keys, source)
     except Exception as error:
         problem = one_line(error)
     if problem is not None:
@@ -155,6 +158,8 @@ def _build(scope: str, spec: Any) -> nn.Module:
         return model
     if scope == 'timm':
         return import_module('timm').create_model(spec, pretrained=False)
+    if 'builder' in spec:
+        return build(spec)
     init_default_scope(scope)
     MessageHub.get_current_instance().update_info('max_iters', 1)  # momentum encoders need it
     model = Config({'model': deepcopy(spec)}).model  # some networks read its parts as attributes
@@ -182,8 +187,9 @@ def _runs(model: nn.Module) -> tuple[Run, Run]:
     """
     first: Exception | None = None
     in_training: Exception | None = None
-    for size in SIZES:
-        images = _images(model, size)
+    dimensions = _dimensions(model)
+    for size in SIZES_3D if dimensions == 3 else SIZES:
+        images = _images(model, size, dimensions)
         for call in _calls(model):
 
             def run(network: nn.Module, images: Tensor = images, call: Call = call) -> list[Tensor]:
@@ -209,18 +215,33 @@ def _calls(model: nn.Module) -> Iterator[Call]:
         yield lambda network, images: network(images, mode='tensor')
         return
     yield lambda network, images: network(images)
-    if not type(model).__module__.startswith('torchvision'):
+    library = _library(model)
+    if library == 'monai':
+        yield lambda network, images: network(images[:, None])  # a bag of patches
+    if library == 'transformers':
+        yield lambda network, images: network(images, torch.zeros(len(images), 77))  # OneFormer's task
+    if library != 'torchvision':
         return
     yield lambda network, images: network(list(images))
     yield lambda network, images: network(images, images)
     yield lambda network, images: network(images[:, :, None].expand(-1, -1, FRAMES, -1, -1))
 
 
-def _images(model: nn.Module, size: int) -> Tensor:
+def _library(model: nn.Module) -> str:
+    return type(model).__module__.split('.')[0]
+
+
+def _images(model: nn.Module, size: int, dimensions: int) -> Tensor:
     """Return two images, grey if the first conv has one input channel, in colour otherwise."""
     first = next(iter(find_convs(model).values()), None)
     channels = 1 if first is not None and first.in_channels == 1 else 3
-    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
+    return torch.randn(2, channels, *[size] * dimensions, generator=torch.Generator().manual_seed(0))
+
+
+def _dimensions(model: nn.Module) -> int:
+    """Return the dimensions of a network's images: those of a MONAI network's convs, and 2 elsewhere."""
+    first = next(iter(find_convs(model).values()), None)
+    return 2 if first is None or _library(model) != 'monai' else len(first.kernel_size)
 
 
 def _loss_run(model: nn.Module, run: Run, images: Tensor) -> Run:
@@ -244,7 +265,22 @@ def _loss_run(model: nn.Module, run: Run, images: Tensor) -> Run:
     def of_boxes(network: nn.Module) -> list[Tensor]:
         return _floats(network(list(images), [box] * 2))
 
-    for losses in (of_labels, of_views, of_images) if hasattr(model, 'data_preprocessor') else (of_boxes,):
+    def of_masks(network: nn.Module) -> list[Tensor]:
+        return _floats(network(images, labels=torch.ones(2, size, size, dtype=torch.int64)).loss)
+
+    def of_classes(network: nn.Module) -> list[Tensor]:
+        return _floats(network(images, labels=torch.ones(2, dtype=torch.int64)).loss)
+
+    def of_queries(network: nn.Module) -> list[Tensor]:
+        masks, classes = [torch.ones(1, size, size)] * 2, [torch.ones(1, dtype=torch.int64)] * 2
+        return _floats(network(images, mask_labels=masks, class_labels=classes).loss)
+
+    ways: tuple[Run, ...] = (of_boxes,)
+    if hasattr(model, 'data_preprocessor'):
+        ways = (of_labels, of_views, of_images)
+    elif _library(model) == 'transformers':
+        ways = (of_masks, of_classes, of_queries)
+    for losses in ways:
         try:
             _backward(model, losses)
             return losses
@@ -284,12 +320,15 @@ def _gradient_problem(model: nn.Module, run: Run, used: set[str]) -> str | None:
 
 
 @torch.no_grad()
-def _storage_problem(model: nn.Module, run: Run, keys: list[str]) -> str | None:
-    """Store, materialise and load a network; return a message if names or outputs differ."""
+def _storage_problem(model: nn.Module, run: Run, keys: list[str], source: Source | None) -> str | None:
+    """Store, materialise and load a network; return a message if names or outputs differ.
+
+    With a source, the file alone gives the network that is loaded.
+    """
     expected = run(model.eval())
     with TemporaryDirectory() as folder:
         path = Path(folder, 'small.safetensors')
-        save_compact(model, path)
+        save_compact(model, path, source=source)
         model = materialise(model)
         if list(model.state_dict()) != keys:
             return 'materialised, its state dict has other names'
@@ -298,7 +337,7 @@ def _storage_problem(model: nn.Module, run: Run, keys: list[str]) -> str | None:
             return problem
         for value in model.state_dict().values():
             value.fill_(1)  # shows tensors that the file does not restore
-        load_compact(path, model)
+        model = load_compact(path, None if source else model)
     return _difference('loaded', expected, run(model.eval()))
 
 

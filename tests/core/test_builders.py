@@ -1,6 +1,7 @@
 """Compact checkpoints that hold how to build their network."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torchvision import models
 import csg_seg
 from csg_seg.errors import CSGError
 from csg_seg.storage.builders import BUILDERS, build, decode_source, encode_source
+from experiments.zoo.network import settings_for
 
 CSG = dict(slice_shape=(16, 16, 3, 3), code_dim=32)
 
@@ -48,6 +50,99 @@ def test_a_timm_network_needs_only_its_file(tmp_path):
     x = torch.randn(2, 3, 33, 33, generator=torch.Generator().manual_seed(0))
     loaded = csg_seg.load_compact(path).eval()
     assert isinstance(loaded, timm.models.resnet.ResNet) and loaded(x).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ('library', 'source', 'size'),
+    [
+        ('segmentation_models_pytorch', dict(builder='smp', name='Unet', encoder_name='resnet18', classes=5), (64, 64)),
+        (
+            'monai',
+            dict(builder='monai', name='UNet', spatial_dims=3, in_channels=3, out_channels=2, channels=(16, 32, 64))
+            | dict(strides=(2, 2)),
+            (16, 16, 16),
+        ),
+        (
+            'transformers',
+            dict(
+                builder='transformers',
+                name='SegformerForSemanticSegmentation',
+                config=dict(id2label={'0': 'a/b', 1: 'c'}),
+            ),
+            (64, 64),
+        ),
+    ],
+)
+def test_a_network_of_these_libraries_needs_only_its_file(tmp_path, library, source, size):
+    pytest.importorskip(library, reason=f'{library} is not installed')
+    model = csg_seg.retrofit(build(source), settings_for(build(source))).eval()
+    csg_seg.save_compact(model, tmp_path / 'x.safetensors', source=source)
+    loaded = csg_seg.load_compact(tmp_path / 'x.safetensors').eval()
+    x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    first, second = (out if isinstance(out, torch.Tensor) else out.logits for out in (model(x), loaded(x)))
+    assert torch.equal(first, second)
+
+
+def test_a_transformers_network_is_built_from_its_own_settings():
+    transformers = pytest.importorskip('transformers', reason='transformers is not installed')
+    config = transformers.UperNetConfig(
+        backbone_config=transformers.ConvNextConfig(
+            depths=[1, 1, 1, 1], out_features=['stage1', 'stage2', 'stage3', 'stage4']
+        ),
+        num_labels=7,
+    )
+    config._name_or_path = 'someone/something'  # as from_pretrained notes it
+    source = dict(builder='transformers', name='UperNetForSemanticSegmentation', config=config.to_diff_dict())
+    built = build(decode_source(encode_source(source)))
+    expected = transformers.UperNetForSemanticSegmentation(config).state_dict()
+    assert {name: each.shape for name, each in built.state_dict().items()} == {
+        name: each.shape for name, each in expected.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ('source', 'says'),
+    [
+        (dict(builder='smp', name='Unet', encoder_weights='imagenet'), 'encoder_weights is not for files'),
+        (dict(builder='smp', name='Unet', encoder_name='tu-hf-hub:someone/something'), 'may be a path or an address'),
+        (dict(builder='smp', name='Unet', pretrained_cfg={'file': 'x.pth'}), 'pretrained_cfg is not for files'),
+        (dict(builder='monai', name='HoVerNet', pretrained_url='x'), 'pretrained_url is not for files'),
+        (dict(builder='monai', name='resnet18', pretrained='x.pth'), 'pretrained is not for files'),
+        (dict(builder='monai', name='UNet', act=['a', ('b', {'c': 'd/e'})]), "'d/e' may be a path or an address"),
+        (dict(builder='transformers', name='X', config={'attn_implementation': 'a'}), 'read files or connect'),
+        (dict(builder='transformers', name='X', config={'a': [{'backbone': 'resnet50'}]}), 'backbone may make the'),
+        (dict(builder='transformers', name='X', config={'a': 'C:\\x'}), 'may be a path or an address'),
+        (dict(builder='transformers', name=3, config={}), 'the name of a network must be a string'),
+        (dict(builder='transformers', name='X'), "'transformers' cannot build the network"),
+    ],
+)
+def test_sources_that_may_read_files_or_connect_are_refused_before_a_library_is_imported(source, says, monkeypatch):
+    for library in ('segmentation_models_pytorch', 'monai', 'transformers'):
+        monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
+    with pytest.raises(CSGError, match=says):
+        build(source)
+
+
+@pytest.mark.parametrize(
+    ('library', 'source'),
+    [
+        ('monai', dict(builder='monai', name='Transchex')),
+        ('monai', dict(builder='monai', name='get_pretrained_resnet_medicalnet', resnet_depth=18)),
+        ('transformers', dict(builder='transformers', name='TimmBackbone', config={})),
+        ('transformers', dict(builder='transformers', name='BertModel', config={})),
+        ('transformers', dict(builder='transformers', name='pipeline', config={})),
+    ],
+)
+def test_other_names_of_a_library_are_no_networks(library, source):
+    pytest.importorskip(library, reason=f'{library} is not installed')
+    with pytest.raises(CSGError, match='has no network'):
+        build(source)
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'segmentation_models_pytorch', None)
+    with pytest.raises(CSGError, match="the builder 'smp' needs segmentation_models_pytorch; install it"):
+        build(dict(builder='smp', name='Unet'))
 
 
 def test_a_registered_builder_builds_the_network_of_a_file(tmp_path, monkeypatch):
@@ -117,6 +212,22 @@ def test_unusable_sources_are_refused_when_saving(tmp_path, source, says):
 def test_a_network_far_larger_than_the_file_is_never_allocated(arguments):
     with pytest.raises(CSGError, match='far larger than the weights in it'):
         build(dict(builder='torchvision', name='resnet50', **arguments), most_values=10**8)
+
+
+def test_a_network_may_be_cut_out_of_a_larger_one(tmp_path, monkeypatch):
+    monkeypatch.setattr('csg_seg.storage.builders.BUILDERS', dict(BUILDERS))
+
+    @csg_seg.register_builder('cut')
+    def build_cut(*, width):
+        convs = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 64, 3), nn.Linear(1000, width))
+        return convs[:2]
+
+    # The file accounts for 93,376 values.
+    path = saved(tmp_path, build_cut(width=1000), dict(builder='cut', width=1000))
+    assert csg_seg.load_compact(path)[1].code.shape == (8, 32)
+    path = saved(tmp_path, build_cut(width=1600), dict(builder='cut', width=1600))
+    with pytest.raises(CSGError, match='far larger than the weights in it'):
+        csg_seg.load_compact(path)
 
 
 def test_a_network_within_the_limit_is_built():

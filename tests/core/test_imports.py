@@ -54,7 +54,8 @@ LATE_IMPORTS = {
     'cli/console.py': {'rich.console', 'rich.progress', 'rich.table', 'rich.text'},
     'cli/options.py': {'mmengine.config'},
     'registration.py': {'csg_seg.mm'},
-    'storage/builders.py': {'torchvision.models', 'timm'},
+    'storage/builders.py': {'torchvision.models', 'timm'}
+    | {'segmentation_models_pytorch', 'monai.networks.nets', 'transformers'},
 }
 
 ALL = sorted(path for path in PACKAGE.rglob('*.py') if '.mim' not in path.parts)

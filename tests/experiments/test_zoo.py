@@ -3,20 +3,24 @@
 import json
 import multiprocessing
 import time
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 import torchvision
 from conftest import run_experiment
+from torch import nn
 
 from csg_seg import retrofit
 from csg_seg.errors import CSGError
 from csg_seg.layers.bank import find_bank
 from csg_seg.retrofitting.selection import Cause
-from experiments.zoo.libraries import check_all, list_networks
+from csg_seg.storage.builders import BUILDERS
+from experiments.zoo.libraries import SCOPES, check_all, list_networks
 from experiments.zoo.network import check_network, settings_for
 from experiments.zoo.rows import summarise_rows
+from experiments.zoo.sources import MONAI, list_sources
 
 
 @pytest.mark.parametrize(
@@ -78,12 +82,17 @@ SOME = {
         'fast_scnn_8xb4-160k_cityscapes-512x1024 pidnet-s_2xb6-120k_1024x1024-cityscapes'
     ),
     'mmpretrain': 'efficientformer-l1_8xb128_in1k shufflenet-v2-1x_16xb64_in1k van-tiny_8xb128_in1k',
+    'smp': 'unet?resnet18 fpn?vgg11_bn segformer?mobilenet_v2',
+    'monai': 'UNet?1D DynUNet?2D SegResNet?3D MILModel',
+    'transformers': 'MobileViTForSemanticSegmentation EomtForUniversalSegmentation ResNetForImageClassification',
 }
 
 
 @pytest.mark.parametrize(('scope', 'name'), [(scope, name) for scope, names in SOME.items() for name in names.split()])
 def test_networks_of_many_families_pass(scope, name):
-    row = check_network(scope, list_networks(scope, [name])[name])
+    pytest.importorskip(SCOPES[scope], reason=f'{SCOPES[scope]} is not installed')
+    (spec,) = list_networks(scope, [name]).values()
+    row = check_network(scope, spec)
     assert (row['result'], row['reason']) == ('pass', '')
     assert row['generated'] > 0
 
@@ -106,6 +115,58 @@ def test_configs_of_one_network_are_checked_once():
     networks = list_networks('mmseg', others)
     assert sorted(networks) == sorted(others)
     assert not any('pretrained' in str(model) for model in networks.values())
+
+
+def small_network(dimensions, library):
+    """A network on images of some dimensions, of a class that a library seems to define."""
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.Sequential(conv(1, 16, 3), *(conv(16, 16, 3) for _ in range(8)))
+
+        def forward(self, images, labels=None):
+            logits = self.convs(images).flatten(2).mean(2)
+            loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+            return SimpleNamespace(loss=loss) if library == 'transformers' and labels is not None else logits
+
+    Small.__module__ = f'{library}.small'
+    return Small()
+
+
+@pytest.mark.parametrize(
+    ('library', 'dimensions', 'trains_on'),
+    [('monai', 1, 'outputs'), ('monai', 3, 'outputs'), ('transformers', 2, 'losses')],
+)
+def test_a_network_of_a_source_passes_on_images_of_its_dimensions(library, dimensions, trains_on, monkeypatch):
+    monkeypatch.setitem(BUILDERS, 'small', lambda **arguments: small_network(**arguments))
+    row = check_network(library, dict(builder='small', library=library, dimensions=dimensions))
+    assert (row['result'], row['reason'], row['trains_on'], row['generated']) == ('pass', '', trains_on, 8)
+
+
+def test_a_file_that_builds_another_network_fails(monkeypatch):
+    kernels = iter((3, 3, 3, 5))  # one for each time that the check builds the network; the last is for its file
+    monkeypatch.setitem(
+        BUILDERS, 'other', lambda: nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, next(kernels)), nn.Flatten())
+    )
+    row = check_network('smp', dict(builder='other'))
+    assert row['result'] == 'fail' and 'CSGError' in row['reason']
+
+
+def test_each_dimension_of_a_network_is_a_source():
+    sources = list_sources('monai')
+    assert len(sources) == sum(len(dimensions) or 1 for dimensions, _ in MONAI.values())
+    assert sources['UNet 1D'] == dict(builder='monai', name='UNet', spatial_dims=1) | MONAI['UNet'][1]
+    assert 'spatial_dims' not in sources['DAF3D']
+
+
+def test_a_missing_library_is_one_line(monkeypatch):
+    monkeypatch.setattr('experiments.zoo.libraries.find_spec', lambda name: None)
+    with pytest.raises(
+        CSGError, match='segmentation_models_pytorch is not installed; docs/supported.md has the command'
+    ):
+        list_networks('smp')
 
 
 def test_no_scope_is_made_up():

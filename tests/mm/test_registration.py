@@ -39,6 +39,20 @@ for root, names in {REGISTERED}.items():
     assert done.stdout == ''
 
 
+def test_mmpretrain_registers_its_networks_beside_transformers_5(tmp_path, monkeypatch):
+    # mmpretrain asks for the version; transformers 5 lacks names that its multimodal networks import.
+    (tmp_path / 'transformers').mkdir()
+    (tmp_path / 'transformers' / '__init__.py').touch()
+    (tmp_path / 'transformers-5.0.0.dist-info').mkdir()
+    (tmp_path / 'transformers-5.0.0.dist-info' / 'METADATA').write_text(
+        'Metadata-Version: 2.1\nName: transformers\nVersion: 5.0.0\n'
+    )
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    script = "import csg_seg.mm; from mmengine.registry import MODELS; print(MODELS.get('CIFARResNet'))"
+    done = run_python(script)
+    assert 'CIFARResNet' in done.stdout and 'cannot be imported' not in done.stderr
+
+
 @pytest.fixture
 def old_config(tmp_path):
     """A config of version 0.2, which imports csg_seg; no base of it imports csg_seg.mm."""
