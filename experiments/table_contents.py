@@ -15,6 +15,7 @@ from .rivals import summary as rivals
 from .runs import summary as runs
 from .scale import summary as scale
 from .shipping import summary as shipping
+from .smaller_and_faster import summary as smaller_and_faster
 from .speed import summary as speed
 from .zoo import summary as zoo
 
@@ -29,6 +30,7 @@ EXPERIMENTS = {
     'fits': fits,
     'carry_over': carry_over,
     'shipping': shipping,
+    'smaller_and_faster': smaller_and_faster,
     'peers': peers,
     'rivals': rivals,
 }

@@ -157,6 +157,7 @@ def commands(files, drawn, image):
         'experiments.rivals': ([], '--work-dir', 'x'),
         'experiments.peers': ([TABLE], '--out', 'x.json'),
         'experiments.updates': ([TABLE], '--out', 'x.json'),
+        'experiments.smaller_and_faster': ([TABLE], '--out', 'x.json'),
         'experiments.shipping': ([DENSE, files / 'dense.pth', *data], '--work-dir', 'x'),
         'experiments.carry_over': ([DENSE, files / 'dense.pth', *data], '--work-dir', 'x'),
         'experiments.federated': (['--network', 'a', *network, '*', *data], '--work-dir', 'x'),
