@@ -48,7 +48,8 @@ def save_compact(
             By default that of ``base``, or 'float32'.
         source: how to build the dense network, so that the file is sufficient on its own:
             ``dict(builder='torchvision', name='resnet18', num_classes=10)``, also 'timm', 'smp', 'monai',
-            'transformers' or your own builder (:func:`csg_seg.register_builder`). By default that of ``base``, if it builds this network.
+            'transformers' or your own builder (:func:`csg_seg.register_builder`). By default that of ``base``, if it
+            builds this network.
         base: another compact checkpoint. The file becomes an update: it holds only what differs from the base, and
             is loaded together with it.
 
