@@ -1,4 +1,4 @@
-"""Write the tables of README, docs and experiments from the figures in results/.
+"""Write the tables of README, docs and experiments, and the results in metafiles, from the figures in results/.
 
 A document marks the place of a table with ``<!-- table: NAME -->`` and ``<!-- end -->``.
 """
@@ -13,6 +13,7 @@ from csg_seg.cli.failures import one_line_errors
 from csg_seg.errors import CSGError
 from csg_seg.files import write_whole
 
+from .metafiles import fill_results, measured_results, metafiles
 from .table_contents import TABLES
 
 ROOT = Path(__file__).parents[1]
@@ -81,10 +82,18 @@ def main() -> None:
             elif differing:
                 write(path, new)
                 print(f'{path.relative_to(ROOT)}: {", ".join(differing)}')
+        results = measured_results()
+        for path, text in metafiles().items():
+            new = fill_results(text, results)
+            if new != text and args.check:
+                problems.append(f'{path.relative_to(ROOT)}: the results differ from results/')
+            elif new != text:
+                write(path, new)
+                print(f'{path.relative_to(ROOT)}: results')
     if problems:
         sys.exit('\n'.join(problems))
     if args.check:
-        print('all tables agree with results/')
+        print('all tables and metafiles agree with results/')
 
 
 if __name__ == '__main__':

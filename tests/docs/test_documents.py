@@ -23,9 +23,10 @@ import csg_seg
 from csg_seg.errors import CSGError
 from csg_seg.mm.checkpoints.reading import read_checkpoint
 from csg_seg.mm.model import build_model
-from experiments import tables
+from experiments import metafiles, tables
 from experiments.exchange.summary import EXCHANGED, HELD
 from experiments.markdown import read
+from experiments.runs.rows import read_rows as read_rows_of_trainings
 from experiments.table_contents import EXPERIMENTS as DESCRIBED
 from experiments.zoo.libraries import SCOPES
 from experiments.zoo.rows import read_rows
@@ -190,7 +191,7 @@ def test_a_table_without_a_place_is_found():
 
 
 def test_the_command_checks_all_tables():
-    assert run_experiment('tables', '--check').stdout == 'all tables agree with results/\n'
+    assert run_experiment('tables', '--check').stdout == 'all tables and metafiles agree with results/\n'
 
 
 def test_figures_in_the_text_are_the_results():
@@ -334,3 +335,14 @@ def test_the_example_of_a_teacher_goes_from_a_trained_network_to_a_compact_file(
         wanted = dense(images)
         before, after = ((each.eval()(images) - wanted).square().mean() for each in (fitted, loaded))
     assert after < 0.5 * before
+
+
+def test_metafiles_have_the_results_of_trained_configs():
+    results = metafiles.measured_results()
+    trained = 'csg-s16-d128_deeplabv3_r18-d16_1xb8-80e_camvid-180x240'
+    rows = read_rows_of_trainings(ROOT / 'results' / 'camvid.json')
+    scores = [row['test'] for row in rows if row['cell'] == 'csg-10x']
+    assert results[trained][0]['Metrics'] == {'mIoU': round(sum(scores) / len(scores), 2)}
+    for text in metafiles.metafiles().values():
+        assert metafiles.fill_results(text, results) == text
+    assert any('Results' in text for text in metafiles.metafiles().values())
