@@ -1,5 +1,6 @@
 """Hooks for mmengine's Runner, one behaviour a file."""
 
+from .accumulation import AccumulationHook
 from .channels_last import ChannelsLastHook
 from .checkpoint_guard import CheckpointGuardHook
 from .compact_checkpoint import CompactCheckpointHook
@@ -9,6 +10,7 @@ from .label_guard import LabelGuardHook
 from .progress_bar import ProgressBarHook
 
 __all__ = [
+    'AccumulationHook',
     'CSGHook',
     'ChannelsLastHook',
     'CheckpointGuardHook',

@@ -1,0 +1,47 @@
+"""AccumulationHook: generate weights once for all batches of an optimizer step."""
+
+from contextlib import ExitStack
+from typing import Any
+
+from mmengine.dist import get_world_size
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from csg_seg.errors import CSGError
+from csg_seg.layers.bank import find_bank
+from csg_seg.mm.model import bare_model
+
+
+@HOOKS.register_module()
+class AccumulationHook(Hook):
+    """Generate weights once for all batches of an optimizer step, if ``accumulative_counts`` makes it of several.
+
+    The weights of the network after a training are the same up to rounding. See
+    :meth:`csg_seg.layers.bank.GeneratorBank.accumulate`.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Send the sums of the weights' gradients through the generators before each step.
+
+        Raises:
+            CSGError: the network has no generators, or several processes train.
+        """
+        bank, wrapper = find_bank(bare_model(runner.model)), runner.optim_wrapper
+        if bank is None:
+            raise CSGError('AccumulationHook: the network has no generators; remove the hook, or give a CSG config')
+        if get_world_size() > 1:
+            raise CSGError('AccumulationHook: works in one process; remove the hook')
+        self.bank, self.block = bank, ExitStack()
+        step = wrapper.step
+
+        def send_and_step(**kwargs: Any) -> None:
+            self.block.close()
+            step(**kwargs)
+
+        wrapper.step = send_and_step
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Begin to accumulate, in the first batch of a step."""
+        if not self.bank.accumulation.is_on:
+            self.block.enter_context(self.bank.accumulate())
