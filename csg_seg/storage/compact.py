@@ -26,6 +26,8 @@ from .precision import lower, matrices
 # While the network of a file is built, it may allocate this many times the values of its weights: some networks are cut
 # out of larger ones, a PSPNet's encoder out of a VGG-11 with 14 times its values.
 SLACK = 16
+# And always this many, 64 MB in float32: a small network may be cut out of one of ordinary size.
+ALWAYS = 2**24
 
 
 def save_compact(
@@ -228,4 +230,4 @@ def _build(compact: Compact) -> nn.Module:
         raise CSGError('does not say how its network is built; give load_compact the model too')
     stored = sum(tensor.numel() for tensor in compact.tensors.values())
     dense = sum(math.prod(shape) for _, shape in compact.layers.values())
-    return build(compact.source, most_values=SLACK * (stored + dense))
+    return build(compact.source, most_values=max(ALWAYS, SLACK * (stored + dense)))

@@ -48,7 +48,7 @@ MONAI: dict[str, tuple[str, dict[str, Any]]] = {
     'ViTAutoEnc': ('23', GREY | PATCHES | dict(patch_size=16, num_layers=2)),
     'resnet18': ('123', dict(n_input_channels=1, num_classes=3)),
     'resnet50': ('123', dict(n_input_channels=1, num_classes=3)),
-    'vista3d132': ('', dict(encoder_embed_dim=12)),
+    'vista3d132': ('', dict(encoder_embed_dim=24)),
 }
 TASKS = (
     *('SEMANTIC_SEGMENTATION', 'IMAGE_SEGMENTATION', 'UNIVERSAL_SEGMENTATION', 'INSTANCE_SEGMENTATION'),

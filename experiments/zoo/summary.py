@@ -13,7 +13,7 @@ VERDICT = 'yes, except networks with momentum encoders, which are refused; see [
 
 def summaries() -> dict[str, dict[str, Any]]:
     """Return the summary of each library's rows."""
-    scopes = ('mmseg', 'mmpretrain', 'torchvision', 'timm')
+    scopes = ('mmseg', 'mmpretrain', 'torchvision', 'timm', 'smp', 'monai', 'transformers')
     return {scope: summarise_rows(read_rows(RESULT_FILES / f'zoo-{scope}.jsonl', scope)) for scope in scopes}
 
 

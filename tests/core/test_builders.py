@@ -87,8 +87,11 @@ def test_a_transformers_network_is_built_from_its_own_settings():
     transformers = pytest.importorskip('transformers', reason='transformers is not installed')
     config = transformers.UperNetConfig(
         backbone_config=transformers.ConvNextConfig(
-            depths=[1, 1, 1, 1], out_features=['stage1', 'stage2', 'stage3', 'stage4']
+            depths=[1, 1, 1, 1],
+            hidden_sizes=[8, 16, 32, 64],
+            out_features=['stage1', 'stage2', 'stage3', 'stage4'],
         ),
+        auxiliary_in_channels=32,
         num_labels=7,
     )
     config._name_or_path = 'someone/something'  # as from_pretrained notes it
@@ -222,12 +225,16 @@ def test_a_network_may_be_cut_out_of_a_larger_one(tmp_path, monkeypatch):
         convs = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 64, 3), nn.Linear(1000, width))
         return convs[:2]
 
-    # The file accounts for 93,376 values.
+    # A file of this network accounts for 93,376 values.
+    always = saved(tmp_path, build_cut(width=1600), dict(builder='cut', width=1600)).rename(
+        tmp_path / 'always.safetensors'
+    )
+    assert csg_seg.load_compact(always)[1].code.shape == (8, 32)
+    monkeypatch.setattr('csg_seg.storage.compact.ALWAYS', 0)
     path = saved(tmp_path, build_cut(width=1000), dict(builder='cut', width=1000))
     assert csg_seg.load_compact(path)[1].code.shape == (8, 32)
-    path = saved(tmp_path, build_cut(width=1600), dict(builder='cut', width=1600))
     with pytest.raises(CSGError, match='far larger than the weights in it'):
-        csg_seg.load_compact(path)
+        csg_seg.load_compact(always)
 
 
 def test_a_network_within_the_limit_is_built():
