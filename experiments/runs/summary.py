@@ -26,18 +26,21 @@ def runs(dataset: str, network: str, size: str, *, costs: str = '') -> str:
     metric = cells[0]['metric']
     splits = [split for split in ('val', 'test') if any(each[split] for each in cells)]
     measured = read(costs)['networks'] if costs else {}
+    rounded = all(each['int8_bytes'] for each in cells)
     rows = []
     for each in cells:
         ratio = f'{each["dense_params"] / each["stored_params"]:.1f}x'
         row = [each['cell'], f'{each["stored_params"]:,}', ratio, each['epochs'], each['seeds']]
         row += [score_text(each[split]) for split in splits]
-        row += [f'{each["int8_bytes"] / 1e6:.2f}', score_text(each['int8_test'])] if each['int8_bytes'] else ['', '']
+        if rounded:
+            row += [f'{each["int8_bytes"] / 1e6:.2f}', score_text(each['int8_test'])]
         if costs:
             cost = measured.get(each['cell'])
             row += [f'{cost["flops"] / 1e9:.2f}', f'{cost["step_ratio"]:.2f}x'] if cost else ['', '']
         rows.append(row)
     columns = ['network', 'parameters stored', 'ratio', 'epochs', 'seeds', *(f'{split} {metric}' for split in splits)]
-    columns += ['int8 file, MB', f'test {metric} of int8', *(('GFLOPs', 'step to dense') if costs else ())]
+    columns += ['int8 file, MB', f'test {metric} of int8'] if rounded else []
+    columns += ['GFLOPs', 'step to dense'] if costs else []
     return markdown(columns, rows)
 
 
@@ -79,4 +82,5 @@ TABLES: dict[str, Callable[[], str]] = {
     'camvid': lambda: runs('camvid', 'deeplabv3_r18-d16', '180x240', costs='peers-deeplabv3-r18'),
     'headline': headline,
     'cifar10': cifar10,
+    'precision-scores': lambda: runs('cifar10-subset', 'resnet20', '32x32'),
 }

@@ -38,9 +38,9 @@ def parse_args() -> argparse.Namespace:
         help='also measure CSG with weights neither made ahead nor cached',
     )
     parser.add_argument(
-        '--autocast-generation',
+        '--float32-generation',
         action='store_true',
-        help="with --bf16: also measure CSG with precision='autocast'",
+        help="with --bf16: also measure CSG with precision='float32'",
     )
     add_cfg_options(parser)
     add_result_options(parser, picture='where time and memory go')
@@ -89,7 +89,7 @@ def main() -> None:
         load = Load(**wanted, **options, eval_batch_size=args.eval_batch_size, device=device)
         progress = progress_bar('Timing')
         with notes_to_stderr():
-            also = {key: getattr(args, key) for key in ('without_ahead', 'autocast_generation')}
+            also = {key: getattr(args, key) for key in ('without_ahead', 'float32_generation')}
             networks = measure_speed(cfg, load, **also, track=progress)
         computed = torch.bfloat16 if load.bf16 else torch.float32
         rates = {str(dtype).removeprefix('torch.'): matmul_rate(device, dtype) for dtype in (torch.float32, computed)}

@@ -49,20 +49,30 @@ def ahead() -> str:
 
 NETWORKS = {
     'csg': 'CSG',
-    'csg, autocast': "CSG, `precision='autocast'`",
-    'csg, generated once': "CSG, `precision='autocast'`, generated once",
+    'csg, generated once': 'CSG, generated once',
+    'csg, float32': "CSG, `precision='float32'`",
 }
 
 
-def variants(name: str, evaluation: bool) -> str:
-    """Steps, and evaluations if wanted, of variants of CSG relative to dense."""
+def precision() -> str:
+    """Steps and evaluations of CSG relative to dense, by size of the images and precision of generation."""
     rows = []
-    for network, label in NETWORKS.items():
-        each = read(name)['summary'].get(network)
-        if each is not None:
-            ratios = [f'{each[key]:.3f}x' for key in ('step_ratio', 'floor', 'evaluation_ratio')]
-            rows.append((label, *ratios[: 3 if evaluation else 2]))
-    return markdown(('', 'step to dense', 'floor', 'evaluation to dense')[: 4 if evaluation else 3], rows)
+    for size in ('180x240', '360x480'):
+        summary = read(f'precision-deeplabv3-r18-{size}')['summary']
+        for network in ('csg', 'csg, float32'):
+            ratios = (f'{summary[network][key]:.3f}x' for key in ('step_ratio', 'floor', 'evaluation_ratio'))
+            rows.append((size.replace('x', ' x '), NETWORKS[network], *ratios))
+    return markdown(('images', '', 'step to dense', 'floor', 'evaluation to dense'), rows, left=(0, 1))
+
+
+def accumulation() -> str:
+    """Steps of several batches, relative to dense."""
+    summary = read('accumulation-deeplabv3-r18')['summary']
+    rows = [
+        (label, *(f'{summary[network][key]:.3f}x' for key in ('step_ratio', 'floor')))
+        for network, label in NETWORKS.items()
+    ]
+    return markdown(('', 'step to dense', 'floor'), rows)
 
 
 def speed_targets() -> str:
@@ -85,8 +95,8 @@ def result() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    'precision': lambda: variants('precision-deeplabv3-r18', evaluation=True),
-    'accumulation': lambda: variants('accumulation-deeplabv3-r18', evaluation=False),
+    'precision': precision,
+    'accumulation': accumulation,
     'speed': speed,
     'ahead': ahead,
     'speed-targets': speed_targets,

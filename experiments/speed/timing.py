@@ -30,7 +30,7 @@ from experiments.batches import held_bytes, random_batch
 
 WORK = ('step', 'evaluation', 'generation')
 PHASES = ('forward', 'backward', 'optimizer')
-AUTOCAST, ONCE = 'csg, autocast', 'csg, generated once'
+FLOAT32, ONCE = 'csg, float32', 'csg, generated once'
 HELD = ('parameter_bytes', 'gradient_bytes', 'optimizer_bytes', 'activation_bytes')
 
 
@@ -240,7 +240,7 @@ def measure_speed(
     load: Load,
     *,
     without_ahead: bool = False,
-    autocast_generation: bool = False,
+    float32_generation: bool = False,
     track: Callable[[Sequence[tuple[str, int]]], Iterable[tuple[str, int]]] = iter,
 ) -> dict[str, dict[str, Any]]:
     """Train and evaluate a network dense, generated and materialised alternately in one process, on random images.
@@ -249,7 +249,7 @@ def measure_speed(
         cfg: CSG config of mmseg or mmpretrain; its teacher is ignored.
         load: load of the networks.
         without_ahead: also measure the generated network with each layer making its own weight in each pass.
-        autocast_generation: also measure the generated network with ``precision='autocast'``.
+        float32_generation: also measure the generated network with ``precision='float32'``.
         track: wraps the sequence of all rounds, to show progress.
 
     Returns:
@@ -270,16 +270,16 @@ def measure_speed(
     models = {'dense': dense, 'csg': csg, 'materialised': materialise(deepcopy(csg))}
     if without_ahead:
         models['csg, not ahead'] = never_ahead(deepcopy(csg))
-    if autocast_generation:
+    if float32_generation:
         if not load.bf16:
-            raise CSGError('generation in the precision of autocast needs --bf16')
+            raise CSGError('generation is in float32 already; to compare precisions, add --bf16')
         if is_automatic(cfg.model.csg):
             raise CSGError('give the slice_shape and code_dim that csg_seg.suggest found, to compare precisions')
         several = cfg.model.csg if isinstance(cfg.model.csg, list) else [cfg.model.csg]
-        cfg.model.csg = [{**each, 'precision': 'autocast'} for each in several]
-        models[AUTOCAST] = build_model(cfg)
+        cfg.model.csg = [{**each, 'precision': 'float32'} for each in several]
+        models[FLOAT32] = build_model(cfg)
     if load.accumulate > 1:
-        models[ONCE] = deepcopy(models.get(AUTOCAST, csg))
+        models[ONCE] = deepcopy(csg)
     trainees: dict[str, Trainee] = {}
     results: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
@@ -354,8 +354,7 @@ def summarise_speed(
         by network: ``step`` and ``evaluation`` in seconds, each also with ``_ratio`` and ``_spread`` (the
         interquartile range relative to the median); ``images_per_second`` of training; ``memory_ratio``;
         ``floor``, the step ratio if time were in proportion to operations, those of generation in float32 weighted by
-        ``slower_generation``; for the generated network,
-        ``generation_share`` of the step.
+        ``slower_generation``; for the generated network, ``generation_share`` of the step.
     """
     dense = results['dense']
     summary: dict[str, dict[str, float]] = {}
@@ -369,9 +368,7 @@ def summarise_speed(
             numbers[f'{key}_spread'] = _spread(seconds)
         numbers['images_per_second'] = load.batch_size * load.accumulate / numbers['step']
         added = each['operations'] / dense['operations'] - 1
-        numbers['floor'] = 1 + added * (
-            1 if name == AUTOCAST or (name == ONCE and AUTOCAST in results) else slower_generation
-        )
+        numbers['floor'] = 1 + added * (slower_generation if name == FLOAT32 else 1)
         numbers['memory_ratio'] = _memory(each) / _memory(dense)
         if 'generation' in each['seconds']:
             numbers['generation_share'] = statistics.median(each['seconds']['generation']) / numbers['step']

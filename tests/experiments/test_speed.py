@@ -62,13 +62,15 @@ def test_a_step_holds_what_is_stored_and_the_weights_it_generates(measured):
 
 def test_the_floor_is_the_ratio_of_operations(measured):
     load, networks = measured
+    networks = {**networks, 'csg, float32': networks['csg']}
     summary = summarise_speed(networks, load, slower_generation=2)
     assert summary['dense']['floor'] == summary['materialised']['floor'] == 1
     model = build_model(read_config(CSG))
     weights = sum(conv.code.shape[0] * conv.generator.weight.shape[1] for conv in model.csg.layers.values())
     made = 6 * model.csg[0].settings.code_dim * weights
     assert networks['csg']['operations'] - networks['dense']['operations'] == made
-    assert summary['csg']['floor'] == pytest.approx(1 + 2 * made / networks['dense']['operations'])
+    for name, slower in (('csg', 1), ('csg, float32', 2)):
+        assert summary[name]['floor'] == pytest.approx(1 + slower * made / networks['dense']['operations'])
 
 
 def test_weights_are_generated_once_for_several_batches(measured):
@@ -98,14 +100,14 @@ def test_without_ahead_each_layer_makes_its_weight_in_each_pass(monkeypatch):
     torch.testing.assert_close(outputs['ahead'], outputs['alone'])
 
 
-def test_generation_in_autocasts_precision_is_measured_beside_float32():
+def test_generation_in_float32_is_measured_beside_autocasts_precision():
     load = Load(batch_size=3, size=(32, 32), rounds=1, warm_up=1, bf16=True)
-    networks = measure_speed(read_config(CSG), load, autocast_generation=True)
-    assert list(networks) == ['dense', 'csg', 'materialised', 'csg, autocast']
-    held = {name: networks[name]['bytes']['activation_bytes'] for name in ('csg', 'csg, autocast')}
-    assert held['csg, autocast'] != held['csg']
-    with pytest.raises(CSGError, match='needs --bf16'):
-        measure_speed(read_config(CSG), replace(load, bf16=False), autocast_generation=True)
+    networks = measure_speed(read_config(CSG), load, float32_generation=True)
+    assert list(networks) == ['dense', 'csg', 'materialised', 'csg, float32']
+    held = {name: networks[name]['bytes']['activation_bytes'] for name in ('csg', 'csg, float32')}
+    assert held['csg, float32'] != held['csg']
+    with pytest.raises(CSGError, match='add --bf16'):
+        measure_speed(read_config(CSG), replace(load, bf16=False), float32_generation=True)
 
 
 def test_activations_grow_with_the_batch():
