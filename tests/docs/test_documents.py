@@ -201,6 +201,22 @@ def test_figures_in_the_text_are_the_results():
     assert f'{min(ratios):.2f} to {max(ratios):.2f} times a dense one' in README
 
 
+def test_steps_are_as_near_to_their_floors_as_the_page_says():
+    text = (ROOT / 'docs' / 'speed.md').read_text()
+    large = ['speed-resnet56', 'speed-deeplabv3-r18', 'precision-deeplabv3-r18-360x480']
+    measured = {name: read(name)['summary'] for name in (*large, 'precision-deeplabv3-r18-180x240')}
+    measured['accumulation'] = read('accumulation-deeplabv3-r18')['summary']
+    over = [
+        each[network]['step_ratio'] / each[network]['floor']
+        for each in measured.values()
+        for network in ('csg', 'csg, generated once')
+        if network in each
+    ]
+    assert len(over) == 6
+    assert max(over) <= 1.05 and 'takes at most 1.05 times its floor' in text
+    assert max(measured[name]['csg']['floor'] for name in large) <= 1.02 and 'at most 1.02 for ResNet-56' in text
+
+
 @pytest.mark.parametrize('name', EXCHANGED)
 def test_ranks_of_two_and_four_processes_exchange_the_same(name):
     two, four = (read(f'exchange-{name}{count}')['networks'] for count in ('', '-4'))
