@@ -13,7 +13,7 @@ from csg_seg.version import __version__
 
 from .failures import EXTRAS
 
-# Oldest and newest version that the tests were run with; setup.py and README.md repeat them.
+# Oldest and newest version that tests were run with (docs/supported.md says which); setup.py and README.md agree.
 PYTHON = ((3, 10), (3, 14))
 TORCH = ((2, 6), (2, 15))
 # Import name, the distribution that we install, and the distribution of OpenMMLab.

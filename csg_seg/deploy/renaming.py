@@ -33,10 +33,11 @@ def read_state_dict(path: str | os.PathLike, entry: str | None = None) -> dict[s
     entries = {name: each for name, each in parts if _is_state_dict(each)}
     if entry is None and len(entries) == 1:
         (entry,) = entries
+    if not entries:
+        raise CSGError(f'{path}: no state dict; give a checkpoint')
     if entry not in entries:
-        asked = f'no state dict in the entry {entry!r}' if entry else 'not one state dict'
-        found = f'choose from --entry {", ".join(entries)}' if entries else 'it holds none; give a checkpoint'
-        raise CSGError(f'{path}: {asked}; {found}')
+        found = f'no state dict in the entry {entry!r}' if entry else 'several state dicts'
+        raise CSGError(f'{path}: {found}; choose from --entry {", ".join(entries)}')
     return dict(entries[entry])
 
 
@@ -48,8 +49,9 @@ def rename_in_order(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -
     """Give tensors the names of another state dict of the same network, in order.
 
     The code of both must define its layers in the same order. Two tensors match if their shapes and the last parts of
-    their names (``weight``, ``running_mean``) are the same. A bias that is only wanted is zero, and denormal numbers
-    become zero: they are too small to matter, and arithmetic on them is many times slower on some CPUs.
+    their names (``weight``, ``running_mean``) are the same; the tensors of a layer are those of one other layer. A bias
+    that is only wanted is zero. Denormal numbers become zero: they are too small to matter, and arithmetic on them is
+    many times slower on some CPUs.
 
     Args:
         given: the checkpoint's tensors.
@@ -63,12 +65,18 @@ def rename_in_order(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -
     """
     names = [name for name in given if not name.endswith(COUNTER)]
     renamed, added, position = {}, [], 0
+    sources: dict[str, str] = {}  # the checkpoint's layer of each layer
     for name, tensor in wanted.items():
         source = names[position] if position < len(names) else None
+        layer = name.rpartition('.')[0]
         if name.endswith(COUNTER):
             renamed[name] = tensor
-        elif source is not None and _describe(source, given[source]) == _describe(name, tensor):
-            renamed[name] = _without_denormals(given[source]).to(tensor.dtype)
+        elif (
+            source is not None
+            and _describe(source, given[source]) == _describe(name, tensor)
+            and sources.setdefault(layer, source.rpartition('.')[0]) == source.rpartition('.')[0]
+        ):
+            renamed[name] = _without_denormals(given[source].to(tensor.dtype))
             position += 1
         elif name.endswith('.bias'):
             renamed[name] = torch.zeros_like(tensor)

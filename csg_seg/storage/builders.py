@@ -215,7 +215,8 @@ def build_transformers(*, name: str, config: Mapping[str, Any]) -> nn.Module:
     """
     _check_plain(name, {})
     _check_local(
-        config, refused=('backbone', 'architecture', 'model_args', 'attn_implementation', '_attn_implementation')
+        config,
+        refused=('auto_map', 'backbone', 'architecture', 'model_args', 'attn_implementation', '_attn_implementation'),
     )
     transformers = import_module('transformers')
     network: Any = getattr(transformers, name, None)

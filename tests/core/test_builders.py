@@ -113,6 +113,7 @@ def test_a_transformers_network_is_built_from_its_own_settings():
         (dict(builder='monai', name='resnet18', pretrained='x.pth'), 'pretrained is not for files'),
         (dict(builder='monai', name='UNet', act=['a', ('b', {'c': 'd/e'})]), "'d/e' may be a path or an address"),
         (dict(builder='transformers', name='X', config={'attn_implementation': 'a'}), 'read files or connect'),
+        (dict(builder='transformers', name='X', config={'a': {'auto_map': {'AutoConfig': 'b'}}}), 'auto_map may make'),
         (dict(builder='transformers', name='X', config={'a': [{'backbone': 'resnet50'}]}), 'backbone may make the'),
         (dict(builder='transformers', name='X', config={'a': 'C:\\x'}), 'may be a path or an address'),
         (dict(builder='transformers', name=3, config={}), 'the name of a network must be a string'),

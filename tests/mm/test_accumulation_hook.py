@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 from small_runs import CSG, DENSE, hook_door, small_config, train
 
 from csg_seg import CSGError
@@ -36,3 +38,18 @@ def test_a_dense_network_is_refused(drawn, tmp_path):
     cfg = small_config(DENSE, drawn, tmp_path, **HOOK)
     with pytest.raises(CSGError, match='no generators; remove the hook, or give a CSG config'):
         train(cfg)
+
+
+def test_a_training_that_stops_inside_a_step_leaves_nothing_on(drawn, tmp_path):
+    cfg = small_config(CSG, drawn, tmp_path, iters=5, **STEPS, **HOOK)
+    cfg.custom_hooks = [dict(type='StopAfterOne')]
+    runner = train(cfg)
+    assert runner.iter == 1 and not runner.model.csg.accumulation.is_on
+
+
+@HOOKS.register_module()
+class StopAfterOne(Hook):
+    """Stop the training after its first batch, as early stopping does."""
+
+    def after_train_iter(self, runner, *args, **kwargs):
+        runner.train_loop.stop_training = True

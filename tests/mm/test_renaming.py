@@ -59,6 +59,28 @@ def test_denormal_numbers_become_zero_and_others_stay():
     assert torch.equal(renamed['head.bias'], torch.tensor([0, 0, 1.2e-38, -1.0, 0]))
 
 
+def test_numbers_are_denormal_in_the_networks_precision():
+    state = {name: each.half() for name, each in trained(bias=True, **THEIRS).state_dict().items()}
+    state['c.bias'] = torch.tensor([3e-5, -3e-5, 1.0, 0, 0]).half()  # denormal in float16
+    renamed, _ = rename_in_order(state, network(bias=True, **OURS).state_dict())
+    assert torch.equal(renamed['head.bias'], state['c.bias'].float())
+
+
+def test_a_bias_that_is_missing_is_not_taken_from_the_next_layer():
+    def convs(biases):
+        return nn.Sequential(*(nn.Conv2d(4, 4, 3, bias=bias) for bias in biases))
+
+    theirs = nn.Sequential(OrderedDict(x=nn.Conv2d(4, 4, 3, bias=False), y=nn.PReLU(4), z=nn.Conv2d(4, 4, 3)))
+    state = theirs.state_dict()
+    state = {
+        'x.weight': state['x.weight'],
+        'shift.bias': torch.ones(4),
+        **{k: v for k, v in state.items() if k[0] == 'z'},
+    }
+    with pytest.raises(CSGError, match='where the checkpoint has shift.bias'):
+        rename_in_order(state, convs([True, True]).state_dict())
+
+
 @pytest.mark.parametrize(
     ('change', 'says'),
     [
@@ -89,9 +111,9 @@ def test_the_tensors_are_found_in_the_file(tmp_path):
     for name, entry in (('bare', None), ('one', None), ('one', 'model'), ('two', 'model')):
         assert torch.equal(read_state_dict(tmp_path / name, entry)['x.weight'], state['x.weight']), name
     for name, entry, says in (
-        ('two', None, 'choose from --entry model, ema'),
+        ('two', None, 'several state dicts; choose from --entry model, ema'),
         ('one', 'net', "no state dict in the entry 'net'; choose from --entry model"),
-        ('none', None, 'it holds none; give a checkpoint'),
+        ('none', None, 'no state dict; give a checkpoint'),
     ):
         with pytest.raises(CSGError, match=says):
             read_state_dict(tmp_path / name, entry)

@@ -43,7 +43,7 @@ def main() -> None:
         print(f'{out}: {result["tensors"]} tensors')
         for name in result['zero_biases']:
             print(f'{name} is not in the checkpoint and is zero')
-        print(f'the same order is no proof, so test it: python tools/test.py {args.config} {out}')
+        print(f'equal shapes do not prove that the layers match; test it: python tools/test.py {args.config} {out}')
 
     result = {'checkpoint': str(out), 'tensors': len(renamed), 'zero_biases': added}
     console.print_result(result, print_lines, as_json=args.json)

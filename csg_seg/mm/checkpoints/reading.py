@@ -97,15 +97,13 @@ def check_dense(model: nn.Module, state_dict: Mapping[str, Any], *, complete: bo
     given = {name.removeprefix('module.'): each for name, each in state_dict.items()}
     wanted = {name: each for name, each in model.state_dict().items() if each.is_floating_point()}
     wrong = [f'{name} is missing' for name in wanted if name not in given]
-    if not complete and len(wrong) < len(wanted):
-        return
     wrong += [
         f'{name} is {tuple(given[name].shape)} instead of {tuple(each.shape)}'
         for name, each in wanted.items()
         if name in given and given[name].shape != each.shape
     ]
-    if wrong:
-        raise CSGError(f'the checkpoint does not fit the config: {abridge(wrong)}; {_hint(model, state_dict)}')
+    if wrong and (complete or len(wrong) == len(wanted)):
+        raise CSGError(f'the checkpoint does not fit the config: {abridge(wrong)}; {_hint(model, given)}')
 
 
 def _hint(model: nn.Module, state_dict: Mapping[str, Any]) -> str:

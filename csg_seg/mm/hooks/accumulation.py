@@ -5,6 +5,7 @@ from typing import Any
 
 from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
@@ -15,7 +16,7 @@ from csg_seg.mm.model import bare_model
 
 @HOOKS.register_module()
 class AccumulationHook(Hook):
-    """Generate weights once for all batches of an optimizer step, if ``accumulative_counts`` makes it of several.
+    """Generate weights once for all batches of an optimizer step, for ``accumulative_counts`` of more than one.
 
     The weights of the network after a training are the same up to rounding. See
     :meth:`csg_seg.layers.bank.GeneratorBank.accumulate`.
@@ -25,11 +26,13 @@ class AccumulationHook(Hook):
         """Send the sums of the weights' gradients through the generators before each step.
 
         Raises:
-            CSGError: the network has no generators, or several processes train.
+            CSGError: the network has no generators, there are several optimizers, or several processes train.
         """
         bank, wrapper = find_bank(bare_model(runner.model)), runner.optim_wrapper
         if bank is None:
             raise CSGError('AccumulationHook: the network has no generators; remove the hook, or give a CSG config')
+        if isinstance(wrapper, OptimWrapperDict):
+            raise CSGError('AccumulationHook: works with one optimizer; remove the hook')
         if get_world_size() > 1:
             raise CSGError('AccumulationHook: works in one process; remove the hook')
         self.bank, self.block = bank, ExitStack()
@@ -45,3 +48,7 @@ class AccumulationHook(Hook):
         """Begin to accumulate, in the first batch of a step."""
         if not self.bank.accumulation.is_on:
             self.block.enter_context(self.bank.accumulate())
+
+    def after_train(self, runner: Runner) -> None:
+        """End what a training began that stopped between two steps."""
+        self.block.close()

@@ -24,7 +24,8 @@ class CheckpointGuardHook(Hook):
     Weights that do not fit a dense network are refused too; retrofitted ones check theirs.
 
     Args:
-        complete: whether a checkpoint must have all weights of a dense network, as for a test.
+        complete: whether a checkpoint must have all weights of a dense network, as for a test; a resumed run needs
+            them too.
     """
 
     def __init__(self, *, complete: bool = False):
@@ -36,7 +37,8 @@ class CheckpointGuardHook(Hook):
         model = bare_model(runner.model)
         if find_bank(model) is None:
             check_kind(model, checkpoint.get('state_dict', checkpoint))
-            check_dense(model, checkpoint.get('state_dict', checkpoint), complete=self.complete)
+            complete = self.complete or runner._resume
+            check_dense(model, checkpoint.get('state_dict', checkpoint), complete=complete)
         if not runner._resume or not isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)):
             return
         path = runner._load_from or find_latest_checkpoint(runner.work_dir)
