@@ -142,4 +142,5 @@ def test_the_configs_of_the_page_are_the_cells_of_the_table(tmp_path):
         for each in (cfg, ours):
             assert summarise(build_model(each)).stored_params == stored
         assert cfg.optim_wrapper == ours.optim_wrapper and cfg.train_cfg.max_epochs == ours.train_cfg.max_epochs
+        assert cfg.param_scheduler == ours.param_scheduler
         assert dict(cfg.model.get('teacher', {}), checkpoint='') == dict(ours.model.get('teacher', {}), checkpoint='')
