@@ -15,6 +15,8 @@ extensions = [
 exclude_patterns = ['_build']
 html_theme = 'furo'
 html_title = 'csg_seg'
+html_show_copyright = False
+smartquotes = False  # it turns options such as --out into dashes
 
 nb_execution_mode = 'off'  # the notebook is stored with its outputs; make check-full executes it
 myst_heading_anchors = 3

@@ -5,9 +5,11 @@ import json
 import runpy
 import sys
 from dataclasses import asdict
+from difflib import get_close_matches
 from pathlib import Path
 
 from csg_seg.errors import CSGError
+from csg_seg.version import __version__
 
 from .doctor import examine
 from .failures import one_line_errors
@@ -63,6 +65,8 @@ def main() -> None:
     command, *rest = sys.argv[1:] or ['--help']
     if command in ('-h', '--help'):
         print(usage())
+    elif command == '--version':
+        print(__version__)
     elif command == 'doctor':
         unknown = [each for each in rest if each != '--json']
         if unknown:
@@ -71,7 +75,9 @@ def main() -> None:
     else:
         with one_line_errors():
             if command not in tools():
-                raise CSGError(f'there is no command {command}; csg-seg --help lists them')
+                near = get_close_matches(command, tools(), 1)
+                instead = f'did you mean {near[0]}?' if near else 'csg-seg --help lists them'
+                raise CSGError(f'there is no command {command}; {instead}')
         path = str(tools()[command])
         sys.argv = [path, *rest]
         runpy.run_path(path, run_name='__main__')

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ def read_state_dict(path: str | os.PathLike, entry: str | None = None) -> dict[s
         CSGError: the file is damaged, or holds no state dict, or several and ``entry`` names none of them.
     """
     check_file(path)
+    if Path(path).suffix == '.safetensors':
+        raise CSGError(f'{path}: not a .pth file; a compact file has the names of its config already')
     content = read_tensors(path)
     if entry is None and _is_state_dict(content):
         return dict(content)
@@ -85,7 +88,7 @@ def rename_in_order(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -
             there = 'ends' if source is None else f'has {source} {tuple(given[source].shape)}'
             raise CSGError(
                 f'the config has {name} {tuple(tensor.shape)} where the checkpoint {there}; '
-                'give the config of the same network, with layers in the same order'
+                'give the config of the same network, with layers in the same order and names that end alike'
             )
     if position < len(names):
         raise CSGError(

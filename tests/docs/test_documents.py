@@ -200,6 +200,12 @@ def test_figures_in_the_text_are_the_results():
     assert f'{min(ratios):.2f} to {max(ratios):.2f} times a dense one' in README
 
 
+def test_int8_changes_scores_as_little_as_the_readme_says():
+    rows = [row for row in read_rows_of_trainings(ROOT / 'results' / 'camvid.json') if 'int8' in row]
+    changes = [abs(row['int8'][split] - row[split]) for row in rows for split in ('val', 'test')]
+    assert len(changes) >= 10 and max(changes) < 0.15 and 'less than 0.15' in README
+
+
 def test_steps_are_as_near_to_their_floors_as_the_page_says():
     text = (ROOT / 'docs' / 'speed.md').read_text()
     large = ['speed-resnet56', 'speed-deeplabv3-r18', 'precision-deeplabv3-r18-360x480']

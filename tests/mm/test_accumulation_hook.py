@@ -26,12 +26,19 @@ def test_training_is_the_same_with_half_as_many_generations(door, drawn, tmp_pat
         if door == 'hook':
             hook_door(cfg)
         cfg.merge_from_dict(hook)
-        trained[name] = train(cfg).model.state_dict()
+        runner = train(cfg)
+        trained[name] = runner.model.state_dict()
+        assert hasattr(runner.optim_wrapper.step, '_with_counter')  # otherwise schedulers warn
     assert len(made) == 3  # 2, 2 and 1 batches
     for name, wanted in trained['plain'].items():
         torch.testing.assert_close(
             trained['once'][name], wanted, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: n + text
         )
+
+
+def test_one_batch_in_a_step_is_trained_as_usual(drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr(Accumulation, '_make', None)  # would fail
+    assert train(small_config(CSG, drawn, tmp_path, iters=2, **HOOK)).iter == 2
 
 
 def test_a_dense_network_is_refused(drawn, tmp_path):

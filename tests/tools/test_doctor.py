@@ -118,7 +118,14 @@ def test_the_command_prints_json_and_lists_every_tool():
     assert all(f'  {name} ' in listed for name in (*tools(), 'doctor'))
 
 
-@pytest.mark.parametrize(('args', 'says'), [(['tran'], 'no command tran'), (['doctor', '-x'], 'does not know -x')])
+@pytest.mark.parametrize(
+    ('args', 'says'),
+    [
+        (['tran'], 'no command tran; did you mean train?'),
+        (['x'], 'no command x; csg-seg --help lists them'),
+        (['doctor', '-x'], 'does not know -x'),
+    ],
+)
 def test_mistakes_are_one_line(args, says):
     done = csg_seg_command(*args)
     assert done.returncode == 1 and says in done.stderr.strip().splitlines()[-1]

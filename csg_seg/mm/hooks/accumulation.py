@@ -1,6 +1,7 @@
 """AccumulationHook: generate weights once for all batches of an optimizer step."""
 
 from contextlib import ExitStack
+from functools import wraps
 from typing import Any
 
 from mmengine.dist import get_world_size
@@ -18,8 +19,7 @@ from csg_seg.mm.model import bare_model
 class AccumulationHook(Hook):
     """Generate weights once for all batches of an optimizer step, for ``accumulative_counts`` of more than one.
 
-    The weights of the network after a training are the same up to rounding. See
-    :meth:`csg_seg.layers.bank.GeneratorBank.accumulate`.
+    The trained weights are the same up to rounding. See :meth:`csg_seg.layers.bank.GeneratorBank.accumulate`.
     """
 
     def before_train(self, runner: Runner) -> None:
@@ -35,9 +35,13 @@ class AccumulationHook(Hook):
             raise CSGError('AccumulationHook: works with one optimizer; remove the hook')
         if get_world_size() > 1:
             raise CSGError('AccumulationHook: works in one process; remove the hook')
+        if wrapper._accumulative_counts == 1:
+            runner.logger.warning('AccumulationHook has no effect without accumulative_counts in optim_wrapper.')
         self.bank, self.block = bank, ExitStack()
+        self.is_on = wrapper._accumulative_counts > 1
         step = wrapper.step
 
+        @wraps(step)  # keeps the mark by which schedulers know that steps are counted
         def send_and_step(**kwargs: Any) -> None:
             self.block.close()
             step(**kwargs)
@@ -46,7 +50,7 @@ class AccumulationHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Begin to accumulate, in the first batch of a step."""
-        if not self.bank.accumulation.is_on:
+        if self.is_on and not self.bank.accumulation.is_on:
             self.block.enter_context(self.bank.accumulate())
 
     def after_train(self, runner: Runner) -> None:

@@ -21,6 +21,8 @@ class ExactResumeHook(Hook):
     uses. For augmentation, a resumed run loads all batches again that it was trained
     on, which takes a while. In epoch-based runs, each epoch is seeded with a number
     drawn from seed and epoch; this covers augmentation only with ``num_workers=0``.
+    With ``accumulative_counts``, the gradients of a step that has begun are in no checkpoint, so a run that resumes
+    inside a step ends with other weights, and says so.
     The hook does nothing without a fixed ``randomness.seed``, or if ranks have different seeds.
     """
 
@@ -40,6 +42,12 @@ class ExactResumeHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Load the batches again that the run was trained on."""
         loop = runner.train_loop
+        batches = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+        if runner.iter % batches:
+            runner.logger.warning(
+                f'This run resumes inside an optimizer step of {batches} batches, whose gradients are lost, so it ends '
+                f'with other weights; save checkpoints at multiples of {batches} iterations.'
+            )
         if isinstance(loop, EpochBasedTrainLoop):
             return
         # Older versions of mmengine have no such attribute and always load the data again.
