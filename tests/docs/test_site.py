@@ -40,7 +40,9 @@ def test_the_notebook_is_stored_with_the_outputs_of_its_cells():
     cells = [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == 'code']
     assert len(cells) > 8
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert [output for cell in cells for output in cell.outputs if output.output_type == 'error'] == []
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert {output.output_type for output in outputs} <= {'stream', 'execute_result', 'display_data'}
+    assert [output.text for output in outputs if output.get('name') == 'stderr'] == []  # warnings, paths of a machine
 
 
 @pytest.mark.full
