@@ -17,6 +17,7 @@ from .scale import summary as scale
 from .shipping import summary as shipping
 from .smaller_and_faster import summary as smaller_and_faster
 from .speed import summary as speed
+from .updates import summary as updates
 from .zoo import summary as zoo
 
 EXPERIMENTS = {
@@ -25,6 +26,7 @@ EXPERIMENTS = {
     'exchange': exchange,
     'federated': federated,
     'inference': inference,
+    'updates': updates,
     'scale': scale,
     'zoo': zoo,
     'fits': fits,
