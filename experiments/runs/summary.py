@@ -26,14 +26,16 @@ def runs(dataset: str, network: str, size: str, *, costs: str = '') -> str:
     metric = cells[0]['metric']
     splits = [split for split in ('val', 'test') if any(each[split] for each in cells)]
     measured = read(costs)['networks'] if costs else {}
-    rounded = all(each['int8_bytes'] for each in cells)
+    rounded = any(each['int8_bytes'] for each in cells)
     rows = []
     for each in cells:
         ratio = f'{each["dense_params"] / each["stored_params"]:.1f}x'
         row = [each['cell'], f'{each["stored_params"]:,}', ratio, each['epochs'], each['seeds']]
         row += [score_text(each[split]) for split in splits]
         if rounded:
-            row += [f'{each["int8_bytes"] / 1e6:.2f}', score_text(each['int8_test'])]
+            row += (
+                [f'{each["int8_bytes"] / 1e6:.2f}', score_text(each['int8_test'])] if each['int8_bytes'] else ['', '']
+            )
         if costs:
             cost = measured.get(each['cell'])
             row += [f'{cost["flops"] / 1e9:.2f}', f'{cost["step_ratio"]:.2f}x'] if cost else ['', '']
