@@ -184,6 +184,28 @@ class Run:
         """Return the file of the trained network, None if its training has not ended here."""
         return _trained(self.folder)
 
+    def trained(self) -> str:
+        """Return the file of the trained network.
+
+        Raises:
+            CSGError: its training has not ended here.
+        """
+        checkpoint = self.checkpoint()
+        if checkpoint is None:
+            raise CSGError(f'{self.cell.label} is not trained; run experiments.runs with the same --work-dir first')
+        return checkpoint
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits that are tested: val and test, or test alone where both are the same."""
+        return ['test'] if self.cfg.val_dataloader == self.cfg.test_dataloader else ['val', 'test']
+
+    def config_of(self, split: str) -> Config:
+        """Return the config that tests a split."""
+        cfg = deepcopy(self.cfg)
+        cfg.test_dataloader, cfg.test_evaluator = cfg[f'{split}_dataloader'], cfg[f'{split}_evaluator']
+        return cfg
+
     def finish(self, needed: Mapping[str, str | None]) -> Row:
         """Train, or resume, and test.
 
@@ -252,17 +274,14 @@ class Run:
         return call_tool(tool, *args, log=self.folder / log, threads=1, started=self._processes.append)
 
     def _test(self, checkpoint: str, prefix: str = '') -> dict[str, dict[str, float]]:
-        """Return the scores of a checkpoint on val and test, or on test alone where both are the same."""
-        same = self.cfg.val_dataloader == self.cfg.test_dataloader
-        return {split: self._test_on(split, checkpoint, prefix) for split in (['test'] if same else ['val', 'test'])}
+        """Return the scores of a checkpoint on each split."""
+        return {split: self._test_on(split, checkpoint, prefix) for split in self.splits}
 
     def _test_on(self, split: str, checkpoint: str, prefix: str) -> dict[str, float]:
         result = self.folder / f'{prefix}{split}.json'
         if not result.exists():
-            cfg = deepcopy(self.cfg)
-            cfg.test_dataloader, cfg.test_evaluator = cfg[f'{split}_dataloader'], cfg[f'{split}_evaluator']
             folder = self.folder / split
-            prepare(cfg, self.cell.seed, folder)
+            prepare(self.config_of(split), self.cell.seed, folder)
             printed = self._call('test.py', config_file(folder), checkpoint, '--json', log=f'{prefix}{split}.txt')
             write_whole(result, lambda partial: partial.write_text(printed))
         scores = {key: round(value, 4) for key, value in json.loads(result.read_text()).items()}

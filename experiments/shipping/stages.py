@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
-from torch import Tensor
 
 from csg_seg.errors import CSGError
 from csg_seg.files import check_folder
@@ -18,6 +16,7 @@ from csg_seg.planning.planner import plan
 from csg_seg.report import summarise
 from csg_seg.running.work_dir import latest_checkpoint
 from experiments.carry_over.ways import way_config
+from experiments.onnx_scores import open_session, predict_with
 from experiments.runs.runner import call_tool, config_file, evaluate, train_and_test
 
 Stage = dict[str, Any]
@@ -103,16 +102,8 @@ def ship_files(dense: Config, generated: Config, trained: Path, work_dir: Path, 
 
 def score_onnx(runner: Runner, file: Path) -> dict[str, float]:
     """Test an ONNX file of class scores in the place of the network that a Runner has."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
-
-    def encode_decode(image: Tensor, metas: object) -> Tensor:
-        (scores,) = session.run(None, {'image': image.numpy()})
-        return torch.from_numpy(scores)
-
+    predict_with(open_session(file, threads=torch.get_num_threads()), runner.model)
     runner._load_from = None
-    runner.model.encode_decode = encode_decode
     return runner.test()
 
 

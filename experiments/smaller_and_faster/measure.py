@@ -24,6 +24,7 @@ from csg_seg.deploy.onnx_export import export_onnx
 from csg_seg.errors import CSGError
 from csg_seg.files import write_whole
 from csg_seg.layers.bank import find_bank
+from experiments.onnx_scores import open_session, predict_with
 from experiments.peers.measure import count_flops
 from experiments.runs.int8 import write_rounded
 from experiments.runs.training import Run
@@ -58,8 +59,7 @@ def measure_networks(
         CSGError: a cell is not trained, or a number is below 1.
     """
     for run in runs:
-        if run.checkpoint() is None:
-            raise CSGError(f'{run.cell.label} is not trained; run experiments.runs with the same --work-dir first')
+        run.trained()
     if min(calibration, rounds) < 1:
         raise CSGError('--calibration and --rounds must be at least 1')
     results: dict[str, dict[str, Any]] = {}
@@ -89,9 +89,8 @@ def measure_networks(
 
 def load_rounded(run: Run, folder: Path) -> tuple[BaseModel, int]:
     """Return a plain network with a cell's trained weights rounded to 8 bits, and the bytes that they take."""
-    checkpoint, rounded, config = run.checkpoint(), folder / f'{run.cell.label}.pth', folder / f'{run.cell.label}.py'
-    assert checkpoint is not None
-    shipped = write_rounded(run.cfg, checkpoint, rounded)
+    rounded, config = folder / f'{run.cell.label}.pth', folder / f'{run.cell.label}.py'
+    shipped = write_rounded(run.cfg, run.trained(), rounded)
     write_whole(config, lambda partial: partial.write_text(run.cfg.pretty_text))
     network = load_network(config, rounded)
     return (network if find_bank(network) is None else materialise(network)), shipped
@@ -113,14 +112,6 @@ def write_onnx(network: BaseModel, images: Sequence[Tensor], path: Path) -> dict
     return files
 
 
-def open_session(file: Path) -> onnxruntime.InferenceSession:
-    """Return a session that computes in one thread of the CPU."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3  # hide warnings about constants that cannot be folded
-    return onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
-
-
 @torch.no_grad()
 def score(session: onnxruntime.InferenceSession, network: Any, cfg: Config, split: str, metric: str) -> float:
     """Return the score of an ONNX file on a split, with the network's own normalisation and resizing.
@@ -132,12 +123,7 @@ def score(session: onnxruntime.InferenceSession, network: Any, cfg: Config, spli
         split: 'val' or 'test'.
         metric: name of the score.
     """
-
-    def encode_decode(image: Tensor, metas: object) -> Tensor:
-        (scores,) = session.run(None, {'image': image.numpy()})
-        return torch.from_numpy(scores)
-
-    network.encode_decode = encode_decode
+    predict_with(session, network)
     loader = Runner.build_dataloader(cfg[f'{split}_dataloader'])
     evaluator = Evaluator(cfg[f'{split}_evaluator'])
     evaluator.dataset_meta = loader.dataset.metainfo

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,7 @@ def trained_family(table: Table, base: str, *, data: Path, work_dir: Path) -> tu
     if not variants:
         raise CSGError(f'--base {base}: no cell of {table.path} starts from it')
     for run in [runs[base], *variants]:
-        if run.checkpoint() is None:
-            raise CSGError(f'{run.cell.label} is not trained; run experiments.runs with the same --work-dir first')
+        run.trained()
     return runs[base], variants
 
 
@@ -56,14 +54,12 @@ def measure_updates(base: Run, variants: Sequence[Run], dtypes: Sequence[str], f
     rows = []
     files = [(dtype, run) for dtype in dtypes for run in (base, *variants)]
     for dtype, run in progress_bar('Testing')(files, total=len(files)):
-        checkpoint, of_dtype = run.checkpoint(), folder / dtype
-        assert checkpoint is not None
+        of_dtype = folder / dtype
         of_dtype.mkdir(exist_ok=True)
         out, whole = (of_dtype / f'{each.cell.label}.safetensors' for each in (run, base))
         settings = dict(dtype=dtype) if run is base else dict(base=whole)
-        found = compact(run.cfg, checkpoint, out, **settings)
-        same = run.cfg.val_dataloader == run.cfg.test_dataloader
-        scores = {split: _score(run, split, out) for split in (['test'] if same else ['val', 'test'])}
+        found = compact(run.cfg, run.trained(), out, **settings)
+        scores = {split: _score(run, split, out) for split in run.splits}
         rows.append(
             {
                 'cell': run.cell.name,
@@ -78,9 +74,8 @@ def measure_updates(base: Run, variants: Sequence[Run], dtypes: Sequence[str], f
 
 
 def _score(run: Run, split: str, file: Path) -> float:
-    cfg = deepcopy(run.cfg)
-    cfg.test_dataloader, cfg.test_evaluator = cfg[f'{split}_dataloader'], cfg[f'{split}_evaluator']
-    cfg.load_from = None
+    cfg = run.config_of(split)
+    cfg.load_from = None  # names a cell
     config = file.with_name(f'{file.stem}-{split}.py')
     write_whole(config, lambda partial: partial.write_text(cfg.pretty_text))
     printed = call_tool('test.py', config, file, '--json', log=config.with_suffix('.txt'), threads=1)
