@@ -242,6 +242,21 @@ def example(document: str, marker: str) -> str:
     return found
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'float16', 'int8'])
+def test_a_compact_file_is_read_without_the_package_as_the_page_does(dtype, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = [{'slice_shape': (12, 20, 3, 3), 'code_dim': 40}, {'slice_shape': (16, 16, 1, 1), 'code_dim': 16}]
+    model = csg_seg.retrofit(torchvision.models.resnet18(weights=None), settings)
+    csg_seg.save_compact(model, 'small.safetensors', dtype=dtype)
+    loaded = csg_seg.load_compact('small.safetensors', torchvision.models.resnet18(weights=None))
+    page = {}
+    exec(example('formats.md', 'safe_open'), page)
+    assert 'csg_seg' not in example('formats.md', 'safe_open') and page['layers']
+    for name in page['layers']:
+        weight = loaded.get_submodule(name).weight.detach()
+        torch.testing.assert_close(torch.from_numpy(page['rebuild'](name)), weight, rtol=1e-5, atol=1e-5)
+
+
 def test_the_recipe_for_other_classes_trains(drawn, tmp_path):
     demo = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
     heads = "dict(slice_shape=(16, 16, 1, 1), code_dim=16, include=['*.conv_seg'])"
