@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from .errors import CSGError
 from .generators.settings import read_patterns
@@ -78,16 +79,17 @@ class Teacher:
         self.logits_layer = logits_layer
         self.network: nn.Module | None = None
         self._outputs: dict[tuple[str, str], Any] = {}
+        self._teacher_hooks: list[RemovableHandle] = []
         self._record_outputs('student', student)
         if network is not None:
             self.use(network)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the student, such as an EMA, does not need a copy of the teacher.
-        return {**self.__dict__, 'network': None, '_outputs': {}, '_student': []}
+        return {**self.__dict__, 'network': None, '_outputs': {}, '_student': [], '_teacher_hooks': []}
 
     def use(self, network: nn.Module) -> None:
-        """Take a network as the teacher, and freeze it.
+        """Take a network as the teacher, in place of an earlier one, and freeze it.
 
         Raises:
             CSGError: it has none of the layers to compare, or shares parameters with the student.
@@ -97,8 +99,10 @@ class Teacher:
         own = {id(each) for each in network.parameters()}
         if any(id(each()) in own for each in self._student):
             raise CSGError('teacher: student and teacher share parameters; copy the network before retrofit')
-        self._record_outputs('teacher', network.requires_grad_(False))
-        self.network = network
+        hooks = self._record_outputs('teacher', network)
+        for earlier in self._teacher_hooks:
+            earlier.remove()
+        self.network, self._teacher_hooks = network.requires_grad_(False), hooks
 
     def loss(self, *inputs: Any, **options: Any) -> Tensor:
         """Return the sum of the losses after a forward pass of the student.
@@ -127,14 +131,15 @@ class Teacher:
         finally:
             self._outputs.clear()
 
-    def _record_outputs(self, who: str, network: nn.Module) -> None:
+    def _record_outputs(self, who: str, network: nn.Module) -> list[RemovableHandle]:
         wanted = [self.logits_layer] if self.factors['logits'] or self.factors['channels'] else []
+        modules = {}
         for name in dict.fromkeys([*self.layers, *wanted]):
             try:
-                module = network.get_submodule(name)
+                modules[name] = network.get_submodule(name)
             except AttributeError:
                 raise CSGError(f'teacher: the {who} has no layer {name!r}; set layers or logits_layer') from None
-            module.register_forward_hook(partial(self._record, who, name))
+        return [each.register_forward_hook(partial(self._record, who, name)) for name, each in modules.items()]
 
     def _record(self, who: str, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         # Evaluations of the student, and copies of it, are not compared.

@@ -45,6 +45,10 @@ def pytest_collection_finish():
     skip_slow_library_work()  # after every import
 
 
+def pytest_unconfigure():
+    gc.unfreeze()  # or libraries report what is never collected as leaks
+
+
 def skip_slow_library_work() -> None:
     """Leave configs that mmengine writes unformatted, and keep what is imported out of garbage collections.
 

@@ -1,4 +1,4 @@
-"""Write one small file from which a trained CSG network can be built and used."""
+"""Write a trained CSG network into one small file, from which it can be built and used."""
 
 import argparse
 import json
@@ -24,10 +24,10 @@ def parse_args() -> argparse.Namespace:
     options.add_config(parser, 'CSG config file')
     options.add_checkpoint(parser, 'its trained checkpoint')
     options.add_out(parser, 'file to write (.safetensors)')
-    parser.add_argument('--dtype', choices=list(DTYPES), help="of matrices (default: float32, or BASE's)")
-    parser.add_argument('--base', help='compact file; write an update, which holds only what differs from it')
+    parser.add_argument('--dtype', choices=list(DTYPES), help="precision of the weights (default: float32, or BASE's)")
+    parser.add_argument('--base', help='compact file to start from: write an update, which holds only what differs')
     parser.add_argument(
-        '--images', type=int, default=0, help="compare class scores on so many of the config's test images"
+        '--images', type=int, default=0, help='compare class scores before and after, on this many test images'
     )
     parser.add_argument('--test', metavar='METRIC', help='also test both, and compare this score, such as mIoU')
     options.add_cfg_options(parser)

@@ -1,4 +1,4 @@
-"""Train a CSG config, its dense counterpart and perhaps a narrower network; print size, score and time of each."""
+"""Train a CSG config, its dense counterpart and perhaps a narrower network, and compare size, score and time."""
 
 import argparse
 
@@ -17,11 +17,11 @@ NETWORKS = ('dense', 'csg', 'narrow')
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('dense', help='dense config file, iteration-based')
+    parser.add_argument('dense', help='dense config file that trains for iterations, not epochs')
     parser.add_argument('csg', help='CSG config file')
-    parser.add_argument('--narrow', help='config file of a narrower dense network, to compare with')
+    parser.add_argument('--narrow', help='config file of a narrower dense network, to train too')
     parser.add_argument('--work-dir', required=True, help='folder for checkpoints, picture and logs')
-    parser.add_argument('--seed', type=int, default=0, help='of both trainings (default: 0)')
+    parser.add_argument('--seed', type=int, default=0, help='seed of all trainings (default: 0)')
     options.add_cfg_options(parser, 'override settings of both: key=value ...')
     options.add_out(parser, 'also write the result to this JSON file', required=False)
     options.add_json(parser)

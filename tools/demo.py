@@ -1,4 +1,4 @@
-"""Predict an image with a trained network: draw the classes on it, and print shares or scores."""
+"""Segment or classify an image: draw the classes on it, and print their shares or scores."""
 
 import argparse
 
@@ -15,10 +15,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('image', help='JPEG or PNG file')
     options.add_network_options(parser)
     parser.add_argument('--out', default='demo.png', help='picture to write (default: demo.png)')
-    parser.add_argument('--opacity', type=float, default=0.5, help='of the colours (default: 0.5)')
-    parser.add_argument('--scale', type=int, default=1, help='of the picture, for names to be read (default: 1)')
+    parser.add_argument('--opacity', type=float, default=0.5, help='opacity of the colours, up to 1 (default: 0.5)')
+    parser.add_argument('--scale', type=int, default=1, help='enlarge the picture, to read the names (default: 1)')
     parser.add_argument(
-        '--low-memory', action='store_true', help='generate each weight when its layer computes, and keep none'
+        '--low-memory', action='store_true', help='save memory: generate each weight when its layer computes'
     )
     options.add_overwrite(parser)
     options.add_json(parser, 'print JSON')

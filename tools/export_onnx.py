@@ -1,4 +1,4 @@
-"""Write a trained network as an ONNX file, and compare it with torch on images."""
+"""Export a trained network to ONNX, and compare it with torch on images."""
 
 import argparse
 from contextlib import nullcontext
@@ -17,10 +17,12 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     options.add_network_options(parser)
     options.add_out(parser, 'file to write (.onnx)')
-    parser.add_argument('--images', nargs='+', required=True, metavar='IMAGE', help='to compare with torch on')
+    parser.add_argument('--images', nargs='+', required=True, metavar='IMAGE', help='images to compare the two on')
     parser.add_argument('--labels', action='store_true', help='output classes instead of their scores')
-    parser.add_argument('--dtype', choices=list(DTYPES), default='float32', help='of weights (default: float32)')
-    parser.add_argument('--generated', action='store_true', help='keep codes and generators, and make weights on use')
+    parser.add_argument(
+        '--dtype', choices=list(DTYPES), default='float32', help='precision of the weights (default: float32)'
+    )
+    parser.add_argument('--generated', action='store_true', help='keep codes and generators, for a small file')
     options.add_overwrite(parser)
     options.add_json(parser, 'print JSON')
     return parser.parse_args()

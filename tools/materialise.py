@@ -1,4 +1,4 @@
-"""Turn a CSG checkpoint into a plain one, for the dense config and without csg_seg."""
+"""Turn a CSG checkpoint into a plain one, which the dense config loads without csg_seg."""
 
 import argparse
 from pathlib import Path

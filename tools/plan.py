@@ -1,4 +1,4 @@
-"""Choose CSG settings for a trained dense network that meet a budget, and write their config."""
+"""Choose CSG settings that meet a size budget for a trained dense network, and write their config."""
 
 import argparse
 import sys
@@ -17,10 +17,10 @@ with one_line_errors():
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     options.add_config(parser, 'dense config file')
-    parser.add_argument('--ratio', type=float, help='budget: dense parameters over stored parameters, at least')
-    parser.add_argument('--params', type=int, help='budget: stored parameters, at most')
-    parser.add_argument('--bytes', type=int, help='budget: bytes of the state dict, at most')
-    parser.add_argument('--checkpoint', help='trained dense checkpoint (default: the untrained start values)')
+    parser.add_argument('--ratio', type=float, help='size budget: at least this many dense parameters per stored one')
+    parser.add_argument('--params', type=int, help='size budget: at most this many stored parameters')
+    parser.add_argument('--bytes', type=int, help='size budget: at most this many bytes in the state dict')
+    parser.add_argument('--checkpoint', help='trained dense checkpoint (default: untrained weights)')
     options.add_out(parser, 'config to write (.py)')
     options.add_overwrite(parser)
     options.add_json(parser)

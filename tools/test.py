@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint; the arguments are those of mmsegmentation and mmpretrain's test.py."""
+"""Evaluate a checkpoint, with the arguments of mmsegmentation's and mmpretrain's test.py."""
 
 import argparse
 import json
@@ -28,15 +28,15 @@ def parse_args() -> argparse.Namespace:
     options.add_config(parser)
     options.add_checkpoint(parser)
     parser.add_argument('--work-dir', help='folder for the metrics (default: work_dirs/CONFIG)')
-    parser.add_argument('--out', help='folder to save predictions in, for offline evaluation')
+    parser.add_argument('--out', help='folder to save predictions in, for evaluation elsewhere')
     parser.add_argument('--show', action='store_true', help='show predictions in a window')
-    parser.add_argument('--show-dir', help='folder to save painted images in')
+    parser.add_argument('--show-dir', help='folder to save images in, with the predictions drawn on them')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds to show each window (default: 2)')
     options.add_cfg_options(parser)
     options.add_launcher(parser)
     options.add_json(parser, 'print the scores as JSON, the log to stderr')
-    parser.add_argument('--tta', action='store_true', help='test time augmentation')
-    parser.add_argument('--amp', action='store_true', help='automatic mixed precision, bfloat16 on a CPU')
+    parser.add_argument('--tta', action='store_true', help='use test-time augmentation')
+    parser.add_argument('--amp', action='store_true', help='use automatic mixed precision, in bfloat16 on a CPU')
     args = parser.parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args

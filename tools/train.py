@@ -1,4 +1,4 @@
-"""Train a network; the arguments are those of mmsegmentation's and mmpretrain's train.py."""
+"""Train a network, with the arguments of mmsegmentation's and mmpretrain's train.py."""
 
 import argparse
 import os
@@ -29,7 +29,7 @@ def parse_args() -> argparse.Namespace:
     options.add_config(parser)
     parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/CONFIG)')
     parser.add_argument('--resume', action='store_true', help='resume from the latest checkpoint in the work folder')
-    parser.add_argument('--amp', action='store_true', help='automatic mixed precision, bfloat16 on a CPU')
+    parser.add_argument('--amp', action='store_true', help='use automatic mixed precision, in bfloat16 on a CPU')
     options.add_cfg_options(parser)
     options.add_launcher(parser)
     args = parser.parse_args()

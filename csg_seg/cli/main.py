@@ -15,7 +15,7 @@ from .doctor import examine
 from .failures import one_line_errors
 
 TOOLS = Path(__file__).parents[1] / '.mim' / 'tools'
-DOCTOR = 'Look at the installation: versions, devices, what does not go together. Takes --json.'
+DOCTOR = 'Check the installation: versions, devices and conflicts. Takes --json.'
 TASKS = {
     'Choose settings': ('report', 'plan'),
     'Train and test': ('train', 'test', 'compare'),
@@ -53,7 +53,7 @@ def describe() -> dict[str, dict[str, str]]:
 
 def usage() -> str:
     """Return the list of commands."""
-    lines = ['usage: csg-seg COMMAND ...; COMMAND --help says more']
+    lines = ['usage: csg-seg COMMAND [OPTIONS]', '', 'csg-seg COMMAND --help explains a command.']
     width = max(len(name) for names in TASKS.values() for name in names)
     for task, commands in describe().items():
         lines += ['', f'{task}:', *(f'  {name:{width}}  {text}' for name, text in commands.items())]

@@ -96,6 +96,19 @@ def test_a_generated_student_comes_nearer_to_its_teacher():
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
+def test_another_teacher_takes_the_place_of_the_first():
+    student, first, second = Net(), Net(1), Net(2)
+    alone = Teacher(student, second, **FACTORS)
+    student(images())
+    wanted = alone.loss(images())
+    teacher = Teacher(student, first, **FACTORS)
+    teacher.use(second)
+    student(images())
+    teacher.observe(images())
+    first(images())
+    torch.testing.assert_close(torch.stack(list(teacher.compare().values())).sum(), wanted)
+
+
 def test_the_teacher_is_no_part_of_the_student_or_of_its_copies():
     student = Net()
     teacher = Teacher(student, Net(1), **FACTORS)

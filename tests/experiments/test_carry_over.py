@@ -42,6 +42,7 @@ def dense(tmp_path_factory):
     return config, folder / 'dense.pth'
 
 
+@pytest.mark.full
 def test_the_tool_gathers_the_score_of_each_way(dense, tmp_path):
     out = tmp_path / 'ways.json'
     options = ['--ratios', 3, '--ways', 'features', '--work-dir', tmp_path / 'runs', '--out', out]

@@ -189,6 +189,7 @@ def test_a_picture_shows_what_was_measured(measured, tmp_path):
         draw_speed(networks, load, tmp_path / 'speed.nothing', title='ResNet-20')
 
 
+@pytest.mark.full
 def test_networks_of_all_sizes_are_taken_through_all_phases(tmp_path, capsys):
     out, picture = tmp_path / 'scale.json', tmp_path / 'scale.png'
     done = run_experiment('scale', DENSE, '--out', out, '--picture', picture, '--json')

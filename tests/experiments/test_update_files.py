@@ -40,6 +40,7 @@ def family(tmp_path, drawn):
     return table
 
 
+@pytest.mark.full
 def test_updates_are_smaller_than_their_base_and_tested_as_what_they_are(family, tmp_path):
     base, variants = trained_family(family, 'base-s0', data=tmp_path, work_dir=tmp_path / 'work')
     folder = tmp_path / 'files'

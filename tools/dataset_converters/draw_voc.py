@@ -1,4 +1,4 @@
-"""Draw a small data set in Pascal VOC 2012's layout, to try the package without a download."""
+"""Draw a small data set in the layout of Pascal VOC 2012, to try the package without a download."""
 
 import argparse
 import inspect

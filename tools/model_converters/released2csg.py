@@ -16,11 +16,9 @@ LIKE = Path(__file__).parents[2] / 'configs' / 'cifar10' / 'resnet20_b192-200e_c
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('file', help='released checkpoint (.t7, .th); network and settings are read from its tensors')
+    parser.add_argument('file', help='released checkpoint (.t7, .th); its tensors show network and settings')
     options.add_out(parser, 'checkpoint to write (.pth); the config is written next to it (.py)')
-    parser.add_argument(
-        '--like', default=LIKE, help='config whose data and schedule to take (default: CIFAR-10 in full)'
-    )
+    parser.add_argument('--like', default=LIKE, help='config to take data and schedule from (default: full CIFAR-10)')
     options.add_overwrite(parser, 'replace files that exist')
     options.add_json(parser, 'print JSON instead of lines')
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""Give the tensors of somebody else's checkpoint the names of a config's network, in order."""
+"""Rename the tensors of somebody else's checkpoint, in order, to those of a config's network."""
 
 import argparse
 from pathlib import Path
@@ -18,7 +18,7 @@ with one_line_errors():
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     options.add_config(parser, 'dense config file of the same network')
-    parser.add_argument('checkpoint', help='checkpoint that other code wrote (.pth)')
+    parser.add_argument('checkpoint', help='checkpoint of other code (.pth)')
     options.add_out(parser, 'checkpoint to write (.pth)')
     parser.add_argument('--entry', help='entry of the file that holds the tensors (default: the only one)')
     options.add_cfg_options(parser)
