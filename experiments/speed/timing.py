@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.model import BaseModel
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -122,7 +123,7 @@ class Trainee:
         generates_once: whether weights are generated once for the batches of a step.
     """
 
-    def __init__(self, model: nn.Module, cfg: Config, load: Load, *, generates_once: bool = False):
+    def __init__(self, model: BaseModel, cfg: Config, load: Load, *, generates_once: bool = False):
         self.load, self.generates_once = load, generates_once
         layout = torch.channels_last if load.channels_last else torch.contiguous_format
         self.model = model.to(load.device).to(memory_format=layout)  # type: ignore[call-overload]
