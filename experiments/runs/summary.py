@@ -6,23 +6,28 @@ from experiments.markdown import link, markdown, read
 
 from .rows import score_text
 from .rows import summarise as summarise_cells
+from .table import ROOT, read_table
 
 QUESTION = 'What do several configs score with several seeds?'
 VERDICT = 'as good as dense within the noise'
+CAMVID = (
+    'runs/tables/camvid.yml',
+    'runs/tables/camvid_small.yml',
+    'rivals/tables/camvid_layers.yml',
+    'rivals/tables/camvid_generators.yml',
+)
 
 
-def runs(dataset: str, network: str, size: str, *, costs: str = '') -> str:
-    """Scores of each cell of one network in ``results/DATASET.json``.
+def runs(*tables: str, costs: str = '') -> str:
+    """Scores of the trained networks of some tables.
 
     Args:
-        dataset: name of the file.
-        network: whose cells are listed.
-        size: of the images.
+        tables: their files, relative to ``experiments``; all of one data set, network and image size.
         costs: name of a file of ``experiments.peers``, which adds operations and the time of a training step.
     """
-    cells = [
-        each for each in summarise_cells(read(dataset)['rows']) if each['network'] == network and each['size'] == size
-    ]
+    read_tables = [read_table(ROOT / 'experiments' / path) for path in tables]
+    names = {cell.name for table in read_tables for cell in table.cells}
+    cells = [each for each in summarise_cells(read(read_tables[0].dataset)['rows']) if each['cell'] in names]
     metric = cells[0]['metric']
     splits = [split for split in ('val', 'test') if any(each[split] for each in cells)]
     measured = read(costs)['networks'] if costs else {}
@@ -81,8 +86,8 @@ def result() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    'camvid': lambda: runs('camvid', 'deeplabv3_r18-d16', '180x240', costs='peers-deeplabv3-r18'),
+    'camvid': lambda: runs(*CAMVID, costs='peers-deeplabv3-r18'),
     'headline': headline,
     'cifar10': cifar10,
-    'precision-scores': lambda: runs('cifar10-subset', 'resnet20', '32x32'),
+    'precision-scores': lambda: runs('runs/tables/cifar10_subset.yml'),
 }

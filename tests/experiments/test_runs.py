@@ -181,11 +181,12 @@ def test_the_table_and_the_picture_show_every_cell_of_a_network(tmp_path, monkey
             row = dict(cell=cell, network='n', method=method, size='8x8', metric='mIoU', epochs=2, dense_params=100)
             row |= {'int8': {'bytes': 120_000, 'test': 39.0}} if cell == 'csg-10x' else {}
             rows.append(row | dict(stored_params=stored, seed=seed, val=50.0 + seed, test=40.0, seconds=60))
+    table = table_file(tmp_path, [DENSE_CELL, *({**DENSE_CELL, 'name': name} for name in ('csg-10x', 'narrow-10x'))])
     rows.append(rows[-1] | {'cell': 'other', 'network': 'm'})
     monkeypatch.setattr(markdown, 'RESULT_FILES', tmp_path)
     (tmp_path / 'drawn.json').write_text(json.dumps({'rows': rows}))
     (tmp_path / 'peers.json').write_text(json.dumps({'networks': {'dense': {'flops': 2.5e9, 'step_ratio': 1.0}}}))
-    lines = summary.runs('drawn', 'n', '8x8', costs='peers').splitlines()
+    lines = summary.runs(str(table), costs='peers').splitlines()
     assert lines[2:] == [
         '| dense | 100 | 1.0x | 2 | 2 | 50.50 +- 0.71 | 40.00 +- 0.00 |  |  | 2.50 | 1.00x |',
         '| csg-10x | 10 | 10.0x | 2 | 2 | 50.50 +- 0.71 | 40.00 +- 0.00 | 0.12 | 39.00 +- 0.00 |  |  |',
