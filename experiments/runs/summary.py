@@ -1,6 +1,7 @@
 """For the documents: scores of trained cells."""
 
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 
 from experiments.markdown import link, markdown, read
 
@@ -18,15 +19,16 @@ CAMVID = (
 )
 
 
-def runs(*tables: str, costs: str = '') -> str:
+def runs(*tables: str, only: str = '*', costs: str = '') -> str:
     """Scores of the trained networks of some tables.
 
     Args:
         tables: their files, relative to ``experiments``; all of one data set, network and image size.
+        only: pattern of the names of cells to list.
         costs: name of a file of ``experiments.peers``, which adds operations and the time of a training step.
     """
     read_tables = [read_table(ROOT / 'experiments' / path) for path in tables]
-    names = {cell.name for table in read_tables for cell in table.cells}
+    names = {cell.name for table in read_tables for cell in table.cells if fnmatchcase(cell.name, only)}
     cells = [each for each in summarise_cells(read(read_tables[0].dataset)['rows']) if each['cell'] in names]
     metric = cells[0]['metric']
     splits = [split for split in ('val', 'test') if any(each[split] for each in cells)]
@@ -87,6 +89,7 @@ def result() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     'camvid': lambda: runs(*CAMVID, costs='peers-deeplabv3-r18'),
+    'camvid-auto': lambda: runs('runs/tables/camvid_auto.yml', only='csg*'),
     'headline': headline,
     'cifar10': cifar10,
     'precision-scores': lambda: runs('runs/tables/cifar10_subset.yml'),
