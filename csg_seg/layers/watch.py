@@ -2,7 +2,8 @@
 
 A generated weight depends on its layer's code and on the generator. A layer that is frozen or has its own learning rate
 still changes if its generator trains with other layers; a generator that is in no optimizer does not change at all.
-Both are easy to miss, because parameter groups are made by layer and a generator belongs to many layers.
+Both are easy to miss, because parameter groups are made by layer and a generator belongs to many layers. An optimizer
+that was made before retrofit holds the dense weights, and trains neither codes nor generators.
 """
 
 import gc
@@ -10,7 +11,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 from torch import nn
 from torch.optim import Optimizer
@@ -40,6 +41,10 @@ class Rate(NamedTuple):
 NOT_HELD, FROZEN = Rate(0.0, 0.0, 'left out'), Rate(0.0, 0.0, 'frozen')
 # Why a generator does not change.
 NO_OPTIMIZER, NO_RATE = 'no optimizer holds it', 'its learning rate is 0'
+MADE_TOO_EARLY = (
+    'the optimizer was made before retrofit: it holds weights that the network no longer has, and generated layers do '
+    'not train. Make the optimizer after retrofit.'
+)
 MOST_NAMES = 6
 Found = dict[str, list[str]]
 
@@ -51,6 +56,7 @@ class Watch:
         self.layers: WeakKeyDictionary[CSGConv, str] = WeakKeyDictionary()
         self.done: WeakSet[CSGConv] = WeakSet()
         self.roots: WeakSet[nn.Module] = WeakSet()
+        self.replaced: list[ref[nn.Parameter]] = []
         self.steps_left = 0
         self.hooks: list[Any] = []
         self.is_over = False
@@ -69,12 +75,17 @@ class Watch:
                 register_optimizer_step_post_hook(self.look),
             ]
 
+    def note_replaced(self, weights: Iterable[nn.Parameter]) -> None:
+        """Remember dense weights that a network no longer has, in case an optimizer still holds them."""
+        self.replaced += map(ref, weights)
+
     def _new(self, layers: Mapping[str, CSGConv]) -> dict[CSGConv, str]:
         return {conv: name for name, conv in layers.items() if conv not in self.done}
 
     def _forget(self) -> None:
         self.layers.clear()
         self.roots.clear()
+        self.replaced.clear()
 
     def refresh(self, *_: Any) -> None:
         """Look up the layers of all roots before a step changes generators: copied layers may be new."""
@@ -91,6 +102,10 @@ class Watch:
         """Examine, after a step, the generators that had a gradient."""
         if self.is_over:
             return
+        replaced = {id(weight) for each in self.replaced if (weight := each()) is not None}
+        if replaced & _rates([optimizer]).keys():
+            self.replaced.clear()
+            warnings.warn(MADE_TOO_EARLY, CSGWarning, stacklevel=3)
         by_generator: dict[Generator, dict[str, CSGConv]] = defaultdict(dict)
         for conv, name in [*self.layers.items()]:
             if isinstance(conv, CSGConv):

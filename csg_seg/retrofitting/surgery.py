@@ -59,7 +59,8 @@ def retrofit(model: nn.Module, csg: CSG) -> nn.Module:
 def materialise(model: nn.Module) -> nn.Module:
     """Turn all generated layers back into plain convs, in place.
 
-    The outputs stay the same, and the state dict has the keys of the dense network again.
+    The outputs stay the same, and the state dict has the keys of the dense network again. To train on, make a new
+    optimizer.
 
     Returns:
         The same model.
@@ -113,6 +114,7 @@ def swap_layers(
     # A generator and its codes share one stream of random numbers: two streams with the same seed would be equal.
     rngs = [torch.Generator().manual_seed(each.seed) for each in settings]
     generators = [build_generator(each, rng) for each, rng in zip(settings, rngs, strict=True)]
+    WATCH.note_replaced(conv.weight for conv in convs.values())
     for name, position in taken.items():
         swap_in(convs[name], generators[position], rngs[position])
     # Last, so that the codes are the same with and without residuals.

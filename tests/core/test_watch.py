@@ -93,6 +93,24 @@ def test_a_generator_that_never_changes_is_warned_of_once(recipe, kind):
     assert 'Add model.csg.parameters()' in told
 
 
+def test_an_optimizer_made_before_retrofit_is_warned_of_once():
+    net = Net()
+    early = torch.optim.SGD(net.parameters(), lr=0.01)
+    retrofit(net, CSG)
+    (text,) = train(net, early)
+    assert 'made before retrofit' in text and 'Make the optimizer after retrofit' in text
+    assert train(net, torch.optim.SGD(net.parameters(), lr=0.01)) == []
+
+
+def test_an_early_optimizer_of_other_parameters_is_silent():
+    net = Net()
+    early = torch.optim.SGD(net.head[1].parameters(), lr=0.01)
+    retrofit(net, CSG)
+    other = Net()
+    assert train(net, early) == []
+    assert train(other, torch.optim.SGD(other.parameters(), lr=0.01)) == []
+
+
 def test_the_first_step_warns():
     net = build()
     assert len(train(net, *by_part(net), steps=1)) == 1
