@@ -167,7 +167,8 @@ class Teacher:
         for who in ('student', 'teacher'):
             if (who, name) not in self._outputs:
                 called = f'layer {name!r} is not called as a module in the {who}; name one inside it'
-                raise CSGError(f'teacher: {called if name else f"the {who} was not called with gradients"}')
+                not_called = f'the {who} was not called with gradients since; call it on the same inputs before loss()'
+                raise CSGError(f'teacher: {called if name else not_called}')
         mine, wanted = (read(self._outputs[who, name]) for who in ('student', 'teacher'))
         pairs = list(zip_longest(_as_list(mine), _as_list(wanted)))
         if not all(isinstance(each, Tensor) for pair in pairs for each in pair):
@@ -179,7 +180,7 @@ class Teacher:
             if one.shape != other.shape:
                 raise CSGError(
                     f'teacher: the output of {name or "the network"} is {tuple(other.shape)} in the teacher and '
-                    f'{tuple(one.shape)} in the student; compare other layers, or set features=0'
+                    f'{tuple(one.shape)} in the student; give both the same inputs, or compare other layers'
                 )
         return mine, wanted
 

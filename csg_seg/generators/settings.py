@@ -131,7 +131,7 @@ def _check_keys(where: str, csg: Mapping[str, Any]) -> None:
     known = list(dict.fromkeys([*_own_keys(), *(key for kind in KINDS.values() for key in kind.OPTIONS)]))
     for key in csg:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
+            close = difflib.get_close_matches(str(key), [*known, 'ratio'], n=1, cutoff=0.5)
             hint = f'did you mean {close[0]!r}?' if close else f'known keys: {", ".join(known)}'
             raise CSGError(f'{where}: unknown key {key!r}; {hint}')
     for key in ('slice_shape', 'code_dim'):

@@ -1,7 +1,7 @@
 """Settings by themselves: which generators give a network a compression ratio."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -64,7 +64,10 @@ def suggest(model: nn.Module, ratio: float | None = None, **others: Any) -> list
         raise CSGError(f'csg: ratio must be a number above 1; got {ratio!r}')
     for key in others:
         if key not in OTHERS:
-            raise CSGError(f"csg: {key!r} does not go with 'ratio', only {', '.join(OTHERS)}; give slice_shape too")
+            raise CSGError(
+                f"csg: {key!r} does not go with 'ratio', only {', '.join(OTHERS)} do; leave out one of them, or give "
+                'slice_shape and code_dim instead of ratio'
+            )
     seed = others.pop('seed', None)
     if seed is not None and not (isinstance(seed, int) and seed >= 0):
         raise CSGError(f'csg: seed must be an integer from 0; got {seed!r}')
@@ -84,10 +87,11 @@ def suggest(model: nn.Module, ratio: float | None = None, **others: Any) -> list
             seeds = range(len(found)) if seed is None else range(seed * len(found), (seed + 1) * len(found))
             return [{**each, 'seed': own} for each, own in zip(found, seeds, strict=True)]
     share = sum(each.weights for each in groups) / total
+    left = _left_dense(model, others)
     raise CSGError(
-        f'csg: a ratio of {ratio:g} is out of reach: with codes of {SHORTEST} values this network becomes '
-        f'{math.floor(10 * total / smallest) / 10} times smaller; {share:.0%} of its parameters are in convs that can '
-        'be generated'
+        f'csg: a ratio of {ratio:g} is out of reach; give at most {math.floor(10 * total / smallest) / 10}, which has '
+        f'codes of {SHORTEST} values, or give slice_shape and code_dim. {share:.0%} of the parameters are in convs '
+        f'that can be generated{f"; other convs: {left}" if left else ""}'
     )
 
 
@@ -135,10 +139,22 @@ def _groups(model: nn.Module, others: Mapping[str, Any]) -> list[Group]:
         else:
             small[kernel].append(name)
     if not weights:
-        why = next((f'; {name}: {reason}' for name, reason in not_generable(model).items()), '')
-        raise CSGError(f'csg: the network has no conv that can be generated, or none that is included{why}')
+        raise CSGError(f'csg: there is no conv to generate: {_left_dense(model, others) or "the network has none"}')
     ordered = sorted(weights, key=lambda kernel: -weights[kernel])
     return [Group(kernel, weights[kernel], [*(exclude or ()), *small[kernel]]) for kernel in ordered]
+
+
+def _left_dense(model: nn.Module, others: Mapping[str, Any]) -> str:
+    """Return how many convs cannot be generated or are not to be, by reason; '' for none."""
+    include, exclude = (read_patterns('csg', key, others.get(key)) for key in ('include', 'exclude'))
+    reasons = [reason.cause.value for reason in not_generable(model).values()]
+    for name in generable(model):
+        if any(matches(name, pattern) for pattern in exclude or ()):
+            reasons.append('excluded')
+        elif include is not None and not any(matches(name, pattern) for pattern in include):
+            reasons.append('not included')
+    counted = [f'{count} {reason}' for reason, count in Counter(reasons).most_common()]
+    return ', '.join(counted)
 
 
 def _settings(groups: Sequence[Group], ratio: float, others: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -130,8 +130,8 @@ def check_root(model: nn.Module) -> None:
         CSGError: it is not a plain module, has lazy parameters, or is wrapped, compiled or already retrofitted.
     """
     if not isinstance(model, nn.Module) or isinstance(model, (torch.jit.ScriptModule, GraphModule)):
-        kind = 'class' if isinstance(model, type) else type(model).__name__
-        raise CSGError(f'a {kind} cannot be retrofitted; give the nn.Module that it was made from')
+        kind = 'a class' if isinstance(model, type) else f'an object of type {type(model).__name__}'
+        raise CSGError(f'{kind} cannot be retrofitted; give a network, an nn.Module that is not scripted or traced')
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise CSGError(f'{name} has no shape before the first batch; run one batch through the model first')
@@ -140,7 +140,7 @@ def check_root(model: nn.Module) -> None:
     if hasattr(model, '_orig_mod'):
         raise CSGError('the model is already compiled; give the network inside, model._orig_mod, and compile it again')
     if find_bank(model) is not None or any(generated_convs(model)):
-        raise CSGError('the model is already retrofitted; materialise it before another retrofit')
+        raise CSGError('the model is already retrofitted; materialise it first')
     if hasattr(model, BANK):
         raise CSGError(f'the model has an attribute named {BANK!r}, which the generators need; rename that attribute')
     check_rootable(model)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from csg_seg.errors import CSGError, abridge
 from csg_seg.generators.linear import Generator
 from csg_seg.generators.settings import read_patterns
-from csg_seg.layers.bank import BANK, GeneratorBank, find_bank, same_generators
+from csg_seg.layers.bank import BANK, GeneratorBank, find_bank, find_roots, same_generators
 from csg_seg.layers.conv import generated_convs
 
 
@@ -40,7 +40,9 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
         f'{name} is {given[name]}, not {shape}' for name, shape in wanted.items() if given.get(name, shape) != shape
     ]
     if wrong:
-        raise CSGError(f'the weights are not those of the dense network: {abridge(wrong)}')
+        has_codes = any(name.startswith(f'{BANK}.') for name in given)
+        said = 'these have codes; load them with load_state_dict' if has_codes else abridge(wrong)
+        raise CSGError(f'the weights are not those of the dense network: {said}')
     model.load_state_dict(weights)
     return bank.loading.errors
 
@@ -139,6 +141,9 @@ def _check(caller: str, model: nn.Module, weights: Any) -> GeneratorBank:
     """Refuse a dense model, and weights that are not a state dict, such as a whole checkpoint or its path."""
     bank = find_bank(model)
     if bank is None:
+        inside = next((prefix for prefix, _, _ in find_roots(model)), None) if isinstance(model, nn.Module) else None
+        if inside is not None:
+            raise CSGError(f'{caller}: the retrofitted network is inside this one; give model.{inside[:-1]}')
         raise CSGError(f'{caller}: the model is not retrofitted; call csg_seg.retrofit on it first')
     if not isinstance(weights, Mapping) or not all(isinstance(each, Tensor) for each in weights.values()):
         wanted = (

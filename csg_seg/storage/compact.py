@@ -63,7 +63,7 @@ def save_compact(
     if source is not None:
         built = build(source)
         try:
-            check_shapes(shapes_of(built.state_dict()), dense_shapes(model))
+            check_shapes(shapes_of(built.state_dict()), dense_shapes(model), 'correct name or arguments in source')
         except CSGError as error:
             raise CSGError(f'the source builds another network: its state dict {error}') from None
     elif base is not None and find_bank(model) is not None:

@@ -9,6 +9,7 @@ metadata. A file may come from anywhere: its claims are checked before memory is
 import json
 import math
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,8 @@ def _read_file(path: str | os.PathLike) -> Content:
             # Copied: the file may be written to while the tensors are in use.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        raise CSGError(f'{path}: damaged, or not a compact checkpoint ({error}); copy it again') from None
+        remedy = 'load it with torch.load' if zipfile.is_zipfile(path) else 'copy it again'
+        raise CSGError(f'{path}: damaged, or not a compact checkpoint ({error}); {remedy}') from None
     if header.get('format') != FORMAT:
         raise CSGError(f'{path}: not written by csg_seg.save_compact; load it as an ordinary safetensors file')
     if header.get('version') not in READABLE:

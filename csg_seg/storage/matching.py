@@ -21,6 +21,7 @@ from csg_seg.retrofitting.surgery import check_root
 from .format import Compact, Layers, Shape, is_counter, is_setting
 
 T = TypeVar('T')
+OTHER_NETWORK = 'load it into the network it was made from, or name layers that may start anew in reset'
 
 
 def generated_layers(model: nn.Module) -> Layers:
@@ -52,20 +53,15 @@ def check_fits(model: nn.Module, compact: Compact, reset: Sequence[str]) -> Laye
     return layers
 
 
-def check_shapes(stored: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> None:
+def check_shapes(stored: Mapping[str, Shape], wanted: Mapping[str, Shape], remedy: str = OTHER_NETWORK) -> None:
     """Refuse state-dict entries that are missing, unexpected or of another shape."""
     unexpected, missing = stored.keys() - wanted.keys(), wanted.keys() - stored.keys()
     for problem, names in (('lacks', missing), ('has the unexpected entry', unexpected)):
         if names:
-            raise CSGError(
-                f'{problem} {min(names)} ({len(names)} such entries); load it into the network it was made from'
-            )
+            raise CSGError(f'{problem} {min(names)} ({len(names)} such entries); {remedy}')
     for name, shape in wanted.items():
         if stored[name] != shape and not is_setting(name):
-            raise CSGError(
-                f'{name} is {stored[name]} in the file and {shape} in the model; '
-                'load it into the network it was made from'
-            )
+            raise CSGError(f'{name} is {stored[name]} in the file and {shape} in the model; {remedy}')
 
 
 def load_values(model: nn.Module, compact: Compact, reset: Sequence[str]) -> None:
@@ -112,10 +108,8 @@ def _layers_to_generate(model: nn.Module, compact: Compact, reset: Sequence[str]
     for name, (position, shape) in compact.layers.items():
         own = tuple(convs[name].weight.shape) if name in convs else None
         if own != shape and not _matches_any(name, reset):
-            raise CSGError(
-                f'{name} is a conv of weight {shape} in the file and not in the model; '
-                'load it into the network it was made from, or name the layer in reset'
-            )
+            here = 'not in the model' if own is None else f'{own} in the model'
+            raise CSGError(f'{name} is a conv of weight {shape} in the file and {here}; {OTHER_NETWORK}')
         if own is not None and own[2:] == compact.settings[position].kernel:
             layers[name] = (position, own)
     return layers

@@ -98,10 +98,10 @@ def test_other_keys_go_to_every_generator():
         ({'ratio': 5, 'code_dim': 3}, "'code_dim' does not go with 'ratio'"),
         (
             {'ratio': 10**6},
-            'out of reach: with codes of 8 values this network becomes .* of its parameters are in convs',
+            'out of reach; give at most 3.6, .* in convs that can be generated; other convs: 1 the',
         ),
         ({'ratio': 2, 'seed': 'x'}, "seed must be an integer from 0; got 'x'"),
-        ({'ratio': 2, 'include': 'nope'}, 'or none that is included'),
+        ({'ratio': 2, 'include': 'nope'}, 'no conv to generate: 2 not included, 1 the network'),
         ([{'ratio': 2}], 'stand alone, not in a list'),
         (['auto'], 'stand alone, not in a list'),
         ('automatic', "csg must be a dict with slice_shape and code_dim.*or 'auto'; got 'automatic'"),
@@ -123,7 +123,7 @@ def test_include_and_exclude_choose_kernels():
 
 
 def test_networks_with_nothing_to_compress_are_refused():
-    with pytest.raises(CSGError, match='no conv that can be generated'):
+    with pytest.raises(CSGError, match='no conv to generate: the network has none'):
         retrofit(nn.Sequential(nn.Linear(8, 8)), 'auto')
     for layers in ([nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3, groups=64)], [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)]):
         with pytest.raises(CSGError, match='no conv that can be generated|would make this network larger'):

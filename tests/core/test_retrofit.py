@@ -317,7 +317,7 @@ def test_a_frozen_model_is_refused():
 
 @pytest.mark.parametrize('wrap', [lambda net: net, lambda net: nn.ModuleDict({'net': net})])
 def test_a_retrofitted_model_is_refused(wrap):
-    assert_refused(wrap(retrofit(Net(), CSG)), CSG, 'already retrofitted; materialise it before another retrofit')
+    assert_refused(wrap(retrofit(Net(), CSG)), CSG, 'already retrofitted; materialise it first')
 
 
 def test_a_wrapped_model_is_refused():
