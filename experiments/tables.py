@@ -22,7 +22,12 @@ MARKED = re.compile(r'(<!-- table: (\S+) -->\n).*?(<!-- end -->)', re.DOTALL)
 
 def documents() -> dict[Path, str]:
     """Return the documents that may have tables."""
-    paths = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')), *sorted((ROOT / 'experiments').rglob('*.md'))]
+    paths = [
+        ROOT / 'README.md',
+        ROOT / 'models' / 'README.md',
+        *sorted((ROOT / 'docs').glob('*.md')),
+        *sorted((ROOT / 'experiments').rglob('*.md')),
+    ]
     return {path: path.read_text() for path in paths}
 
 

@@ -11,9 +11,12 @@ from .table import ROOT, read_table
 
 QUESTION = 'What do several configs score with several seeds?'
 VERDICT = 'as good as dense within the noise'
+# The trained networks that the repository holds, and the cells that trained them.
+MODELS = {'csg-s16-d48_deeplabv3_r18-d16_camvid-180x240': 'csg-trained-20x-40e'}
 CAMVID = (
     'runs/tables/camvid.yml',
     'runs/tables/camvid_small.yml',
+    'runs/tables/camvid_trained.yml',
     'rivals/tables/camvid_layers.yml',
     'rivals/tables/camvid_generators.yml',
 )
@@ -68,6 +71,20 @@ def headline() -> str:
     return markdown(columns, rows)
 
 
+def models() -> str:
+    """Bytes and scores of the networks in ``models``, beside the dense network that they are compared with."""
+    cells = {each['cell']: each for each in read('camvid')['rows'] if each['seed'] == 0}
+    dense = cells['dense']
+    rows: list[Sequence[object]] = [
+        ('dense, not included', f'{dense["stored_params"]:,}', '', dense['val'], dense['test'])
+    ]
+    for name, cell in MODELS.items():
+        row, size = cells[cell], (ROOT / 'models' / f'{name}.safetensors').stat().st_size
+        scores = [row['int8'][split] for split in ('val', 'test')]
+        rows.append((f'`{name}`', f'{row["stored_params"]:,}', f'{size:,}', *scores))
+    return markdown(('network', 'parameters stored', 'bytes', 'val mIoU', 'test mIoU'), rows)
+
+
 def cifar10() -> str:
     """Accuracy of ResNet-20 on a part of CIFAR-10."""
     rows: list[Sequence[object]] = []
@@ -91,6 +108,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'camvid': lambda: runs(*CAMVID, costs='peers-deeplabv3-r18'),
     'camvid-auto': lambda: runs('runs/tables/camvid_auto.yml', only='csg*'),
     'headline': headline,
+    'models': models,
     'cifar10': cifar10,
     'precision-scores': lambda: runs('runs/tables/cifar10_subset.yml'),
 }
