@@ -24,6 +24,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--seed', type=int, default=0, help='seed of all trainings (default: 0)')
     options.add_cfg_options(parser, 'override settings of both: key=value ...')
     options.add_out(parser, 'also write the result to this JSON file', required=False)
+    options.add_overwrite(parser)
     options.add_json(parser)
     return parser.parse_args()
 
@@ -48,7 +49,7 @@ def main() -> None:
     args = parse_args()
     with one_line_errors():
         if args.out:
-            options.check_out(args.out, overwrite=True, inputs=[args.dense, args.csg, args.narrow])
+            options.check_out(args.out, overwrite=args.overwrite, inputs=[args.dense, args.csg, args.narrow])
         settings = {'randomness.seed': args.seed, **(args.cfg_options or {})}
         given = [path for path in (args.dense, args.csg, args.narrow) if path]
         configs = [read_config(path, settings) for path in given]

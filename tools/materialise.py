@@ -33,7 +33,7 @@ def main() -> None:
     args = parse_args()
     out = Path(args.out)
     with one_line_errors():
-        options.check_out(out, overwrite=args.overwrite, inputs=[args.config, args.checkpoint])
+        options.check_out(out, overwrite=args.overwrite, endings=['.pth'], inputs=[args.config, args.checkpoint])
         model = build_model(read_config(args.config, args.cfg_options))
         checkpoint = read_checkpoint(args.checkpoint)
         load_weights(model, checkpoint['state_dict'])

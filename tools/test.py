@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint, with the arguments of mmsegmentation's and mmpretrain's test.py."""
+"""Evaluate a checkpoint, with the arguments of mmsegmentation's test.py."""
 
 import argparse
 import json

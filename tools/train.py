@@ -1,4 +1,4 @@
-"""Train a network, with the arguments of mmsegmentation's and mmpretrain's train.py."""
+"""Train a network, with the arguments of mmsegmentation's train.py."""
 
 import argparse
 import os

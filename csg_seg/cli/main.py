@@ -68,6 +68,9 @@ def main() -> None:
     elif command == '--version':
         print(__version__)
     elif command == 'doctor':
+        if rest in (['-h'], ['--help']):
+            print(f'usage: csg-seg doctor [--json]\n\n{DOCTOR}')
+            return
         unknown = [each for each in rest if each != '--json']
         if unknown:
             sys.exit(f'error: doctor does not know {unknown[0]}; it takes --json alone')

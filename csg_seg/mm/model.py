@@ -63,7 +63,7 @@ def CSGModel(
         CSGError: a setting is wrong or fits no layer.
     """
     if csg is None or base_type is None:
-        raise CSGError('CSGModel needs csg=dict(...) and base_type={{_base_.model.type}}; see README.md')
+        raise CSGError('CSGModel needs csg, such as csg=dict(ratio=4), and base_type={{_base_.model.type}}')
     if base_type == 'CSGModel':
         raise CSGError('CSGModel: the base config is already a CSG config; override only model.csg')
     if teacher is not None and not isinstance(teacher, Mapping):

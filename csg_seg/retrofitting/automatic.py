@@ -12,7 +12,7 @@ from csg_seg.generators.settings import Settings, matches, read_patterns
 from csg_seg.generators.slices import grid
 from csg_seg.layers.conv import find_convs
 
-from .selection import choose_layers, generable, not_generable
+from .selection import check_patterns, choose_layers, generable, not_generable
 
 # What 'auto' asks for, where the network allows it.
 RATIO = 4.0
@@ -127,6 +127,8 @@ def _groups(model: nn.Module, others: Mapping[str, Any]) -> list[Group]:
     """
     total = sum(conv.weight.numel() for conv in find_convs(model).values())
     include, exclude = (read_patterns('csg', key, others.get(key)) for key in ('include', 'exclude'))
+    for key, patterns in (('include', include), ('exclude', exclude)):
+        check_patterns('csg', key, patterns or (), [*find_convs(model)])
     weights: dict[tuple[int, ...], int] = defaultdict(int)
     small = defaultdict(list)
     for name, conv in generable(model).items():

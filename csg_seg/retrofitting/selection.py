@@ -155,16 +155,25 @@ def _not_torch(model: nn.Module) -> dict[str, Reason]:
 def _check_patterns(position: int, settings: Settings, names: Sequence[str], obstacles: Mapping[str, Reason]) -> None:
     """Refuse patterns that match no conv, and full names of convs that cannot be generated."""
     for key in ('include', 'exclude'):
-        for pattern in getattr(settings, key) or ():
-            if names and not any(matches(name, pattern) for name in names):
-                raise CSGError(
-                    f'csg[{position}]: {key} pattern {pattern!r} names no conv of the model; '
-                    f'names look like {names[-1]!r}'
-                )
-            if key == 'include' and pattern in obstacles:
-                raise CSGError(
-                    f'csg[{position}]: {pattern} cannot be generated: {obstacles[pattern]}; remove it from include'
-                )
+        check_patterns(f'csg[{position}]', key, getattr(settings, key) or (), names)
+    for pattern in settings.include or ():
+        if pattern in obstacles:
+            raise CSGError(
+                f'csg[{position}]: {pattern} cannot be generated: {obstacles[pattern]}; remove it from include'
+            )
+
+
+def check_patterns(where: str, key: str, patterns: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse patterns that match none of a model's convs, if it has any.
+
+    Raises:
+        CSGError: names the pattern.
+    """
+    for pattern in patterns:
+        if names and not any(matches(name, pattern) for name in names):
+            raise CSGError(
+                f'{where}: {key} pattern {pattern!r} names no conv of the model; names look like {names[-1]!r}'
+            )
 
 
 def _why_nothing(

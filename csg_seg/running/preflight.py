@@ -30,7 +30,7 @@ def check_data(cfg: Config, split: str) -> None:
         CSGError: a folder, a list, an image or a mask is missing, or a label is not a class of the network.
     """
     init_default_scope(cfg.get('default_scope', 'mmseg'))
-    remedy = f"see 'Prepare the data' in README.md, or set its data_root in {split}_dataloader"
+    remedy = f'see docs/data.md, or set its data_root in {split}_dataloader'
     loader = cfg.get(f'{split}_dataloader')
     for dataset in data_sets(loader.dataset if loader else None):
         if dataset.get('backend_args') or '://' in str(dataset.get('data_root')):

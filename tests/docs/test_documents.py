@@ -197,13 +197,14 @@ def test_the_command_checks_all_tables():
 def test_figures_in_the_text_are_the_results():
     names = ('speed-deeplabv3-r18', 'precision-deeplabv3-r18-180x240', 'precision-deeplabv3-r18-360x480')
     ratios = [read(name)['summary']['csg']['step_ratio'] for name in names]
+    ratios.append(read('peers-deeplabv3-r18')['networks']['csg-10x']['step_ratio'])
     assert f'{min(ratios):.2f} to {max(ratios):.2f} times a dense one' in README
 
 
 def test_int8_changes_scores_as_little_as_the_readme_says():
     rows = [row for row in read_rows_of_trainings(ROOT / 'results' / 'camvid.json') if 'int8' in row]
     changes = [abs(row['int8'][split] - row[split]) for row in rows for split in ('val', 'test')]
-    assert len(changes) >= 10 and max(changes) < 0.15 and 'less than 0.15' in README
+    assert len(changes) >= 10 and max(changes) < 0.2 and 'less than 0.2' in README
 
 
 def test_steps_are_as_near_to_their_floors_as_the_page_says():

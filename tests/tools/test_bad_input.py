@@ -155,7 +155,7 @@ def test_materialise_does_not_overwrite_unasked(drawn, files, tmp_path):
 
 def test_missing_data(refused, tmp_path):
     message = refused('train.py', CSG, *small(tmp_path / 'nowhere'))
-    assert 'nowhere does not exist' in message and "'Prepare the data'" in message
+    assert 'nowhere does not exist' in message and 'see docs/data.md' in message
 
 
 @pytest.mark.parametrize(

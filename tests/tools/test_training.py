@@ -30,7 +30,7 @@ def options(data: str, root: Path) -> dict:
         **SMALL_MODEL,
         'randomness.seed': 0,
         'train_cfg.max_iters': ITERS,
-        'train_cfg.val_interval': ITERS,
+        'train_cfg.val_interval': ITERS // 3,
         'param_scheduler.0.end': ITERS,
         'default_hooks.checkpoint.interval': ITERS // 3,
         'default_hooks.logger.interval': 1,

@@ -18,9 +18,11 @@ class ExactResumeHook(Hook):
 
     mmengine restores the order of the data; this hook restores the random numbers.
     In iteration-based runs, checkpoints contain torch's random state, which dropout
-    uses. For augmentation, a resumed run loads all batches again that it was trained
-    on, which takes a while. In epoch-based runs, each epoch is seeded with a number
-    drawn from seed and epoch; this covers augmentation only with ``num_workers=0``.
+    uses. Validation leaves this state as it was, because a run that resumes after a
+    validation does not repeat it. For augmentation, a resumed run loads all batches
+    again that it was trained on, which takes a while. In epoch-based runs, each epoch
+    is seeded with a number drawn from seed and epoch; this covers augmentation only
+    with ``num_workers=0``.
     With ``accumulative_counts``, the gradients of a step that has begun are in no checkpoint, so a run that resumes
     inside a step ends with other weights, and says so.
     The hook does nothing without a fixed ``randomness.seed``, or if ranks have different seeds.
@@ -28,11 +30,20 @@ class ExactResumeHook(Hook):
 
     def __init__(self) -> None:
         self._states: Sequence[torch.Tensor] | None = None
+        self._before_val: Sequence[torch.Tensor] | None = None
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Store the random states of the CPU and of this process's GPU."""
-        cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
-        checkpoint['random_state'] = [torch.get_rng_state(), *cuda]
+        checkpoint['random_state'] = _random_states()
+
+    def before_val(self, runner: Runner) -> None:
+        """Remember the random states: data loaders of validation draw from them."""
+        self._before_val = _random_states() if self._is_exact(runner) else None
+
+    def after_val(self, runner: Runner) -> None:
+        """Restore the random states."""
+        if self._before_val is not None:
+            _set_random_states(self._before_val)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Read the random states of a run that resumes."""
@@ -72,13 +83,22 @@ class ExactResumeHook(Hook):
         """Restore torch's random states in the first iteration."""
         if self._states is None:
             return
-        cpu, *cuda = (state.cpu() for state in self._states)
-        torch.set_rng_state(cpu)
-        if cuda and torch.cuda.is_available():
-            torch.cuda.set_rng_state(cuda[0])
+        _set_random_states(self._states)
         self._states = None
 
     @staticmethod
     def _is_exact(runner: Runner) -> bool:
         randomness = runner.cfg.get('randomness') or {}
         return randomness.get('seed') is not None and not randomness.get('diff_rank_seed', False)
+
+
+def _random_states() -> list[torch.Tensor]:
+    """Return the random state of the CPU and, if there is one, that of this process's GPU."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+
+
+def _set_random_states(states: Sequence[torch.Tensor]) -> None:
+    cpu, *cuda = (state.cpu() for state in states)
+    torch.set_rng_state(cpu)
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda[0])
