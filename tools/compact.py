@@ -29,7 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--images', type=int, default=0, help='compare class scores before and after, on this many test images'
     )
-    parser.add_argument('--test', metavar='METRIC', help='also test both, and compare this score, such as mIoU')
+    parser.add_argument('--test', metavar='METRIC', help='test both, and compare this score, such as mIoU')
     options.add_cfg_options(parser)
     options.add_overwrite(parser)
     options.add_json(parser, 'print JSON')

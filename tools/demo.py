@@ -31,7 +31,7 @@ def main() -> None:
         read = [args.image, args.config, args.checkpoint]
         options.check_out(args.out, overwrite=args.overwrite, endings=['.png', '.jpg'], inputs=read)
         if not 0 < args.opacity <= 1:
-            raise CSGError(f'--opacity {args.opacity} is not above 0 and at most 1')
+            raise CSGError(f'--opacity must be above 0 and at most 1; got {args.opacity}')
         if args.scale < 1:
             raise CSGError(f'--scale {args.scale}: give a whole number of at least 1')
         network = load_network(

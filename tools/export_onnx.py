@@ -17,7 +17,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     options.add_network_options(parser)
     options.add_out(parser, 'file to write (.onnx)')
-    parser.add_argument('--images', nargs='+', required=True, metavar='IMAGE', help='images to compare the two on')
+    parser.add_argument(
+        '--images', nargs='+', required=True, metavar='IMAGE', help='images to compare torch and ONNX on'
+    )
     parser.add_argument('--labels', action='store_true', help='output classes instead of their scores')
     parser.add_argument(
         '--dtype', choices=list(DTYPES), default='float32', help='precision of the weights (default: float32)'

@@ -9,6 +9,8 @@ from csg_seg.cli.failures import one_line_errors
 from csg_seg.files import write_tensors
 
 with one_line_errors():
+    from csg_seg.errors import CSGError
+    from csg_seg.layers.bank import find_bank
     from csg_seg.mm.checkpoints.reading import load_weights, read_checkpoint
     from csg_seg.mm.model import build_model
     from csg_seg.running.configs import read_config
@@ -33,8 +35,10 @@ def main() -> None:
     args = parse_args()
     out = Path(args.out)
     with one_line_errors():
-        options.check_out(out, overwrite=args.overwrite, endings=['.pth'], inputs=[args.config, args.checkpoint])
+        options.check_out(out, overwrite=args.overwrite, endings=['.pth', '.pt'], inputs=[args.config, args.checkpoint])
         model = build_model(read_config(args.config, args.cfg_options))
+        if find_bank(model) is None:
+            raise CSGError(f'{args.config}: a dense config; give the CSG config of the checkpoint')
         checkpoint = read_checkpoint(args.checkpoint)
         load_weights(model, checkpoint['state_dict'])
         plain = materialise(model)

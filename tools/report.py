@@ -21,7 +21,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     options.add_config(parser)
     parser.add_argument('--checkpoint', help='also check that this checkpoint fits the config')
-    parser.add_argument('--curve', help='for a dense config: draw predicted error against size into this file (.png)')
+    parser.add_argument('--curve', help='with a dense --checkpoint: draw predicted error against size (.png)')
     options.add_overwrite(parser, 'replace CURVE when it exists')
     options.add_cfg_options(parser)
     options.add_json(parser)

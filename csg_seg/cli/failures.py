@@ -33,6 +33,12 @@ def one_line_errors() -> Iterator[None]:
         if unknown is None:
             raise
         sys.exit(f'error: {unknown[0]}; correct the name, or import the module that registers it (custom_imports)')
+    except TypeError as error:
+        # Of a class that a config builds; mmengine passes all keys on.
+        unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None:
+            raise
+        sys.exit(f'error: {unknown[1]} does not take {unknown[2]!r}; correct the key in the config')
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         sys.exit(130)

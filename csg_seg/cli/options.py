@@ -5,6 +5,7 @@ from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from csg_seg.errors import CSGError
 from csg_seg.files import check_folder
@@ -24,8 +25,16 @@ def add_checkpoint(
 
 def add_cfg_options(parser: ArgumentParser, text: str = 'override settings: key=value ...') -> None:
     """Add ``--cfg-options``, a dict of settings. It needs mmengine."""
-    action = import_module('mmengine.config').DictAction  # tools without a config work without mmengine
-    parser.add_argument('--cfg-options', nargs='+', action=action, help=text)
+    base = import_module('mmengine.config').DictAction  # tools without a config work without mmengine
+
+    class CfgOptions(base):
+        def __call__(self, parser: ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+            for each in values:
+                if '=' not in each:
+                    parser.error(f'--cfg-options: {each!r} is not key=value')
+            super().__call__(parser, namespace, values, option_string)
+
+    parser.add_argument('--cfg-options', nargs='+', action=CfgOptions, help=text)
 
 
 def add_network_options(parser: ArgumentParser) -> None:

@@ -63,6 +63,8 @@ def load_network(
         read = read_checkpoint(checkpoint)
         load_weights(network, read['state_dict'])
         network.cfg = cfg
+    elif Path(checkpoint).suffix == '.py':
+        raise CSGError(f'{checkpoint}: a config; give its checkpoint too')
     elif options or Path(checkpoint).suffix != '.safetensors':
         why = 'options need a config' if options else 'only a compact checkpoint can be loaded alone'
         raise CSGError(f'{checkpoint}: {why}; give its config too')

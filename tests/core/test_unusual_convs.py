@@ -93,9 +93,9 @@ def test_models_that_cannot_be_retrofitted_are_refused():
     lazy.head = nn.LazyConv2d(17, 3)
     refused = (
         (lazy, 'head.weight has no shape before the first batch; run one batch'),
-        (None, 'a NoneType cannot be retrofitted'),
-        (Net, 'a class cannot be retrofitted; give the nn.Module'),
-        (torch.fx.symbolic_trace(Net()), 'cannot be retrofitted; give the nn.Module'),
+        (None, 'an object of type NoneType cannot be retrofitted'),
+        (Net, 'a class cannot be retrofitted; give a network'),
+        (torch.fx.symbolic_trace(Net()), 'cannot be retrofitted; give a network'),
         (nn.Conv2d(31, 31, 3), "the network's first conv"),
     )
     for model, said in refused:

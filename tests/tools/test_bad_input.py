@@ -1,6 +1,7 @@
 """A user's mistakes at the command line: one line, a non-zero exit status, nothing half-written."""
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -66,6 +67,8 @@ def small(drawn, **more) -> list[str]:
         ({'model.csg.code_dim': 0}, ['code_dim must be an integer of at least 1']),
         ({'model.csg.exclude': "['*']"}, ['csg[0] takes no layer', 'all stay dense (excluded)']),
         ({'model.base_type': None}, ['base_type={{_base_.model.type}}']),
+        ({'model.keep_weight': False}, ["EncoderDecoder does not take 'keep_weight'", 'correct the key']),
+        ({'model.base_type': 'ResNetV1c'}, ["ResNet does not take 'data_preprocessor'", 'correct the key']),
     ],
 )
 def test_wrong_settings(refused, drawn, options, says):
@@ -143,8 +146,23 @@ def test_generated_checkpoint_for_a_dense_config(refused, drawn, files, name):
     assert 'holds codes' in message and 'materialise' in message
 
 
+def test_materialise_writes_no_other_kind_of_file_and_needs_a_csg_config(refused, files, tmp_path):
+    message = refused('materialise.py', CSG, files / 'csg.pt', '--out', tmp_path / 'plain.safetensors')
+    assert 'must end in .pth' in message
+    message = refused('materialise.py', DENSE, files / 'dense.pt', '--out', tmp_path / 'plain.pth')
+    assert 'a dense config; give the CSG config' in message
+
+
+def test_an_option_without_a_value_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['report.py', str(CSG), '--cfg-options', 'model.csg.code_dim'])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / 'tools' / 'report.py'), run_name='__main__')
+    assert end.value.code == 2
+    assert "--cfg-options: 'model.csg.code_dim' is not key=value" in capsys.readouterr().err
+
+
 def test_materialise_does_not_overwrite_unasked(drawn, files, tmp_path):
-    out = tmp_path / 'plain.bin'
+    out = tmp_path / 'plain.pt'
     out.write_text('mine')
     arguments = [CSG, files / 'csg.pt', '--out', out, *cfg_options(SMALL_MODEL)]
     done = run_tool('materialise.py', *arguments, check=False)
@@ -171,7 +189,7 @@ def test_half_prepared_data(refused, drawn, tmp_path, lose, says):
     lost = half / lose
     shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
     message = refused('train.py', CSG, *small(half))
-    assert says in message and 'README.md' in message
+    assert says in message and 'docs/data.md' in message
 
 
 def test_voc12aug_without_its_list(refused, drawn):
