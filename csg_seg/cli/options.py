@@ -25,7 +25,7 @@ def add_checkpoint(
 
 def add_cfg_options(parser: ArgumentParser, text: str = 'override settings: key=value ...') -> None:
     """Add ``--cfg-options``, a dict of settings. It needs mmengine."""
-    base = import_module('mmengine.config').DictAction  # tools without a config work without mmengine
+    base: Any = import_module('mmengine.config').DictAction  # tools without a config work without mmengine
 
     class CfgOptions(base):
         def __call__(self, parser: ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet, ref
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -56,7 +56,7 @@ class Watch:
         self.layers: WeakKeyDictionary[CSGConv, str] = WeakKeyDictionary()
         self.done: WeakSet[CSGConv] = WeakSet()
         self.roots: WeakSet[nn.Module] = WeakSet()
-        self.replaced: list[ref[nn.Parameter]] = []
+        self.replaced: list[ref[Tensor]] = []
         self.steps_left = 0
         self.hooks: list[Any] = []
         self.is_over = False
@@ -75,7 +75,7 @@ class Watch:
                 register_optimizer_step_post_hook(self.look),
             ]
 
-    def note_replaced(self, weights: Iterable[nn.Parameter]) -> None:
+    def note_replaced(self, weights: Iterable[Tensor]) -> None:
         """Remember dense weights that a network no longer has, in case an optimizer still holds them."""
         self.replaced += map(ref, weights)
 
