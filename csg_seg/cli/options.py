@@ -1,11 +1,10 @@
 """Options that several tools have (--out, --overwrite, --json, --cfg-options), and the check of files to write."""
 
 import os
-from argparse import SUPPRESS, ArgumentParser
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from csg_seg.errors import CSGError
 from csg_seg.files import check_folder
@@ -25,16 +24,14 @@ def add_checkpoint(
 
 def add_cfg_options(parser: ArgumentParser, text: str = 'override settings: key=value ...') -> None:
     """Add ``--cfg-options``, a dict of settings. It needs mmengine."""
-    base: Any = import_module('mmengine.config').DictAction  # tools without a config work without mmengine
+    action = import_module('mmengine.config').DictAction  # tools without a config work without mmengine
+    parser.add_argument('--cfg-options', nargs='+', type=_key_and_value, action=action, help=text)
 
-    class CfgOptions(base):
-        def __call__(self, parser: ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
-            for each in values:
-                if '=' not in each:
-                    parser.error(f'--cfg-options: {each!r} is not key=value')
-            super().__call__(parser, namespace, values, option_string)
 
-    parser.add_argument('--cfg-options', nargs='+', action=CfgOptions, help=text)
+def _key_and_value(text: str) -> str:
+    if '=' not in text:
+        raise ArgumentTypeError(f'{text!r} is not key=value')
+    return text
 
 
 def add_network_options(parser: ArgumentParser) -> None:

@@ -162,6 +162,11 @@ def bank_of(root: nn.Module) -> GeneratorBank:
     return cast(GeneratorBank, root._modules[BANK])
 
 
+def inner_root(model: nn.Module) -> str | None:
+    """Return the name of the first retrofitted network in a model, such as 'module'; None if there is none."""
+    return next((prefix.removesuffix('.') for prefix, _, _ in find_roots(model)), None)
+
+
 def find_roots(model: nn.Module) -> Iterator[tuple[str, nn.Module, GeneratorBank]]:
     """Yield each retrofitted root in a model, itself included: the prefix of its names, the root, its bank."""
     for name, module in model.named_modules():

@@ -102,8 +102,8 @@ class Watch:
         """Examine, after a step, the generators that had a gradient."""
         if self.is_over:
             return
-        replaced = {id(weight) for each in self.replaced if (weight := each()) is not None}
-        if replaced & _rates([optimizer]).keys():
+        held = _rates([optimizer])
+        if any(id(weight()) in held for weight in self.replaced):
             self.replaced.clear()
             warnings.warn(MADE_TOO_EARLY, CSGWarning, stacklevel=3)
         by_generator: dict[Generator, dict[str, CSGConv]] = defaultdict(dict)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from csg_seg.errors import CSGError
-from csg_seg.generators.settings import Settings, matches, read_patterns
+from csg_seg.generators.settings import Settings, read_patterns
 from csg_seg.generators.slices import grid
 from csg_seg.layers.conv import find_convs
 
@@ -87,7 +87,7 @@ def suggest(model: nn.Module, ratio: float | None = None, **others: Any) -> list
             seeds = range(len(found)) if seed is None else range(seed * len(found), (seed + 1) * len(found))
             return [{**each, 'seed': own} for each, own in zip(found, seeds, strict=True)]
     share = sum(each.weights for each in groups) / total
-    left = _left_dense(model, others)
+    left = _left_dense(model, *_patterns(others))
     raise CSGError(
         f'csg: a ratio of {ratio:g} is out of reach; give at most {math.floor(10 * total / smallest) / 10}, which has '
         f'codes of {SHORTEST} values, or give slice_shape and code_dim. {share:.0%} of the parameters are in convs '
@@ -126,37 +126,34 @@ def _groups(model: nn.Module, others: Mapping[str, Any]) -> list[Group]:
         CSGError: there are none.
     """
     total = sum(conv.weight.numel() for conv in find_convs(model).values())
-    include, exclude = (read_patterns('csg', key, others.get(key)) for key in ('include', 'exclude'))
-    for key, patterns in (('include', include), ('exclude', exclude)):
-        check_patterns('csg', key, patterns or (), [*find_convs(model)])
+    include, exclude = _patterns(others)
+    for key, patterns in (('include', include or ()), ('exclude', exclude)):
+        check_patterns('csg', key, patterns, [*not_generable(model), *find_convs(model)])
     weights: dict[tuple[int, ...], int] = defaultdict(int)
     small = defaultdict(list)
-    for name, conv in generable(model).items():
+    for name, conv in generable(model, include, exclude).items():
         count, kernel = conv.weight.numel(), tuple(conv.kernel_size)
-        wanted = include is None or any(matches(name, pattern) for pattern in include)
-        if not wanted or any(matches(name, pattern) for pattern in exclude or ()):
-            continue
         if count >= SMALLEST_SHARE * total:
             weights[kernel] += count
         else:
             small[kernel].append(name)
     if not weights:
-        raise CSGError(f'csg: there is no conv to generate: {_left_dense(model, others) or "the network has none"}')
+        left = _left_dense(model, include, exclude)
+        raise CSGError(f'csg: there is no conv to generate: {left or "the network has none"}')
     ordered = sorted(weights, key=lambda kernel: -weights[kernel])
-    return [Group(kernel, weights[kernel], [*(exclude or ()), *small[kernel]]) for kernel in ordered]
+    return [Group(kernel, weights[kernel], [*exclude, *small[kernel]]) for kernel in ordered]
 
 
-def _left_dense(model: nn.Module, others: Mapping[str, Any]) -> str:
-    """Return how many convs cannot be generated or are not to be, by reason; '' for none."""
+def _patterns(others: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """Return ``include`` and ``exclude``."""
     include, exclude = (read_patterns('csg', key, others.get(key)) for key in ('include', 'exclude'))
-    reasons = [reason.cause.value for reason in not_generable(model).values()]
-    for name in generable(model):
-        if any(matches(name, pattern) for pattern in exclude or ()):
-            reasons.append('excluded')
-        elif include is not None and not any(matches(name, pattern) for pattern in include):
-            reasons.append('not included')
-    counted = [f'{count} {reason}' for reason, count in Counter(reasons).most_common()]
-    return ', '.join(counted)
+    return include, exclude or ()
+
+
+def _left_dense(model: nn.Module, include: tuple[str, ...] | None, exclude: tuple[str, ...]) -> str:
+    """Return how many convs stay dense, by reason; '' for none."""
+    counts = Counter(reason.cause.value for reason in not_generable(model, include, exclude).values())
+    return ', '.join(f'{count} {reason}' for reason, count in counts.most_common())
 
 
 def _settings(groups: Sequence[Group], ratio: float, others: Mapping[str, Any]) -> list[dict[str, Any]]:

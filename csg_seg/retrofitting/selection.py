@@ -80,19 +80,24 @@ def choose_layers(model: nn.Module, settings: Sequence[Settings]) -> tuple[dict[
     return taken, left_dense
 
 
-def generable(model: nn.Module) -> dict[str, _ConvNd]:
-    """Return, by name, the convs that some generator would take without their full name in ``include``."""
-    refused = not_generable(model)
+def generable(
+    model: nn.Module, include: tuple[str, ...] | None = None, exclude: tuple[str, ...] = ()
+) -> dict[str, _ConvNd]:
+    """Return, by name, the convs that some generator with these patterns would take."""
+    refused = not_generable(model, include, exclude)
     return {name: conv for name, conv in find_convs(model).items() if name not in refused}
 
 
-def not_generable(model: nn.Module) -> dict[str, Reason]:
-    """Return, by name, why the other convs are taken by no generator without their full name in ``include``."""
+def not_generable(
+    model: nn.Module, include: tuple[str, ...] | None = None, exclude: tuple[str, ...] = ()
+) -> dict[str, Reason]:
+    """Return, by name, why the other convs are taken by no generator with these patterns."""
     convs = find_convs(model)
     reasons = _not_torch(model) | find_obstacles(model, convs)
     for name, conv in convs.items():
         if name not in reasons:
-            widest = Settings(slice_shape=tuple(conv.weight.shape), code_dim=1)
+            shape = tuple(conv.weight.shape)
+            widest = Settings(slice_shape=shape, code_dim=1, include=include, exclude=exclude)
             reason = reason_to_skip(name, conv, widest, is_first=name == next(iter(convs)))
             if reason is not None:
                 reasons[name] = reason

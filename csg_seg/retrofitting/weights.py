@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from csg_seg.errors import CSGError, abridge
 from csg_seg.generators.linear import Generator
 from csg_seg.generators.settings import read_patterns
-from csg_seg.layers.bank import BANK, GeneratorBank, find_bank, find_roots, same_generators
+from csg_seg.layers.bank import BANK, GeneratorBank, find_bank, inner_root, same_generators
 from csg_seg.layers.conv import generated_convs
 
 
@@ -141,9 +141,9 @@ def _check(caller: str, model: nn.Module, weights: Any) -> GeneratorBank:
     """Refuse a dense model, and weights that are not a state dict, such as a whole checkpoint or its path."""
     bank = find_bank(model)
     if bank is None:
-        inside = next((prefix for prefix, _, _ in find_roots(model)), None) if isinstance(model, nn.Module) else None
+        inside = inner_root(model) if isinstance(model, nn.Module) else None
         if inside is not None:
-            raise CSGError(f'{caller}: the retrofitted network is inside this one; give model.{inside[:-1]}')
+            raise CSGError(f'{caller}: the retrofitted network is inside this one; give model.{inside}')
         raise CSGError(f'{caller}: the model is not retrofitted; call csg_seg.retrofit on it first')
     if not isinstance(weights, Mapping) or not all(isinstance(each, Tensor) for each in weights.values()):
         wanted = (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from csg_seg.errors import CSGError
 from csg_seg.generators.settings import read_patterns
-from csg_seg.layers.bank import bank_of, find_bank, find_roots
+from csg_seg.layers.bank import bank_of, find_bank, inner_root
 from csg_seg.layers.conv import find_convs
 from csg_seg.retrofitting.selection import Cause, Reason
 from csg_seg.retrofitting.surgery import swap_layers
@@ -178,9 +178,9 @@ def write_compact(
     """
     bank = find_bank(model)
     if bank is None:
-        inside = next((prefix for prefix, _, _ in find_roots(model)), None)
+        inside = inner_root(model)
         if inside is not None:
-            raise CSGError(f'the retrofitted network is inside this {type(model).__name__}; save model.{inside[:-1]}')
+            raise CSGError(f'the retrofitted network is inside this {type(model).__name__}; save model.{inside}')
         raise CSGError('nothing to save: the model is not retrofitted; call csg_seg.retrofit on it, or use torch.save')
     path = Path(path)
     if not path.parent.is_dir():

@@ -123,11 +123,20 @@ def test_include_and_exclude_choose_kernels():
         assert summarise(model).compression_ratio == pytest.approx(1.3, rel=0.05)
 
 
+def test_a_conv_that_cannot_be_generated_may_be_excluded_and_the_first_be_included():
+    model = torchvision.models.resnet18(weights=None)
+    model.deformable = torchvision.ops.DeformConv2d(8, 8, 3)
+    retrofit(model, {'ratio': 3, 'exclude': 'deformable'})
+    assert summarise(model).compression_ratio == pytest.approx(3, rel=0.05)
+    wide = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3))
+    assert [*retrofit(wide, {'ratio': 1.5, 'include': ['0']}).csg.layers] == ['0']
+
+
 def test_networks_with_nothing_to_compress_are_refused():
     with pytest.raises(CSGError, match='no conv to generate: the network has none'):
         retrofit(nn.Sequential(nn.Linear(8, 8)), 'auto')
     for layers in ([nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3, groups=64)], [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)]):
-        with pytest.raises(CSGError, match='no conv that can be generated|would make this network larger'):
+        with pytest.raises(CSGError, match='no conv to generate|would make this network larger'):
             retrofit(nn.Sequential(*layers), 'auto')
     with pytest.raises(CSGError, match='already retrofitted'):
         retrofit(build(), 'auto')

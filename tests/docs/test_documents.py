@@ -199,6 +199,10 @@ def test_figures_in_the_text_are_the_results():
     ratios = [read(name)['summary']['csg']['step_ratio'] for name in names]
     ratios.append(read('peers-deeplabv3-r18')['networks']['csg-10x']['step_ratio'])
     assert f'{min(ratios):.2f} to {max(ratios):.2f} times a dense one' in README
+    peers = [read(f'peers-{name}')['networks'] for name in ('deeplabv3-r18', 'resnet18-96', 'resnet18-224')]
+    ratios += [each['step_ratio'] for networks in peers for name, each in networks.items() if name.startswith('csg')]
+    ratios.append(read('accumulation-deeplabv3-r18')['summary']['csg']['step_ratio'])
+    assert f'up to {max(ratios):.2f} times on this page' in (ROOT / 'docs' / 'speed.md').read_text()
 
 
 def test_int8_changes_scores_as_little_as_the_readme_says():
