@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 
 from csg_seg.cli.results import made_with
@@ -221,7 +222,8 @@ class Run:
             _replace_texts(self.cfg._cfg_dict, lambda text: paths.get(text) or text)
             prepare(self.cfg, self.cell.seed, self.folder)
         self._note_commit()
-        amp = ['--amp'] if self.cell.amp else []
+        # bfloat16 on a GPU too, where float16 is the default of --amp.
+        amp = ['--amp', '--cfg-options', 'optim_wrapper.dtype=bfloat16'] if self.cell.amp else []
         self._call('train.py', config_file(self.folder), '--resume', *amp, log='train.txt')
         checkpoint = latest_checkpoint(self.folder)
         assert checkpoint is not None
@@ -251,7 +253,7 @@ class Run:
             'seconds': round(self._training_seconds()),
             'command': f'python -m experiments.runs {_relative(self.table.path)} --only {self.cell.label}',
             'commit': ', '.join(self._commits()),
-            'device': f'{processor()}, 1 thread',
+            'device': device(),
             'versions': versions,
         }
 
@@ -350,6 +352,11 @@ def current_commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return 'unknown'
     return f'{commit}+' if changes else commit
+
+
+def device() -> str:
+    """Return the name of the GPU, or of the CPU and the number of threads."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f'{processor()}, 1 thread'
 
 
 def processor() -> str:
