@@ -94,16 +94,12 @@ def print_rows(rows: list[dict]) -> None:
         'seeds',
         f'val {metric}',
         f'test {metric}',
-        'minutes',
     )
     lines = []
     for each in summarise(rows):
         scores = [score_text(each[split]) for split in ('val', 'test')]
         ratio = f'{each["dense_params"] / each["stored_params"]:.1f}x'
-        minutes = f'{each["seconds"] / 60:.0f}'
-        lines.append(
-            (each['cell'], each['size'], f'{each["stored_params"]:,}', ratio, str(each['seeds']), *scores, minutes)
-        )
+        lines.append((each['cell'], each['size'], f'{each["stored_params"]:,}', ratio, str(each['seeds']), *scores))
     print_table(columns, lines, width=130)
 
 

@@ -63,7 +63,7 @@ def _draw_split(axis: Axes, cells: Sequence[dict[str, Any]], split: str) -> None
     axis.set_xscale('log')
     dense_params = cells[0]['dense_params']
     axis.set_xlim(min(each['stored_params'] for each in cells) / 1.5, 1.5 * dense_params)
-    ratios = axis.secondary_xaxis('top', functions=(lambda x: dense_params / x, lambda x: dense_params / x))
+    ratios = axis.secondary_xaxis('top', functions=(lambda x: dense_params / (x + 1e-9),) * 2)  # x may be 0
     ratios.set_xlabel('compression ratio')
     for scale, label in ((axis.xaxis, EngFormatter(sep='')), (ratios.xaxis, StrMethodFormatter('{x:g}x'))):
         scale.set_major_locator(LogLocator(subs=(1, 2, 5)))

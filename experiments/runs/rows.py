@@ -54,7 +54,6 @@ def summarise(rows: Iterable[Row]) -> list[dict[str, Any]]:
             **{split: _mean([each[split] for each in several]) for split in ('val', 'test')},
             'int8_bytes': several[0].get('int8', {}).get('bytes'),
             'int8_test': _mean([each.get('int8', {}).get('test') for each in several]),
-            'seconds': statistics.mean(each['seconds'] for each in several),
         }
         for several in cells.values()
     ]

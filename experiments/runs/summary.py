@@ -31,8 +31,9 @@ def runs(*tables: str, only: str = '*', costs: str = '') -> str:
         costs: name of a file of ``experiments.peers``, which adds operations and the time of a training step.
     """
     read_tables = [read_table(ROOT / 'experiments' / path) for path in tables]
-    names = {cell.name for table in read_tables for cell in table.cells if fnmatchcase(cell.name, only)}
-    cells = [each for each in summarise_cells(read(read_tables[0].dataset)['rows']) if each['cell'] in names]
+    names = dict.fromkeys(cell.name for table in read_tables for cell in table.cells if fnmatchcase(cell.name, only))
+    trained = {each['cell']: each for each in summarise_cells(read(read_tables[0].dataset)['rows'])}
+    cells = [trained[name] for name in names if name in trained]
     metric = cells[0]['metric']
     splits = [split for split in ('val', 'test') if any(each[split] for each in cells)]
     measured = read(costs)['networks'] if costs else {}
@@ -58,15 +59,14 @@ def runs(*tables: str, only: str = '*', costs: str = '') -> str:
 
 def headline() -> str:
     """Size, cost and scores of the networks on CamVid, for a first look."""
-    cells = [each for each in summarise_cells(read('camvid')['rows']) if each['size'] == '180x240']
+    cells = {each['cell']: each for each in summarise_cells(read('camvid')['rows'])}
     costs = read('peers-deeplabv3-r18')['networks']
     rows = []
-    for each in cells:
-        cost = costs.get(each['cell'])
-        if each['network'] == 'deeplabv3_r18-d16' and cost:
-            row = [each['cell'], f'{each["stored_params"]:,}', f'{each["int8_bytes"] / 1e6:.2f} MB']
-            row += [f'{cost["flops"] / 1e9:.2f}', f'{cost["step_ratio"]:.2f}x']
-            rows.append([*row, *(score_text(each[split]) for split in ('val', 'test'))])
+    for name in ('dense', 'csg-10x', 'csg-47x', 'narrow-10x', 'narrow-47x'):
+        each, cost = cells[name], costs[name]
+        row = [name, f'{each["stored_params"]:,}', f'{each["int8_bytes"] / 1e6:.2f} MB']
+        row += [f'{cost["flops"] / 1e9:.2f}', f'{cost["step_ratio"]:.2f}x']
+        rows.append([*row, *(score_text(each[split]) for split in ('val', 'test'))])
     columns = ('network', 'parameters stored', 'int8 file', 'GFLOPs', 'training step', 'val mIoU', 'test mIoU')
     return markdown(columns, rows)
 
@@ -106,6 +106,7 @@ def result() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     'camvid': lambda: runs(*CAMVID, costs='peers-deeplabv3-r18'),
+    'kvasir': lambda: runs('runs/tables/kvasir.yml'),
     'camvid-auto': lambda: runs('runs/tables/camvid_auto.yml', only='csg*'),
     'headline': headline,
     'models': models,

@@ -27,6 +27,7 @@ from experiments import metafiles, tables
 from experiments.exchange.summary import EXCHANGED, HELD
 from experiments.markdown import read
 from experiments.runs.rows import read_rows as read_rows_of_trainings
+from experiments.runs.rows import summarise
 from experiments.table_contents import EXPERIMENTS as DESCRIBED
 from experiments.zoo.libraries import SCOPES
 from experiments.zoo.rows import read_rows
@@ -209,6 +210,23 @@ def test_int8_changes_scores_as_little_as_the_readme_says():
     rows = [row for row in read_rows_of_trainings(ROOT / 'results' / 'camvid.json') if 'int8' in row]
     changes = [abs(row['int8'][split] - row[split]) for row in rows for split in ('val', 'test')]
     assert len(changes) >= 10 and max(changes) < 0.2 and 'less than 0.2' in README
+
+
+def test_trained_networks_score_as_the_results_say():
+    text = (ROOT / 'docs' / 'results.md').read_text()
+    scores = {each['cell']: each for each in summarise(read_rows_of_trainings(ROOT / 'results' / 'camvid.json'))}
+
+    def losses(cell: str) -> list[float]:
+        assert scores[cell]['seeds'] == scores['dense']['seeds'] == 3
+        return [scores['dense'][split][0] - scores[cell][split][0] for split in ('val', 'test')]
+
+    assert max(losses('csg-10x')) < 0.1 and 'CSG at 10x scores like dense' in README
+    assert losses('csg-20x') == pytest.approx([0, 1], abs=0.1)
+    assert 'At 20x it loses about one point on test and nothing on val' in text
+    assert losses('csg-47x') == pytest.approx([1, 1.3], abs=0.1)
+    assert 'At 47x it loses about one point on val and 1.3 on test' in text
+    narrow = [f'{loss:.1f}' for cell in ('narrow-10x', 'narrow-47x') for loss in losses(cell)]
+    assert 'loses {} and {} points (val and test) at 10x, {} and {} at 47x'.format(*narrow) in text
 
 
 def test_steps_are_as_near_to_their_floors_as_the_page_says():
