@@ -1,6 +1,5 @@
 """Distillation: a trained network, the teacher, adds losses to the training of a smaller one, the student."""
 
-import difflib
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from .errors import CSGError
+from .errors import CSGError, nearest
 from .generators.settings import read_patterns
 from .layers.root import BANK
 
@@ -233,9 +232,7 @@ def match_layers(network: nn.Module, patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         matching = [name for name in names if _matches(name, pattern)]
         if not matching:
-            close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
-            like = f'there are {", ".join(close)}' if close else f'names look like {names[-1]!r}'
-            raise CSGError(f'teacher: layers pattern {pattern!r} names no module; {like}')
+            raise CSGError(f'teacher: layers pattern {pattern!r} names no module; {nearest(pattern, names)}')
         found += [name for name in matching if name not in found]
     return found
 

@@ -82,11 +82,11 @@ def main() -> None:
             raise CSGError(f'--images {args.images}: give a number of test images')
         if args.images or args.test:
             check_data(cfg, 'test')
-        found = compact(cfg, args.checkpoint, args.out, dtype=args.dtype, base=args.base)
+        scores = {'score': measure_score(cfg, args.checkpoint, args.test)} if args.test else {}
+        found = compact(cfg, args.checkpoint, args.out, dtype=args.dtype, base=args.base) | scores
         if args.images:
             found |= logit_error(cfg, args.checkpoint, args.out, images=args.images, base=args.base)
         if args.test:
-            found['score'] = measure_score(cfg, args.checkpoint, args.test)
             found['compact_score'] = measure_score(cfg, args.out, args.test, args.base)
     console.print_result(found, partial(print_lines, out=args.out), as_json=args.json)
 

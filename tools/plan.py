@@ -49,10 +49,10 @@ def main() -> None:
         options.check_out(out, overwrite=args.overwrite, endings=['.py'], inputs=[args.config])
         cfg = read_config(args.config)
         model = build_dense(cfg, args.checkpoint)
-        if not args.checkpoint:
-            print('no --checkpoint: planned from UNTRAINED weights, whose errors mean little', file=sys.stderr)
         progress = console.progress_bar('spectra', transient=True)
         planned = plan(model, ratio=args.ratio, params=args.params, bytes=args.bytes, track=progress)
+        if not args.checkpoint:
+            print('no --checkpoint: planned from UNTRAINED weights, whose errors mean little', file=sys.stderr)
         text = planned_config(planned, args.config, cfg, out, trained=bool(args.checkpoint))
         write_whole(out, lambda partial: partial.write_text(text))
 

@@ -12,11 +12,13 @@ with one_line_errors():
 
     from csg_seg.errors import CSGError
     from csg_seg.files import writing_into
+    from csg_seg.layers.bank import find_bank
     from csg_seg.mm.checkpoints.unpickling import check_file, forbid_unpickling
     from csg_seg.mm.hooks.checkpoint_guard import CheckpointGuardHook
+    from csg_seg.mm.hooks.csg import CSGHook, log_size
     from csg_seg.mm.hooks.label_guard import LabelGuardHook
     from csg_seg.mm.hooks.progress_bar import ProgressBarHook
-    from csg_seg.mm.model import build_model
+    from csg_seg.mm.model import bare_model, build_model
     from csg_seg.running.amp import use_amp_to_train
     from csg_seg.running.configs import load_config
     from csg_seg.running.preflight import check_data, check_optimizer, check_starts
@@ -74,6 +76,8 @@ def main() -> None:
             runner.register_hook(bars)
             runner.register_hook(labels)
             guard_checkpoints(runner, after=RESUME)
+            if find_bank(bare_model(runner.model)) and not any(isinstance(hook, CSGHook) for hook in runner.hooks):
+                log_size(runner)  # as the hook does
             runner.train()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from csg_seg.errors import CSGError, abridge
+from csg_seg.errors import CSGError, abridge, nearest
 from csg_seg.generators.settings import matches
 from csg_seg.generators.signature import check_signature, read_layers
 
@@ -20,8 +20,11 @@ from .root import BANK, Generators
 
 Shape = tuple[int, ...]
 FIXED = (*DENSE_KINDS, nn.Linear, _NormBase, nn.GroupNorm, nn.LayerNorm)
-OTHER_NETWORK = 'take a checkpoint of the same network, or name the layer in reset'
-OTHER_SETTINGS = "set the config's csg to the checkpoint's, take another checkpoint, or name the layer in reset"
+OTHER_NETWORK = 'take a checkpoint of the same network; to train from this one, name the layer in reset'
+OTHER_SETTINGS = (
+    "set the config's csg to the checkpoint's, or take another checkpoint; "
+    'to train from this one, name the layer in reset'
+)
 OTHER_NAMES = 'no name is one of this model: take a checkpoint of the same network, or rename its tensors'
 
 
@@ -106,8 +109,8 @@ def check_reset(root: nn.Module, patterns: Sequence[str]) -> None:
     names = [name for name, _ in root.named_modules(remove_duplicate=False) if name and _part(name) != BANK]
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
-            like = f'; names look like {names[-1]!r}' if names else ''
-            raise CSGError(f'reset pattern {pattern!r} names no layer of the model{like}')
+            like = nearest(pattern, names) if names else 'it has none'
+            raise CSGError(f'reset pattern {pattern!r} names no layer of the model; {like}')
 
 
 @dataclass

@@ -98,7 +98,10 @@ class Teacher:
         # A run that resumes would draw these random numbers again.
         with torch.random.fork_rng(devices=[]):
             network = MODELS.build(deepcopy({**self.model, 'init_cfg': None}))
-        load_weights(network, read_checkpoint(self.checkpoint)['state_dict'])
+        try:
+            load_weights(network, read_checkpoint(self.checkpoint)['state_dict'])
+        except CSGError as error:
+            raise CSGError(f'teacher: {self.checkpoint}: {str(error).removeprefix(f"{self.checkpoint}: ")}') from None
         if any(_is_channels_last(parameter) for parameter in student.parameters()):
             network.to(memory_format=torch.channels_last)
         return network

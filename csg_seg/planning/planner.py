@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from glob import escape
 from typing import Any
@@ -48,11 +48,11 @@ class Plan:
 
     csg: list[dict[str, Any]]
     relative_error: float
-    layers: dict[str, float]
+    layers: dict[str, float] = field(repr=False)
     dense_params: int
     stored_params: int
     stored_bytes: int
-    curve: tuple[Point, ...] = ()
+    curve: tuple[Point, ...] = field(default=(), repr=False)
 
     @property
     def compression_ratio(self) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from csg_seg.errors import CSGError, abridge
+from csg_seg.errors import CSGError, nearest
 from csg_seg.layers.bank import find_roots
 
 # Set on a model that has the hook.
@@ -38,7 +38,7 @@ def train_only(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
     names = [name for name, _ in model.named_parameters()]
     for pattern in wanted:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise CSGError(f'train_only: {pattern!r} matches no parameter; there are {abridge(names, most=6)}')
+            raise CSGError(f'train_only: {pattern!r} matches no parameter; {nearest(pattern, names)}')
     generators = [generator for _, _, bank in find_roots(model) for generator in bank]
     frozen = {id(each) for one in generators if one.settings.freeze_generator for each in one.parameters()}
     trained = []

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from csg_seg.errors import CSGError, abridge
+from csg_seg.errors import CSGError, abridge, nearest
 from csg_seg.generators.settings import Settings, matches
 from csg_seg.generators.slices import grid
 from csg_seg.layers.conv import find_convs, find_others
@@ -176,9 +176,7 @@ def check_patterns(where: str, key: str, patterns: Sequence[str], names: Sequenc
     """
     for pattern in patterns:
         if names and not any(matches(name, pattern) for name in names):
-            raise CSGError(
-                f'{where}: {key} pattern {pattern!r} names no conv of the model; names look like {names[-1]!r}'
-            )
+            raise CSGError(f'{where}: {key} pattern {pattern!r} names no conv of the model; {nearest(pattern, names)}')
 
 
 def _why_nothing(

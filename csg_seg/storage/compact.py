@@ -28,6 +28,8 @@ from .precision import lower, matrices
 SLACK = 16
 # And always this many, 64 MB in float32: a small network may be cut out of one of ordinary size.
 ALWAYS = 2**24
+# Endings of files that torch.save writes.
+PICKLES = ('.pth', '.pt', '.ckpt', '.bin')
 
 
 def save_compact(
@@ -44,7 +46,7 @@ def save_compact(
 
     Args:
         model: a retrofitted network.
-        path: the file to write, usually ``*.safetensors``.
+        path: the file to write, ``*.safetensors``.
         dtype: precision of codes, generators, and weights of convs and linear layers: 'float32' (unchanged),
             'float16', 'bfloat16', or 'int8' with a scale for each row. Norm layers, biases and buffers are unchanged.
             By default that of ``base``, or 'float32'.
@@ -57,9 +59,10 @@ def save_compact(
 
     Raises:
         CSGError: the model is not retrofitted, the source builds another network, a value does not fit the dtype,
-            the base is not a whole compact checkpoint, or the folder does not exist.
+            the base is not a whole compact checkpoint or that of another network, or the file cannot have this name.
         FileNotFoundError: there is no such base.
     """
+    _check_network(model, 'save_compact(model, path)')
     if source is not None:
         built = build(source)
         try:
@@ -102,6 +105,8 @@ def load_compact(
             model's (seeds of binary generators may differ; the file's are used), it does not say how to build the
             network, or the base of an update is not beside it or is another file.
     """
+    if model is not None:
+        _check_network(model, 'load_compact(path, model)')
     compact = read_compact(path, base)
     patterns = read_patterns('load_compact', 'reset', reset) or ()
     try:
@@ -113,6 +118,11 @@ def load_compact(
     if keep_weights is not None:
         bank_of(loaded).keep_weights = keep_weights
     return loaded
+
+
+def _check_network(model: object, call: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise CSGError(f'{call}: the model is an object of type {type(model).__name__}, not a network')
 
 
 def _fill(model: nn.Module, compact: Compact, reset: Sequence[str]) -> nn.Module:
@@ -183,6 +193,8 @@ def write_compact(
             raise CSGError(f'the retrofitted network is inside this {type(model).__name__}; save model.{inside}')
         raise CSGError('nothing to save: the model is not retrofitted; call csg_seg.retrofit on it, or use torch.save')
     path = Path(path)
+    if path.suffix in PICKLES:
+        raise CSGError(f'{path}: a compact checkpoint is a safetensors file; name it {path.stem}.safetensors')
     if not path.parent.is_dir():
         raise CSGError(f'{path.parent}: no such folder; create it before saving {path.name}')
     if path.is_dir():
@@ -207,7 +219,12 @@ def write_compact(
         check_source(source)
         header['source'] = encode_source(source)
     stored = {name: each for name, each in state_dict.items() if not (is_setting(name) or is_counter(name))}
-    write_file(path, lower(stored, matrices(model), dtype), header, old)
+    lowered = lower(stored, matrices(model), dtype)
+    if old is not None and not any(
+        name in old.tensors and each.shape == old.tensors[name].shape for name, each in lowered.items()
+    ):
+        raise CSGError(f'{base}: holds another network; leave base out')
+    write_file(path, lowered, header, old)
 
 
 def _source_of(base: str | os.PathLike, model: nn.Module) -> Source | None:

@@ -30,7 +30,7 @@ def print_scores(result: dict) -> None:
     rows = []
     first = next(iter(result['networks'].values()))
     for name, each in result['networks'].items():
-        spread = '' if each['std'] is None else f' +- {each["std"]:.2f}'
+        spread = '' if each['std'] is None else f'±{each["std"]:.2f}'
         difference = f'{each["mean"] - first["mean"]:+.2f}'
         ratio = f'{each["compression_ratio"]:.2f}x'
         rows.append((name, f'{each["stored_params"]:,}', ratio, f'{each["mean"]:.2f}{spread}', difference))

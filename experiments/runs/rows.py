@@ -64,7 +64,7 @@ def score_text(score: tuple[float, float | None] | None) -> str:
     if score is None:
         return ''
     mean, std = score
-    return f'{mean:.2f}' if std is None else f'{mean:.2f} +- {std:.2f}'
+    return f'{mean:.2f}' if std is None else f'{mean:.2f}±{std:.2f}'
 
 
 def _mean(scores: Sequence[float | None]) -> tuple[float, float | None] | None:

@@ -91,7 +91,7 @@ def cifar10() -> str:
     for label, each in zip(
         ('dense', 's12 d72', 's12 d72, random binary'), read('cifar10-npz')['networks'].values(), strict=True
     ):
-        score = f'{each["mean"]:.2f} +- {each["std"]:.2f}'
+        score = f'{each["mean"]:.2f}±{each["std"]:.2f}'
         rows.append((label, f'{each["stored_params"]:,}', f'{each["compression_ratio"]:.2f}x', score))
     return markdown(('network', 'parameters stored', 'ratio', 'accuracy, mean and standard deviation'), rows)
 
@@ -99,7 +99,7 @@ def cifar10() -> str:
 def result() -> str:
     """The result of ``experiments.runs``."""
     dense, csg, *_ = read('cifar10-npz')['networks'].values()
-    scores = [f'{each["mean"]:.2f} +- {each["std"]:.2f}' for each in (dense, csg)]
+    scores = [f'{each["mean"]:.2f}±{each["std"]:.2f}' for each in (dense, csg)]
     both = f'dense {scores[0]}, CSG at {csg["compression_ratio"]:.2f}x {scores[1]}'
     return f'{link("cifar10-npz")}: ResNet-20 on a tenth of CIFAR-10, {both}'
 

@@ -54,7 +54,7 @@ def print_tables(result: dict) -> None:
     for name, each in result['summary'].items():
         share = f'{each["generation_share"]:.1%}' if 'generation_share' in each else ''
         step, evaluation = (
-            (f'{each[key]:.4f} +- {each[f"{key}_spread"]:.0%}', f'{each[f"{key}_ratio"]:.3f}x')
+            (f'{each[key]:.4f}±{each[f"{key}_spread"]:.0%}', f'{each[f"{key}_ratio"]:.3f}x')
             for key in ('step', 'evaluation')
         )
         rows.append((name, *step, f'{each["floor"]:.3f}x', f'{each["images_per_second"]:.1f}', share, *evaluation))

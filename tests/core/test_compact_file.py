@@ -116,6 +116,17 @@ def contents(path):
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
+def test_wrong_arguments_are_refused(tmp_path):
+    path = tmp_path / 'model.safetensors'
+    with pytest.raises(CSGError, match=r'save_compact\(model, path\): the model is an object of type PosixPath'):
+        save_compact(path, trained())
+    with pytest.raises(CSGError, match=r'load_compact\(path, model\): the model is an object of type PosixPath'):
+        load_compact(Net(), path)
+    with pytest.raises(CSGError, match='a compact checkpoint is a safetensors file; name it model.safetensors'):
+        save_compact(trained(), path.with_suffix('.pth'))
+    assert not list(tmp_path.iterdir())
+
+
 # --- round trips ---
 
 

@@ -154,7 +154,7 @@ def test_networks_of_torchvision_are_compared_by_their_blocks():
         ({'temperature': 0}, 'temperature must be above 0'),
         ({'logits': 0}, 'logits, channels, features are all 0'),
         ({'features': 1.0}, 'layers is empty; name some'),
-        ({'features': 1.0, 'layers': ['bodi.*']}, "layers pattern 'bodi.\\*' names no module; there are body"),
+        ({'features': 1.0, 'layers': ['bodi.*']}, "layers pattern 'bodi.\\*' names no module; the nearest are body"),
         ({'logits_layer': 'fc'}, "the student has no layer 'fc'"),
         ({'layers': ['body.*']}, 'features, which is 0'),
         ({'features': 1.0, 'layers': [3]}, 'layers must be patterns'),

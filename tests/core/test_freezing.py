@@ -125,7 +125,7 @@ def test_norms_without_parameters_train_only_if_everything_does(norm):
 @pytest.mark.parametrize(
     ('patterns', 'says'),
     [
-        ('*.codes', "'\\*.codes' matches no parameter; there are"),
+        ('*.codes', "'\\*.codes' matches no parameter; the nearest are"),
         (3, 'give patterns of parameter names'),
         ([], 'give patterns of parameter names'),
     ],

@@ -183,6 +183,14 @@ def test_a_base_is_a_whole_file_and_not_the_update_itself(base, tmp_path):
     assert base.read_bytes() == before and not again.exists()
 
 
+def test_the_base_of_another_network_is_refused(base, tmp_path):
+    settings = dict(slice_shape=(4, 4, 3, 3), code_dim=3)
+    other = retrofit(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), settings)
+    with pytest.raises(CSGError, match='base.*: holds another network; leave base out'):
+        save_compact(other, tmp_path / 'update.safetensors', base=base)
+    assert not (tmp_path / 'update.safetensors').exists()
+
+
 def test_an_update_that_is_its_own_base_is_refused(base, tmp_path):
     update = tmp_path / 'update.safetensors'
     save_compact(changed(build(), ['code']), update, base=base)

@@ -188,9 +188,9 @@ def test_the_table_and_the_picture_show_every_cell_of_a_network(tmp_path, monkey
     (tmp_path / 'peers.json').write_text(json.dumps({'networks': {'dense': {'flops': 2.5e9, 'step_ratio': 1.0}}}))
     lines = summary.runs(str(table), costs='peers').splitlines()
     assert lines[2:] == [
-        '| dense | 100 | 1.0x | 2 | 2 | 50.50 +- 0.71 | 40.00 +- 0.00 |  |  | 2.50 | 1.00x |',
-        '| csg-10x | 10 | 10.0x | 2 | 2 | 50.50 +- 0.71 | 40.00 +- 0.00 | 0.12 | 39.00 +- 0.00 |  |  |',
-        '| narrow-10x | 9 | 11.1x | 2 | 2 | 50.50 +- 0.71 | 40.00 +- 0.00 |  |  |  |  |',
+        '| dense | 100 | 1.0x | 2 | 2 | 50.50±0.71 | 40.00±0.00 |  |  | 2.50 | 1.00x |',
+        '| csg-10x | 10 | 10.0x | 2 | 2 | 50.50±0.71 | 40.00±0.00 | 0.12 | 39.00±0.00 |  |  |',
+        '| narrow-10x | 9 | 11.1x | 2 | 2 | 50.50±0.71 | 40.00±0.00 |  |  |  |  |',
     ]
     figures = []
     monkeypatch.setattr(picture, 'save_figure', lambda figure, path: figures.append(figure))

@@ -216,7 +216,7 @@ def test_all_processes_share_a_fit_by_hand_too(checkpoint, monkeypatch):
         (dict(temperature=0), 'temperature must be above 0'),
         (
             dict(features=1.0, layers=['backbone.stage*']),
-            r"pattern 'backbone.stage\*' names no module; there are backbone",
+            r"pattern 'backbone.stage\*' names no module; the nearest are backbone",
         ),
         (dict(logits_layer='head.nothing'), "has no layer 'head.nothing'"),
         (dict(features=1.0, layers=[]), 'layers is empty'),
@@ -263,3 +263,11 @@ def test_a_teacher_of_another_architecture(tmp_path, checkpoint):
     torch.save({'state_dict': other.state_dict()}, tmp_path / 'other.pth')
     with pytest.raises(CSGError, match=r"another network's: backbone.layer1.0.conv1.weight is \(3, 3, 3, 3\)"):
         build(csg_model(CSG, dict(checkpoint=str(tmp_path / 'other.pth'))))
+
+
+def test_a_csg_checkpoint_is_no_teacher(tmp_path, checkpoint):
+    file = tmp_path / 'csg.pth'
+    torch.save({'state_dict': build(csg_model(CSG)).state_dict()}, file)
+    student = build(csg_model(CSG, dict(checkpoint=str(file))))
+    with pytest.raises(CSGError, match=r'^teacher: .*csg.pth: a CSG checkpoint, and the config is dense'):
+        losses(student)

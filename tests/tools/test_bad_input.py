@@ -60,7 +60,7 @@ def small(drawn, **more) -> list[str]:
     ('options', 'says'),
     [
         ({'model.csg.code_dims': 64}, ["unknown key 'code_dims'", "did you mean 'code_dim'"]),
-        ({'model.csg.include': "['backbon']"}, ["'backbon' names no conv", 'names look like']),
+        ({'model.csg.include': "['backbon']"}, ["'backbon' names no conv", 'the nearest are backbone']),
         ({'model.csg.slice_shape': '(16,16,5,5)'}, ['fits 5x5 kernels', '1x1, 3x3', 'change the last numbers']),
         ({'model.csg.slice_shape': '(16,16,3)'}, ['fits 3 kernels', '1x1, 3x3', 'change the last numbers']),
         ({'model.csg.slice_shape': '(16,16)'}, ['four positive integers', '(16, 16)']),

@@ -69,6 +69,7 @@ def load_weights(model: nn.Module, state_dict: dict) -> None:
             'a dense checkpoint, and the config is a CSG config: use it with the dense config, '
             'or train this config from it (load_from)'
         )
+    _check_is_dense(model, state_dict)
     for name, tensor in state_dict.items():
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
             check_finite(name, tensor)
@@ -94,6 +95,7 @@ def check_dense(model: nn.Module, state_dict: Mapping[str, Any], *, complete: bo
     Raises:
         CSGError: weights are missing or have other shapes.
     """
+    _check_is_dense(model, state_dict)
     given = {name.removeprefix('module.'): each for name, each in state_dict.items()}
     wanted = {name: each for name, each in model.state_dict().items() if each.is_floating_point()}
     wrong = [f'{name} is missing' for name in wanted if name not in given]
@@ -106,10 +108,14 @@ def check_dense(model: nn.Module, state_dict: Mapping[str, Any], *, complete: bo
         raise CSGError(f'the checkpoint does not fit the config: {abridge(wrong)}; {_hint(model, given)}')
 
 
+def _check_is_dense(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Refuse a CSG checkpoint for a dense model."""
+    if find_bank(model) is None and generator_names(state_dict):
+        raise CSGError('a CSG checkpoint, and the config is dense; use its CSG config, or materialise the checkpoint')
+
+
 def _hint(model: nn.Module, state_dict: Mapping[str, Any]) -> str:
     """Say what to do about a state dict with other names."""
-    if find_bank(model) is None and any(name.endswith('.code') for name in state_dict):
-        return 'it is a CSG checkpoint; use its CSG config, or materialise it'
     if all(name.startswith('module.') for name in state_dict):
         return "its names begin with 'module.'; released files are converted by tools/model_converters/released2csg.py"
     if not model.state_dict().keys() & state_dict.keys():

@@ -92,9 +92,14 @@ class CSGHook(Hook):
             _rewrap(runner)
         if runner._resume and (runner._load_from or find_latest_checkpoint(runner.work_dir)):
             bank_of(model).loading.fit_on_load = False
-        runner.logger.info(f'CSG: {summarise(model).headline()}')
+        log_size(runner)
         if self.save_compact and not any(isinstance(hook, CompactCheckpointHook) for hook in runner.hooks):
             runner.register_hook(CompactCheckpointHook())
+
+
+def log_size(runner: Runner) -> None:
+    """Log how much smaller a Runner's model is than the dense one."""
+    runner.logger.info(f'CSG: {summarise(bare_model(runner.model)).headline()}')
 
 
 def _check_same_settings(csg: CSG | None, bank: GeneratorBank) -> None:
