@@ -9,6 +9,7 @@ from argparse import ArgumentParser
 from collections import OrderedDict
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import mmseg
 import numpy as np
@@ -405,3 +406,39 @@ def test_metafiles_have_the_results_of_trained_configs():
     for text in metafiles.metafiles().values():
         assert metafiles.fill_results(text, results) == text
     assert any('Results' in text for text in metafiles.metafiles().values())
+
+
+def test_a_plain_network_is_deployed_as_the_page_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = example('deploy.md', 'torch.onnx.export').replace("'deeplabv3_resnet50', num_classes=21", "'resnet18'")
+    model = csg_seg.retrofit(torchvision.models.resnet18(), dict(ratio=4))
+    exec(page, names := dict(csg_seg=csg_seg, torch=torch, model=model, image=torch.rand(2, 3, 64, 64)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['network.onnx', 'plain.pth', 'small.safetensors']
+    plain = torchvision.models.resnet18()
+    plain.load_state_dict(torch.load('plain.pth', weights_only=True))
+    assert torch.allclose(plain.eval()(names['image']), names['network'](names['image']), atol=1e-4)
+
+
+def test_plain_training_resumes_as_the_page_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = dict(csg_seg=csg_seg, torch=torch, network=torchvision.models.resnet18, csg=dict(ratio=4), epoch=3)
+    names['model'] = model = csg_seg.retrofit(torchvision.models.resnet18(), dict(ratio=4))
+    names['optimizer'] = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    model(torch.rand(2, 3, 64, 64)).sum().backward()
+    names['optimizer'].step()
+    exec(example('plain_pytorch.md', 'torch.save'), names)
+    exec(example('plain_pytorch.md', "torch.load('last.pth'"), names)
+    assert names['model'] is not model
+    for name, each in model.state_dict().items():
+        assert torch.equal(each, names['model'].state_dict()[name]), name
+    assert names['optimizer'].param_groups[0]['lr'] == 0.01 and names['optimizer'].state
+
+
+def test_the_arrays_of_the_example_are_made_as_the_page_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'data').mkdir()
+    data = SimpleNamespace(data=np.zeros((6000, 32, 32, 3), np.uint8), targets=[1] * 6000)
+    monkeypatch.setattr(torchvision.datasets, 'CIFAR10', lambda root, train, download: data)
+    exec(example('plain_pytorch.md', 'download=True'), {})
+    arrays = np.load('data/cifar10-subset.npz')
+    assert arrays['x_train'].shape == (5000, 32, 32, 3) and arrays['y_test'].shape == (5000,)
