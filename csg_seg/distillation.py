@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .errors import CSGError, nearest
 from .generators.settings import read_patterns
-from .layers.root import BANK
+from .layers.bank import BANK, find_roots
 
 # Where networks that return several things have the class scores.
 SCORES = ('out', 'logits')
@@ -44,7 +44,8 @@ class Teacher:
         features: factor of the squared difference between feature maps, relative to the teacher's squares, averaged
             over the maps. Romero et al., "FitNets", ICLR 2015.
         layers: patterns for the names of the modules whose outputs ``features`` compares. Both networks have these
-            names. ``*`` matches a part of a name between dots: 'layer*.*' matches all blocks of a ResNet.
+            names. ``*`` matches a part of a name between dots: 'layer*.*' matches all blocks of a ResNet. If a later
+            operation changes an output in place, as a ReLU does, the changed values are compared.
         logits_layer: name of the module that computes the class scores. By default, the networks' own output: a
             tensor, the first of several, or the entry 'out' or 'logits'.
 
@@ -65,6 +66,12 @@ class Teacher:
         layers: str | Sequence[str] = (),
         logits_layer: str = '',
     ):
+        if not isinstance(student, nn.Module):
+            raise CSGError(f'teacher: the student must be a module; got {type(student).__name__}')
+        if isinstance(network, nn.Module) and any(find_roots(network)) and not any(find_roots(student)):
+            raise CSGError('teacher: a CSG network would teach a dense one; the student comes first')
+        if hasattr(student, '_orig_mod'):
+            raise CSGError('teacher: the student is compiled; give the network inside, before it is compiled')
         self.factors = dict(logits=logits, channels=channels, features=features)
         check_factors(self.factors, temperature)
         patterns = read_patterns('teacher', 'layers', layers) or ()
@@ -216,9 +223,10 @@ def divergence(logits: Tensor, wanted: Tensor, temperature: float, *, dim: int) 
 
 
 def relative_squared_error(values: Tensor, wanted: Tensor) -> Tensor:
-    """Divide the sum of squared differences by the sum of the second tensor's squares, in float32."""
+    """Divide the sum of squared differences by the sum of the second tensor's squares, in float32; 0 if that is 0."""
     wanted = wanted.float()
-    return (values.float() - wanted).square().sum() / wanted.square().sum()
+    size = wanted.square().sum()
+    return (values.float() - wanted).square().sum() / size.where(size > 0, math.inf)
 
 
 def match_layers(network: nn.Module, patterns: Sequence[str]) -> list[str]:

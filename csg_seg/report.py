@@ -145,6 +145,8 @@ def summarise(model: nn.Module) -> Summary:
     Raises:
         CSGError: the model is a part of a retrofitted one.
     """
+    if not isinstance(model, nn.Module):
+        raise CSGError(f'summarise: the network is an object of type {type(model).__name__}, not a module')
     roots = list(find_roots(model))
     # Two roots may share a generator.
     generators = list(dict.fromkeys(generator for _, _, bank in roots for generator in bank))

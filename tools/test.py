@@ -19,7 +19,7 @@ with one_line_errors():
     from csg_seg.mm.model import build_model
     from csg_seg.running.amp import use_amp_to_test
     from csg_seg.running.configs import load_config
-    from csg_seg.running.preflight import check_data
+    from csg_seg.running.preflight import check_data, check_scores
     from csg_seg.running.processes import use_cpu_processes
 
 
@@ -83,6 +83,7 @@ def main() -> None:
         check_file(args.checkpoint)
         build_model(cfg)  # a mistake shows here, before anything is written
         check_data(cfg, 'test')
+        check_scores(cfg, 'test')
         apply_options(cfg, args)
         if args.amp:
             use_amp_to_test(cfg)

@@ -21,7 +21,7 @@ with one_line_errors():
     from csg_seg.mm.model import bare_model, build_model
     from csg_seg.running.amp import use_amp_to_train
     from csg_seg.running.configs import load_config
-    from csg_seg.running.preflight import check_data, check_optimizer, check_starts
+    from csg_seg.running.preflight import check_data, check_optimizer, check_scores, check_starts
     from csg_seg.running.processes import use_cpu_processes
     from csg_seg.running.work_dir import RESUME, guard_checkpoints, latest_checkpoint
 
@@ -69,6 +69,7 @@ def main() -> None:
         check_starts(cfg)
         check_data(cfg, 'train')
         check_data(cfg, 'val')
+        check_scores(cfg, 'val')
         use_cpu_processes(cfg)
         with writing_into(cfg.work_dir, after=RESUME), ProgressBarHook() as bars, LabelGuardHook(cfg) as labels:
             runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)

@@ -35,6 +35,9 @@ OPTIONAL = (
     ('onnxruntime', 'onnxruntime', 'export_onnx'),
     ('onnxscript', 'onnxscript', 'export_onnx'),
     ('timm', 'timm', 'its networks by name'),
+    ('segmentation-models-pytorch', 'segmentation_models_pytorch', 'its networks by name'),
+    ('monai', 'monai', 'its networks by name'),
+    ('transformers', 'transformers', 'its networks by name'),
 )
 
 
@@ -62,15 +65,20 @@ def _basics() -> Iterator[Finding]:
     yield Finding('csg_seg', __version__)
     yield _in_range('python', platform.python_version(), PYTHON)
     yield _in_range('torch', torch.__version__, TORCH)
+    yield Finding('tested with', f'python {_span(PYTHON)}, torch {_span(TORCH)}; see docs/supported.md')
     for name in REQUIRED:
         installed = _installed(name)
         yield Finding(name, installed or 'not installed', '' if installed else f'pip install {name}')
 
 
+def _span(tested: Sequence[tuple[int, int]]) -> str:
+    return ' to '.join(f'{major}.{minor}' for major, minor in tested)
+
+
 def _in_range(name: str, found: str, tested: Sequence[tuple[int, int]]) -> Finding:
     oldest, newest = tested
     number = tuple(int(part) for part in found.split('.')[:2])
-    span = f'{oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]}'
+    span = _span(tested)
     newer = f'; newer than the tested {span}' if number > newest else ''
     return Finding(name, f'{found}{newer}', f'use {name} {span}' if number < oldest else '')
 

@@ -1,7 +1,7 @@
 """The settings of one generator: a ``csg`` dict, checked."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any
@@ -68,7 +68,8 @@ class Settings:
         if not isinstance(csg, Mapping):
             raise CSGError(f'{where}: expected a dict of settings, got {type(csg).__name__} {csg!r}')
         generator = _generator(where, csg.get('generator', 'linear'))
-        _check_keys(where, csg)
+        check_keys(where, csg)
+        _check_has_required(where, csg)
         values = {'seed': position, **csg}
         settings = cls(
             slice_shape=_slice_shape(where, values['slice_shape']),
@@ -127,13 +128,21 @@ def _generator(where: str, value: Any) -> str:
     return value
 
 
-def _check_keys(where: str, csg: Mapping[str, Any]) -> None:
+def check_keys(where: str, csg: Iterable[str]) -> None:
+    """Refuse keys that no generator has.
+
+    Raises:
+        CSGError: names the key, and the one that was probably meant.
+    """
     known = list(dict.fromkeys([*_own_keys(), *(key for kind in KINDS.values() for key in kind.OPTIONS)]))
     for key in csg:
         if key not in known:
             close = difflib.get_close_matches(str(key), [*known, 'ratio'], n=1, cutoff=0.5)
             hint = f'did you mean {close[0]!r}?' if close else f'known keys: {", ".join(known)}'
             raise CSGError(f'{where}: unknown key {key!r}; {hint}')
+
+
+def _check_has_required(where: str, csg: Mapping[str, Any]) -> None:
     for key in ('slice_shape', 'code_dim'):
         if key not in csg:
             raise CSGError(f'{where}: {key!r} is missing; for 3x3 convs try slice_shape=(16, 16, 3, 3), code_dim=128')

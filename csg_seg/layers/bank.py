@@ -6,6 +6,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.parameter import UninitializedParameter
 
 from csg_seg.errors import CSGError
 from csg_seg.generators.linear import Generator
@@ -15,7 +17,7 @@ from .accumulation import Accumulation
 from .ahead import Ahead, drop
 from .conv import CSGConv, check_fitted, generated_convs
 from .loading import Loading
-from .root import BANK, CSGRoot, Generators, enroot, uproot
+from .root import BANK, CSGRoot, Generators, check_rootable, enroot, uproot
 from .state_dict_checks import StateDictChecks
 from .watch import WATCH
 
@@ -174,6 +176,29 @@ def find_roots(model: nn.Module) -> Iterator[tuple[str, nn.Module, GeneratorBank
         if bank is not None:
             bank.refresh(module)
             yield f'{name}.' if name else '', module, bank
+
+
+def check_root(model: nn.Module) -> None:
+    """Check that a model can be retrofitted.
+
+    Raises:
+        CSGError: it is not a plain module, has lazy parameters, or is wrapped, compiled or already retrofitted.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, (torch.jit.ScriptModule, GraphModule)):
+        kind = 'a class' if isinstance(model, type) else f'an object of type {type(model).__name__}'
+        raise CSGError(f'{kind} cannot be retrofitted; give a network, an nn.Module that is not scripted or traced')
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise CSGError(f'{name} has no shape before the first batch; run one batch through the model first')
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise CSGError(f'the model is already wrapped in {type(model).__name__}; give the network inside, model.module')
+    if hasattr(model, '_orig_mod'):
+        raise CSGError('the model is already compiled; give the network inside, model._orig_mod, and compile it again')
+    if find_bank(model) is not None or any(generated_convs(model)):
+        raise CSGError('the model is already retrofitted; materialise it first')
+    if hasattr(model, BANK):
+        raise CSGError(f'the model has an attribute named {BANK!r}, which the generators need; rename that attribute')
+    check_rootable(model)
 
 
 def attach_bank(root: nn.Module, bank: GeneratorBank) -> None:

@@ -25,6 +25,8 @@ OTHER_SETTINGS = (
     "set the config's csg to the checkpoint's, or take another checkpoint; "
     'to train from this one, name the layer in reset'
 )
+# Names under which DataParallel, DistributedDataParallel and torch.compile hold a network.
+WRAPPERS = ('module', '_orig_mod')
 OTHER_NAMES = 'no name is one of this model: take a checkpoint of the same network, or rename its tensors'
 
 
@@ -87,6 +89,8 @@ def check_entries(needed: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]
     """Refuse a state dict that lacks entries of generators or generated layers, or has them in other shapes."""
     missing = [name for name in needed if name not in state_dict]
     if missing:
+        if all(name.endswith('_extra_state') for name in missing):
+            remedy += '; a compact file is read by csg_seg.load_compact(path, model)'
         raise CSGError(f'the checkpoint lacks {abridge(missing)}; {remedy}')
     for name, tensor in needed.items():
         if not name.endswith('_extra_state'):
@@ -98,6 +102,14 @@ def _check_shape(name: str, stored: Sequence[int], needed: Sequence[int], remedy
         raise CSGError(
             f'{name}: the checkpoint holds {what}{tuple(stored)}, this model needs {tuple(needed)}; {remedy}'
         )
+
+
+def _other_names(state_dict: Mapping[str, Any]) -> str:
+    """Say what to do about a state dict none of whose names is the model's."""
+    first = next(iter(state_dict), '').partition('.')[0]
+    if first in WRAPPERS and all(name.startswith(f'{first}.') for name in state_dict):
+        return f'its names begin with {first}: save the network inside the wrapper, or remove this part of the names'
+    return OTHER_NAMES
 
 
 def check_reset(root: nn.Module, patterns: Sequence[str]) -> None:
@@ -187,7 +199,7 @@ class StateDictChecks:
             for name, conv in self.convs.items():
                 needed |= {f'{self.prefix}{name}.{key}': each for key, each in conv.stored().items()}
             has_any = needed.keys() & self.state_dict.keys()
-            check_entries(needed, self.state_dict, OTHER_SETTINGS if has_any else OTHER_NAMES)
+            check_entries(needed, self.state_dict, OTHER_SETTINGS if has_any else _other_names(self.state_dict))
             self._check_count()
             self._check_layers()
             self._check_renamed()

@@ -207,14 +207,15 @@ def describe(found: Iterable[Found]) -> str:
     texts = [
         f'the generator of {abridge(layers.pop(reason), most=MOST_NAMES)} gets gradients and does not change: '
         f"{reason}. Add model.csg.parameters() to the optimizer's parameter groups, or set freeze_generator=True if "
-        'codes alone are to train.'
+        'codes alone are to train. If these layers were moved into another network, its state_dict() lacks the '
+        'generator: retrofit that network as a whole instead.'
         for reason in (NO_OPTIMIZER, NO_RATE)
         if reason in layers
     ]
     if layers:
-        listed = '; '.join(f'{reason}: {abridge(names, most=MOST_NAMES)}' for reason, names in layers.items())
+        listed = ' and '.join(f'{reason} ({abridge(names, most=MOST_NAMES)})' for reason, names in layers.items())
         texts.append(
-            f'these layers still change, because the generator they share is trained: {listed}. To keep them fixed, '
+            f'the generator is trained, so all its layers change, also those {listed}. To keep them fixed, '
             'freeze them before retrofit, exclude them, give them a dict of their own in csg, or set '
             'freeze_generator=True.'
         )

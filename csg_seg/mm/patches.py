@@ -42,9 +42,8 @@ def check_kind(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     generators = generator_names(foreign)
     if generators and not any(generated_convs(model)):
         raise CSGError(
-            f'the checkpoint holds codes and a generator ({generators[0]}) but the config is dense, or has its csg in '
-            'CSGHook, which only a Runner runs; use a config with CSGModel, or materialise the checkpoint first '
-            '(tools/materialise.py)'
+            'a CSG checkpoint, and the config is dense, or has its csg in CSGHook, which init_model does not run; use '
+            'a config with CSGModel, or materialise the checkpoint (tools/materialise.py)'
         )
     if any(find_roots(model)):  # roots check codes themselves
         return

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from csg_seg import distillation
 from csg_seg.distillation import check_factors
 from csg_seg.errors import CSGError
-from csg_seg.mm.checkpoints.reading import load_weights, read_checkpoint
+from csg_seg.layers.bank import find_bank
+from csg_seg.mm.checkpoints.reading import generator_names, load_weights, read_checkpoint
 
 # The modules that compute the class scores in mmpretrain's and mmseg's networks.
 LOGITS_LAYERS = ('head.fc', 'decode_head.conv_seg', 'decode_head.fc_seg')
@@ -30,7 +31,7 @@ class Teacher:
         temperature: see there.
         channels: see there.
         features: see there.
-        layers: see there.
+        layers: see there; ``('backbone',)`` by default.
         logits_layer: name of the module that computes the class scores. By default, one of ``LOGITS_LAYERS``.
 
     Raises:
@@ -47,7 +48,7 @@ class Teacher:
         temperature: float = 4.0,
         channels: float = 0.0,
         features: float = 0.0,
-        layers: str | Sequence[str] = ('backbone',),
+        layers: str | Sequence[str] | None = None,
         logits_layer: str | None = None,
     ):
         factors = dict(logits=logits, channels=channels, features=features)
@@ -57,9 +58,11 @@ class Teacher:
         self.checkpoint = checkpoint
         self.model = model
         self.labels = labels
-        self.options: dict[str, Any] = dict(temperature=temperature, layers=layers if features else (), **factors)
+        if layers is None:
+            layers = ('backbone',) if features else ()
+        self.options: dict[str, Any] = dict(temperature=temperature, layers=layers, **factors)
         self.logits_layer = logits_layer or ''
-        self.losses: distillation.Teacher | None = None  # None if only labels teach
+        self.taught_by: distillation.Teacher | None = None  # None if only labels teach
 
     def attach(self, student: nn.Module) -> nn.Module:
         """Add the teacher's losses to every training step of a student, and return the student.
@@ -70,7 +73,7 @@ class Teacher:
         if self.options['logits'] or self.options['channels']:
             self.logits_layer = self.logits_layer or _find_logits_layer(student)
         if any(self.options[name] for name in ('logits', 'channels', 'features')):
-            self.losses = distillation.Teacher(student, None, logits_layer=self.logits_layer, **self.options)
+            self.taught_by = distillation.Teacher(student, None, logits_layer=self.logits_layer, **self.options)
             student.register_forward_pre_hook(self._run_teacher, with_kwargs=True)
         student.register_forward_hook(self._add_losses, with_kwargs=True)
         return student
@@ -78,11 +81,11 @@ class Teacher:
     def _run_teacher(self, student: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if kwargs.get('mode') != 'loss':
             return
-        assert self.losses is not None
+        assert self.taught_by is not None
         images = kwargs['inputs'] if 'inputs' in kwargs else args[0]
-        if self.losses.network is None:
-            self.losses.use(self._build(student).to(images.device))
-        self.losses.observe(images, mode='tensor')
+        if self.taught_by.network is None:
+            self.taught_by.use(self._build(student).to(images.device))
+        self.taught_by.observe(images, mode='tensor')
 
     def _add_losses(self, student: nn.Module, args: tuple, kwargs: dict[str, Any], losses: Any) -> Any:
         if kwargs.get('mode') != 'loss':
@@ -90,16 +93,22 @@ class Teacher:
         # mmengine logs the sum of all losses as 'loss', unless one of them has that name.
         names = {name: 'loss_labels' if name == 'loss' else name for name in losses}
         taught = {names[name]: _scale(each, self.labels) if 'loss' in name else each for name, each in losses.items()}
-        if self.losses is not None:
-            taught |= {f'loss_teacher_{name}': value for name, value in self.losses.compare().items()}
+        if self.taught_by is not None:
+            taught |= {f'loss_teacher_{name}': value for name, value in self.taught_by.compare().items()}
         return taught
 
     def _build(self, student: nn.Module) -> nn.Module:
         # A run that resumes would draw these random numbers again.
         with torch.random.fork_rng(devices=[]):
             network = MODELS.build(deepcopy({**self.model, 'init_cfg': None}))
+        weights = read_checkpoint(self.checkpoint)['state_dict']
+        if find_bank(network) is None and generator_names(weights):
+            raise CSGError(
+                f'teacher: {self.checkpoint} is a CSG checkpoint, and this teacher is a dense network; give a dense '
+                'checkpoint, or materialise this one'
+            )
         try:
-            load_weights(network, read_checkpoint(self.checkpoint)['state_dict'])
+            load_weights(network, weights)
         except CSGError as error:
             raise CSGError(f'teacher: {self.checkpoint}: {str(error).removeprefix(f"{self.checkpoint}: ")}') from None
         if any(_is_channels_last(parameter) for parameter in student.parameters()):

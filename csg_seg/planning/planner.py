@@ -12,10 +12,11 @@ from torch import nn
 
 from csg_seg.errors import CSGError
 from csg_seg.generators.settings import matches
+from csg_seg.layers.bank import check_root
 from csg_seg.report import Summary, summarise
 from csg_seg.retrofitting.automatic import SMALLEST_SHARE, resolve
 from csg_seg.retrofitting.selection import generable
-from csg_seg.retrofitting.surgery import CSG, check_root, retrofit
+from csg_seg.retrofitting.surgery import CSG, retrofit
 from csg_seg.retrofitting.weights import fit
 
 from .frontier import Frontier, thin

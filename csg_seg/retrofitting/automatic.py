@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from csg_seg.errors import CSGError
-from csg_seg.generators.settings import Settings, read_patterns
+from csg_seg.generators.settings import Settings, check_keys, read_patterns
 from csg_seg.generators.slices import grid
+from csg_seg.layers.bank import check_root
 from csg_seg.layers.conv import find_convs
 
 from .selection import check_patterns, choose_layers, generable, not_generable
@@ -58,10 +59,12 @@ def suggest(model: nn.Module, ratio: float | None = None, **others: Any) -> list
     Raises:
         CSGError: the ratio is out of range or out of reach, or the network has nothing to compress.
     """
+    check_root(model)
     if ratio is not None and (
         isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 1 < ratio < math.inf
     ):
         raise CSGError(f'csg: ratio must be a number above 1; got {ratio!r}')
+    check_keys('csg', others)
     for key in others:
         if key not in OTHERS:
             raise CSGError(
@@ -74,14 +77,14 @@ def suggest(model: nn.Module, ratio: float | None = None, **others: Any) -> list
     groups = _groups(model, others)
     total = sum(parameter.numel() for parameter in model.parameters())
     choices = [groups[:count] for count in range(1, len(groups) + 1)]
-    smallest = min(_stored(model, _settings(each, math.inf, others)) for each in choices)
-    if smallest >= total:
-        raise CSGError('csg: generators would make this network larger; it has too few weights in convs')
+    smallest = min(_stored(model, _settings(each, MOST, others)) for each in choices)
+    most = math.floor(10 * total / smallest) / 10
+    if most <= 1:
+        raise CSGError('csg: generators would not make this network smaller; it has too few weights in these convs')
     if ratio is None:
         ratio = min(RATIO, math.sqrt(total / smallest))
-    for chosen in choices:
-        # Beyond twice the ratio, it is better to compress a further kernel size too.
-        limit = 2 * ratio if len(chosen) < len(groups) else MOST
+    # Where it is possible, no kernel size is compressed more than by twice the ratio: a further one is compressed too.
+    for chosen, limit in [*((each, 2 * ratio) for each in choices), *((each, MOST) for each in choices)]:
         found = _search(model, chosen, total / ratio, limit, others)
         if found is not None:
             seeds = range(len(found)) if seed is None else range(seed * len(found), (seed + 1) * len(found))
@@ -89,7 +92,7 @@ def suggest(model: nn.Module, ratio: float | None = None, **others: Any) -> list
     share = sum(each.weights for each in groups) / total
     left = _left_dense(model, *_patterns(others))
     raise CSGError(
-        f'csg: a ratio of {ratio:g} is out of reach; give at most {math.floor(10 * total / smallest) / 10}, which has '
+        f'csg: a ratio of {ratio:g} is out of reach; give at most {most}, which has '
         f'codes of {SHORTEST} values, or give slice_shape and code_dim. {share:.0%} of the parameters are in convs '
         f'that can be generated{f"; other convs: {left}" if left else ""}'
     )
@@ -106,6 +109,8 @@ def resolve(model: nn.Module, csg: Any) -> Sequence[Mapping[str, Any]]:
     dicts = [csg] if isinstance(csg, Mapping) else csg
     if isinstance(dicts, Sequence) and any(map(is_automatic, dicts)):
         raise CSGError("csg: 'auto' and dict(ratio=...) choose all generators and stand alone, not in a list")
+    if isinstance(getattr(csg, 'csg', None), list):
+        raise CSGError(f'csg: got a {type(csg).__name__}; give its csg, as in retrofit(model, plan.csg)')
     if not isinstance(dicts, Sequence) or isinstance(dicts, str) or len(dicts) == 0:
         raise CSGError(
             "csg must be a dict with slice_shape and code_dim, a list of such dicts, dict(ratio=...), or 'auto'; "
@@ -139,7 +144,7 @@ def _groups(model: nn.Module, others: Mapping[str, Any]) -> list[Group]:
             small[kernel].append(name)
     if not weights:
         left = _left_dense(model, include, exclude)
-        raise CSGError(f'csg: there is no conv to generate: {left or "the network has none"}')
+        raise CSGError(f'csg: there is no conv to generate; those that stay dense: {left or "none"}')
     ordered = sorted(weights, key=lambda kernel: -weights[kernel])
     return [Group(kernel, weights[kernel], [*exclude, *small[kernel]]) for kernel in ordered]
 
@@ -157,7 +162,7 @@ def _left_dense(model: nn.Module, include: tuple[str, ...] | None, exclude: tupl
 
 
 def _settings(groups: Sequence[Group], ratio: float, others: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a dict for each kernel size that compresses it by a ratio; the shortest codes for infinity."""
+    """Return a dict for each kernel size that compresses it by a ratio."""
     dicts = []
     for kernel, weights, exclude in groups:
         for side in SIDES:

@@ -176,7 +176,11 @@ def check_patterns(where: str, key: str, patterns: Sequence[str], names: Sequenc
     """
     for pattern in patterns:
         if names and not any(matches(name, pattern) for name in names):
-            raise CSGError(f'{where}: {key} pattern {pattern!r} names no conv of the model; {nearest(pattern, names)}')
+            parts = [name.split('.') for name in names]
+            wider = dict.fromkeys('.'.join(each[:end]) for each in parts for end in range(1, len(each) + 1))
+            raise CSGError(
+                f'{where}: {key} pattern {pattern!r} names no conv of the model; {nearest(pattern, [*wider])}'
+            )
 
 
 def _why_nothing(

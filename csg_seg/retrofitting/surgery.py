@@ -6,17 +6,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import UninitializedParameter
 
 from csg_seg.errors import CSGError, CSGWarning
 from csg_seg.generators.registry import build_generator
 from csg_seg.generators.settings import Settings
 from csg_seg.layers.ahead import generate_in_batches
-from csg_seg.layers.bank import BANK, GeneratorBank, attach_bank, detach_bank, find_bank, find_roots
+from csg_seg.layers.bank import GeneratorBank, attach_bank, check_root, detach_bank, find_roots
 from csg_seg.layers.conv import CSGConv, add_residual, generated_convs, swap_in, swap_out
-from csg_seg.layers.root import check_rootable
 from csg_seg.layers.watch import WATCH
 from csg_seg.report import summarise
 
@@ -121,26 +118,3 @@ def swap_layers(
     for name, position in taken.items():
         add_residual(cast(CSGConv, convs[name]), rngs[position])
     attach_bank(model, GeneratorBank(generators, left_dense).to(first))
-
-
-def check_root(model: nn.Module) -> None:
-    """Check that a model can be retrofitted.
-
-    Raises:
-        CSGError: it is not a plain module, has lazy parameters, or is wrapped, compiled or already retrofitted.
-    """
-    if not isinstance(model, nn.Module) or isinstance(model, (torch.jit.ScriptModule, GraphModule)):
-        kind = 'a class' if isinstance(model, type) else f'an object of type {type(model).__name__}'
-        raise CSGError(f'{kind} cannot be retrofitted; give a network, an nn.Module that is not scripted or traced')
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedParameter):
-            raise CSGError(f'{name} has no shape before the first batch; run one batch through the model first')
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise CSGError(f'the model is already wrapped in {type(model).__name__}; give the network inside, model.module')
-    if hasattr(model, '_orig_mod'):
-        raise CSGError('the model is already compiled; give the network inside, model._orig_mod, and compile it again')
-    if find_bank(model) is not None or any(generated_convs(model)):
-        raise CSGError('the model is already retrofitted; materialise it first')
-    if hasattr(model, BANK):
-        raise CSGError(f'the model has an attribute named {BANK!r}, which the generators need; rename that attribute')
-    check_rootable(model)

@@ -113,7 +113,8 @@ def share_generators(model: nn.Module, *others: nn.Module) -> None:
         if len(other) != len(bank) or not all(map(_interchangeable, bank, other)):
             raise CSGError(
                 f'share_generators: network {position} of the others has other generators than the first, or in '
-                'another dtype or on another device; share those that come from one base, trained with freeze_generator'
+                'another dtype or on another device; share those that come from one base, in its precision, and were '
+                'trained without changing the generator'
             )
     for other in banks:
         other.take_generators(bank)
@@ -139,16 +140,18 @@ def dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _check(caller: str, model: nn.Module, weights: Any) -> GeneratorBank:
     """Refuse a dense model, and weights that are not a state dict, such as a whole checkpoint or its path."""
+    if not isinstance(model, nn.Module):
+        raise CSGError(f'{caller}: the network is an object of type {type(model).__name__}, not a module')
     bank = find_bank(model)
     if bank is None:
-        inside = inner_root(model) if isinstance(model, nn.Module) else None
+        inside = inner_root(model)
         if inside is not None:
             raise CSGError(f'{caller}: the retrofitted network is inside this one; give model.{inside}')
         raise CSGError(f'{caller}: the model is not retrofitted; call csg_seg.retrofit on it first')
     if not isinstance(weights, Mapping) or not all(isinstance(each, Tensor) for each in weights.values()):
-        wanted = (
-            "its entry 'state_dict'" if isinstance(weights, Mapping) and 'state_dict' in weights else 'a state dict'
-        )
+        entries = weights.items() if isinstance(weights, Mapping) else ()
+        nested = [key for key, each in entries if isinstance(each, Mapping) and 'param_groups' not in each]
+        wanted = f'its entry {nested[0]!r}' if nested else 'a state dict'
         raise CSGError(f'{caller} needs a dict of tensors, not this {type(weights).__name__}; give {wanted}')
     return bank
 

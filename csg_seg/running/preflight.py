@@ -11,12 +11,19 @@ from mmengine.optim import OptimWrapperDict, build_optim_wrapper
 from mmengine.registry import DATASETS, init_default_scope
 from torch import nn
 
-from csg_seg.errors import CSGError
+from csg_seg.errors import CSGError, nearest
 from csg_seg.mm.checkpoints.unpickling import check_file
 from csg_seg.mm.datasets.labels import check_labels
 from csg_seg.mm.mixed_precision import check_mixed_precision
 
 from .configs import data_sets
+
+# The values of IoUMetric's iou_metrics, and the scores that each gives beside aAcc.
+SCORES = {
+    'mIoU': ('mIoU', 'mAcc'),
+    'mDice': ('mDice', 'mAcc'),
+    'mFscore': ('mFscore', 'mPrecision', 'mRecall'),
+}
 
 
 def check_data(cfg: Config, split: str) -> None:
@@ -69,6 +76,32 @@ def check_starts(cfg: Config) -> None:
             raise CSGError(f'{path!r} is not the path of a checkpoint to start from; give a path')
         if path and '://' not in path:
             check_file(path)
+
+
+def check_scores(cfg: Config, split: str) -> None:
+    """Check that the scores a config asks mmseg's ``IoUMetric`` for exist; it is first called after an epoch.
+
+    Args:
+        cfg: a complete config.
+        split: 'val' or 'test'.
+
+    Raises:
+        CSGError: names a score that does not exist.
+    """
+    found = cfg.get(f'{split}_evaluator') or ()
+    evaluators = [each for each in (found if isinstance(found, (list, tuple)) else [found]) if 'type' in each]
+    for each in evaluators:
+        wanted = each.get('iou_metrics') or []
+        for name in [wanted] if isinstance(wanted, str) else wanted:
+            if each['type'] == 'IoUMetric' and name not in SCORES:
+                raise CSGError(f'{split}_evaluator: iou_metrics has {name!r}; there are {", ".join(SCORES)}')
+    best = ((cfg.get('default_hooks') or {}).get('checkpoint') or {}).get('save_best')
+    if split == 'val' and evaluators and all(each['type'] == 'IoUMetric' for each in evaluators):
+        known = {'auto', 'aAcc', *(name for names in SCORES.values() for name in names)}
+        for name in [best] if isinstance(best, str) else best or []:
+            if name.rpartition('/')[2] not in known:
+                like = nearest(name, sorted(known))
+                raise CSGError(f'default_hooks.checkpoint.save_best: there is no score {name!r}; {like}')
 
 
 def check_optimizer(cfg: Config, model: nn.Module) -> None:

@@ -24,6 +24,8 @@ Builder = Callable[..., nn.Module]
 Source = Mapping[str, Any]
 BUILDERS: dict[str, Builder] = {}
 FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye}
+# The builder of csg_seg.mm, which is imported when a file asks for it.
+MMENGINE = 'mmengine'
 TIMM_FILES = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir')
 MONAI_FUNCTIONS = r'resnet\d+|MedNe[Xx]t\w+|vista3d132'
 # Keys of transformers' configs whose text says nothing about how a network is built.
@@ -57,14 +59,33 @@ def check_source(source: Source) -> None:
     Raises:
         CSGError: it cannot, or there is no such builder.
     """
+    check_form(source)
+    _find_builder(source['builder'])
+    encode_source(source)
+
+
+def check_form(source: Source) -> None:
+    """Check that a source is a dict with the name of a builder.
+
+    Raises:
+        CSGError: it is not.
+    """
     if not isinstance(source, Mapping) or not isinstance(source.get('builder'), str):
         raise CSGError(f"source must be a dict with 'builder', one of {_known()}; got {str(source)[:80]}")
-    if source['builder'] not in BUILDERS:
+
+
+def _find_builder(name: str) -> Builder:
+    if name == MMENGINE and name not in BUILDERS:
+        try:
+            import_module('csg_seg.mm')  # registers it
+        except ImportError as error:
+            raise CSGError(f"the builder {name!r} needs {error.name}: pip install 'csg_seg[mm]'") from None
+    if name not in BUILDERS:
         raise CSGError(
-            f'there is no builder {source["builder"][:40]!r}, only {_known()}; '
-            'install csg_seg[mm], or register your own with csg_seg.register_builder'
+            f'there is no builder {name[:40]!r}, only {_known()}; register it with csg_seg.register_builder, or give '
+            'the model'
         )
-    encode_source(source)
+    return BUILDERS[name]
 
 
 def encode_source(source: Source) -> str:
@@ -103,11 +124,12 @@ def build(source: Source, *, most_values: int | None = None) -> nn.Module:
     Raises:
         CSGError: there is no such builder, it cannot build the network, or the network is too large.
     """
-    check_source(source)
+    check_form(source)
+    builder = _find_builder(source['builder'])
     arguments = {key: value for key, value in source.items() if key != 'builder'}
     try:
         with nullcontext() if most_values is None else _Limit(most_values):
-            return BUILDERS[source['builder']](**arguments)
+            return builder(**arguments)
     except CSGError:
         raise
     except ModuleNotFoundError as error:

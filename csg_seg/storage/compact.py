@@ -19,9 +19,10 @@ from csg_seg.retrofitting.weights import dense_shapes
 from csg_seg.version import __version__
 
 from .builders import Source, build, check_source, encode_source, parameters_on_meta
-from .format import Compact, is_counter, is_setting, read_base, read_compact, write_file
+from .format import Compact, is_counter, is_setting, parse, read_base, read_compact, write_file
 from .matching import check_fits, check_shapes, generated_layers, load_values, shapes_of
 from .precision import lower, matrices
+from .updates import Content
 
 # While the network of a file is built, it may allocate this many times the values of its weights: some networks are cut
 # out of larger ones, a PSPNet's encoder out of a VGG-11 with 14 times its values.
@@ -69,8 +70,6 @@ def save_compact(
             check_shapes(shapes_of(built.state_dict()), dense_shapes(model), 'correct name or arguments in source')
         except CSGError as error:
             raise CSGError(f'the source builds another network: its state dict {error}') from None
-    elif base is not None and find_bank(model) is not None:
-        source = _source_of(base, model)
     write_compact(model, model.state_dict(), path, dtype=dtype, source=source, base=base)
 
 
@@ -182,7 +181,7 @@ def write_compact(
         state_dict: its entries.
         path: the file to write.
         dtype: as for :func:`save_compact`.
-        source: as for :func:`save_compact`, but not checked by building it.
+        source: as for :func:`save_compact`; one that is given is not checked by building it.
         metadata: notes to keep in the file, text by name.
         base: as for :func:`save_compact`.
     """
@@ -208,6 +207,8 @@ def write_compact(
         raise CSGError(f'{path}: the update would replace its base; choose another path')
     old = None if base is None else read_base(base)
     dtype = dtype or (old.header.get('dtype', 'float32') if old else 'float32')
+    if old is not None and source is None:
+        source = _source_of(old, model)
     header = {
         'versions': json.dumps({'csg_seg': __version__, 'torch': torch.__version__}),
         **(metadata or {}),
@@ -227,9 +228,9 @@ def write_compact(
     write_file(path, lowered, header, old)
 
 
-def _source_of(base: str | os.PathLike, model: nn.Module) -> Source | None:
-    """Return how the network of a file is built, if that is the network of a retrofitted model."""
-    compact = read_compact(base)
+def _source_of(base: Content, model: nn.Module) -> Source | None:
+    """Return how the network of a base is built, if that is the network of a retrofitted model."""
+    compact = parse(base.name, base)
     if compact.source is None:
         return None
     with parameters_on_meta():

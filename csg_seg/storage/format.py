@@ -9,6 +9,7 @@ metadata. A file may come from anywhere: its claims are checked before memory is
 import json
 import math
 import os
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,13 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from csg_seg.errors import CSGError
+from csg_seg.errors import CSGError, CSGWarning
 from csg_seg.files import write_whole
 from csg_seg.generators.settings import Settings
 from csg_seg.generators.signature import encode_signature
 from csg_seg.layers.bank import BANK
 
-from .builders import check_source, decode_source
+from .builders import check_form, decode_source
 from .digest import digest
 from .precision import restore
 from .updates import Content, Update, apply_update, find_difference
@@ -36,6 +37,8 @@ from .updates import Content, Update, apply_update, find_difference
 FORMAT, VERSION, UPDATE, READABLE = 'csg_seg compact checkpoint', '3', '4', ('2', '3', '4')
 # The weights and generators that a file claims may hold at most this many times the values stored in it.
 LARGEST_RATIO = 1000
+# An update that holds more of the bytes than this is hardly worth its base.
+LARGEST_SHARE = 0.8
 Shape = tuple[int, ...]
 Layers = dict[str, tuple[int, Shape]]
 _EXTRA = '_extra_state'
@@ -76,8 +79,17 @@ def write_file(
     header = dict(header)
     version = VERSION
     if base is not None:
+        whole = sum(each.nbytes for each in cloned.values())
         cloned, update = find_difference(cloned, header, base)
         header, version = update.to_header(), UPDATE
+        share = sum(each.nbytes for each in cloned.values()) / whole
+        if share > LARGEST_SHARE:
+            warnings.warn(
+                f'{path}: {share:.0%} of it differs from {base.name}, so the update saves little; leave base out, or '
+                'give one of the same network in the same precision',
+                CSGWarning,
+                stacklevel=4,
+            )
     header |= {'format': FORMAT, 'version': version}
     header['sha256'] = digest(cloned, header)
     write_whole(path, lambda partial: partial.write_bytes(save(cloned, metadata=header)))
@@ -94,9 +106,17 @@ def read_compact(path: str | os.PathLike, base: str | os.PathLike | None = None)
         FileNotFoundError: there is no such file.
         CSGError: the file is damaged, or is not a compact checkpoint, or its base is missing or another file.
     """
-    content = read_content(path, base)
+    return parse(path, read_content(path, base))
+
+
+def parse(path: str | os.PathLike, content: Content) -> Compact:
+    """Return what a file says.
+
+    Raises:
+        CSGError: tensors and metadata disagree, or another program wrote them.
+    """
     try:
-        return _parse(content.tensors, content.header)
+        return _parse(content.tensors, dict(content.header))
     except CSGError as error:
         raise CSGError(f'{path}: {error}') from None
     # A header that another program wrote may hold anything.
@@ -128,6 +148,8 @@ def read_base(path: str | os.PathLike) -> Content:
 
 def _read_file(path: str | os.PathLike) -> Content:
     """Read and verify one file; the header still has its version."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise CSGError(f'give the path of a compact checkpoint; got an object of type {type(path).__name__}')
     if Path(path).is_dir():
         raise CSGError(f'{path}: a folder, not a compact checkpoint; give a file in it')
     if not Path(path).is_file():
@@ -163,7 +185,7 @@ def _apply_to_base(path: Path, content: Content, base: str | os.PathLike | None)
     file = path.with_name(update.base_name) if base is None else Path(base)
     called = f'{path}: an update of {update.base_name} with checksum {update.base[:12]}'
     if base is None and not file.is_file():
-        raise CSGError(f'{called}, which is not beside it; copy that file there, or give it as base')
+        raise CSGError(f'{called}, which is not beside it; copy that file there, or call load_compact with base')
     try:
         return apply_update(content.tensors, update, read_base(file))
     except CSGError as error:
@@ -197,7 +219,7 @@ def _parse(tensors: dict[str, Tensor], header: dict[str, str]) -> Compact:
             )
     source = decode_source(header.pop('source', 'null'))
     if source is not None:
-        check_source(source)
+        check_form(source)
     stored = sum(tensor.numel() for tensor in tensors.values())
     claimed = sum(each.code_dim * math.prod(each.slice_shape) for each in settings)
     claimed += sum(math.prod(shape) for _, shape in layers.values())

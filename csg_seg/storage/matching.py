@@ -13,10 +13,9 @@ from csg_seg.generators.registry import build_generator
 from csg_seg.generators.settings import Settings, matches
 from csg_seg.generators.signature import SIGNATURE
 from csg_seg.generators.slices import grid
-from csg_seg.layers.bank import BANK, bank_of, find_bank
+from csg_seg.layers.bank import BANK, bank_of, check_root, find_bank
 from csg_seg.layers.conv import find_convs, generated_convs
 from csg_seg.layers.state_dict_checks import check_reset
-from csg_seg.retrofitting.surgery import check_root
 
 from .format import Compact, Layers, Shape, is_counter, is_setting
 

@@ -53,8 +53,13 @@ class Update:
 
     def to_header(self) -> dict[str, str]:
         """Return the metadata of the file."""
-        values = (self.base, self.base_name, json.dumps(self.header), json.dumps(self.removed), self.result)
-        return dict(zip(self.__dataclass_fields__, values, strict=True))
+        return {
+            'base': self.base,
+            'base_name': self.base_name,
+            'header': json.dumps(self.header),
+            'removed': json.dumps(self.removed),
+            'result': self.result,
+        }
 
     @classmethod
     def from_header(cls, header: Mapping[str, str]) -> 'Update':

@@ -1,12 +1,14 @@
 """Settings by themselves: the ratio asked for, with the settings one would choose."""
 
+import re
+
 import pytest
 import torch
 import torchvision
 from torch import nn
 from two_convs import Net, build
 
-from csg_seg import CSGError, retrofit, suggest, summarise
+from csg_seg import CSGError, plan, retrofit, suggest, summarise
 
 
 def on_meta(function, **options):
@@ -133,10 +135,29 @@ def test_a_conv_that_cannot_be_generated_may_be_excluded_and_the_first_be_includ
 
 
 def test_networks_with_nothing_to_compress_are_refused():
-    with pytest.raises(CSGError, match='no conv to generate: the network has none'):
+    with pytest.raises(CSGError, match='no conv to generate; those that stay dense: none'):
         retrofit(nn.Sequential(nn.Linear(8, 8)), 'auto')
     for layers in ([nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3, groups=64)], [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)]):
-        with pytest.raises(CSGError, match='no conv to generate|would make this network larger'):
+        with pytest.raises(CSGError, match='no conv to generate|would not make this network smaller'):
             retrofit(nn.Sequential(*layers), 'auto')
     with pytest.raises(CSGError, match='already retrofitted'):
         retrofit(build(), 'auto')
+
+
+def test_the_ratio_that_a_message_offers_is_taken():
+    layers = [nn.Conv2d(3, 64, 3), nn.Conv2d(64, 4, 3), nn.Conv2d(4, 16, 7), nn.Conv2d(16, 128, 3)]
+    model = nn.Sequential(*layers)
+    with pytest.raises(CSGError, match=r'give at most \d+\.\d') as caught:
+        suggest(model, 100)
+    offered = float(re.search(r'give at most (\d+\.\d)', str(caught.value))[1])
+    assert summarise(retrofit(model, dict(ratio=offered))).compression_ratio >= offered
+
+
+def test_other_keys_and_plans_are_refused_with_the_right_remedy():
+    with pytest.raises(CSGError, match="unknown key 'rato'; did you mean 'ratio'"):
+        retrofit(torchvision.models.resnet18(), dict(ratio=4, rato=4))
+    with pytest.raises(CSGError, match='already retrofitted; materialise it first'):
+        suggest(retrofit(torchvision.models.resnet18(), dict(ratio=4)))
+    model = torchvision.models.resnet18()
+    with pytest.raises(CSGError, match=r'got a Plan; give its csg'):
+        retrofit(model, plan(model, ratio=4))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from csg_seg import CSGError, Teacher, retrofit
-from csg_seg.distillation import divergence
+from csg_seg.distillation import divergence, relative_squared_error
 
 CSG = {'slice_shape': (16, 16, 3, 3), 'code_dim': 16}
 
@@ -248,3 +248,20 @@ def test_a_copy_of_a_student_needs_a_teacher_of_its_own():
     copy.teacher.use(Net(1))
     copy.student(images())
     assert copy.teacher.loss(images()) > 0
+
+
+def test_swapped_and_compiled_networks_are_refused():
+    student = retrofit(Net(), CSG)
+    with pytest.raises(CSGError, match='the student comes first'):
+        Teacher(Net(1), student)
+    with pytest.raises(CSGError, match='the student must be a module; got str'):
+        Teacher('net.pth', Net(1))
+    with pytest.raises(CSGError, match='the student is compiled'):
+        Teacher(torch.compile(student), Net(1))
+
+
+def test_an_empty_map_of_the_teacher_is_not_compared():
+    values = torch.ones(2, 3, requires_grad=True)
+    error = relative_squared_error(values, torch.zeros(2, 3))
+    error.backward()
+    assert error == 0 and values.grad.isfinite().all()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.runner import checkpoint as of_mmengine
+from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
 
@@ -210,7 +211,7 @@ def test_a_part_that_the_model_lacks_may_be_missing_as_in_dense_networks():
 
 
 def test_a_dense_model_takes_no_codes_from_mmengine():
-    with pytest.raises(CSGError, match='holds codes and a generator .* but the config is dense'):
+    with pytest.raises(CSGError, match='a CSG checkpoint, and the config is dense'):
         load_by_mmengine(network(), retrofit(network(), CSG).state_dict())
 
 
@@ -549,3 +550,15 @@ def test_counts_that_a_profiler_leaves_are_not_kept(tmp_path):
     for other in (network(), retrofit(network(seed=1), CSG), model):
         load_compact(tmp_path / 'profiled.safetensors', other)
         assert torch.equal(other[2].weight, model[2].weight)
+
+
+def test_the_cause_of_other_names_is_said(tmp_path):
+    model = retrofit(network(), CSG)
+    wrapped = {f'module.{name}': each for name, each in model.state_dict().items()}
+    with pytest.raises(CSGError, match='its names begin with module: save the network inside the wrapper'):
+        model.load_state_dict(wrapped)
+    with pytest.raises(CSGError, match="not this dict; give its entry 'model'"):
+        load_state_dict(model, {'model': model.state_dict(), 'epoch': 3})
+    save_compact(model, tmp_path / 'small.safetensors')
+    with pytest.raises(CSGError, match='a compact file is read by csg_seg.load_compact'):
+        model.load_state_dict(load_file(tmp_path / 'small.safetensors'))

@@ -113,3 +113,8 @@ def test_a_network_that_changes_takes_generators_of_its_own(change):
 def test_generators_of_another_dtype_are_refused():
     with pytest.raises(CSGError, match='another dtype'):
         share_generators(build(), build().double())
+
+
+def test_lists_are_refused(tmp_path):
+    with pytest.raises(CSGError, match='share_generators: the network is an object of type list'):
+        share_generators([nn.Conv2d(3, 3, 3)])

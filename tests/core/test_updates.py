@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from two_convs import CSG, Net, build
 
-from csg_seg import CSGError, load_compact, retrofit, save_compact
+from csg_seg import CSGError, CSGWarning, load_compact, retrofit, save_compact
 from csg_seg.storage.builders import BUILDERS, register_builder
 from csg_seg.storage.digest import digest
 from csg_seg.storage.format import read_compact, read_content
@@ -197,3 +197,20 @@ def test_an_update_that_is_its_own_base_is_refused(base, tmp_path):
     shutil.copy(update, base)
     with pytest.raises(CSGError, match='itself an update'):
         load_compact(update)
+
+
+def test_an_update_of_another_precision_is_warned_of(base, tmp_path):
+    with pytest.warns(CSGWarning, match='99% of it differs from base.safetensors, so the update saves little'):
+        save_compact(changed(build(), ['code']), tmp_path / 'update.safetensors', base=base, dtype='float16')
+
+
+def test_a_file_whose_builder_is_unknown_is_loaded_into_a_given_network(base):
+    build_again = BUILDERS.pop('two convs')
+    try:
+        with pytest.raises(CSGError, match="no builder 'two convs'.* register it .*, or give the model"):
+            load_compact(base)
+        network = Net()
+        network.head = nn.Linear(31, 4)
+        assert load_compact(base, network) is network
+    finally:
+        BUILDERS['two convs'] = build_again

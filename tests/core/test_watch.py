@@ -145,11 +145,11 @@ def rate(**of_backbone):
 
 
 RECIPES = {
-    'frozen': (freeze, 'frozen: backbone.2'),
-    'in no optimizer': (leave_out, 'in no optimizer: backbone.2'),
-    'no rate': (rate(lr=0.0), 'at a learning rate of 0: backbone.2'),
-    'lower rate': (rate(lr=0.001), "at a lower learning rate than the generator's 0.01: backbone.2"),
-    'no decay': (rate(weight_decay=0.0), "with less weight decay than the generator's 0.1: backbone.2"),
+    'frozen': (freeze, 'also those frozen (backbone.2)'),
+    'in no optimizer': (leave_out, 'in no optimizer (backbone.2)'),
+    'no rate': (rate(lr=0.0), 'at a learning rate of 0 (backbone.2)'),
+    'lower rate': (rate(lr=0.001), "at a lower learning rate than the generator's 0.01 (backbone.2)"),
+    'no decay': (rate(weight_decay=0.0), "with less weight decay than the generator's 0.1 (backbone.2)"),
 }
 
 

@@ -98,7 +98,7 @@ def test_more_generated_layers_than_the_config_has_are_refused_everywhere(drawn,
 
 def test_a_hook_that_no_runner_runs_leaves_no_network_random(drawn, trained, tmp_path):
     cfg = hook_door(small_config(DENSE, drawn, tmp_path))
-    with pytest.raises(CSGError, match='CSGHook, which only a Runner runs'):
+    with pytest.raises(CSGError, match='CSGHook, which init_model does not run'):
         init_model(cfg, str(trained / 'iter_3.pth'), device='cpu')
 
 
@@ -141,7 +141,7 @@ def test_stages_that_freeze_in_train_are_warned_about(drawn, tmp_path, recwarn):
     recwarn.clear()
     runner.train()
     (told,) = [str(each.message) for each in recwarn if issubclass(each.category, CSGWarning)]
-    assert 'frozen: backbone.stem.3, backbone.stem.6, backbone.layer1.0.conv1' in told and 'learning rate' not in told
+    assert 'frozen (backbone.stem.3, backbone.stem.6, backbone.layer1.0.conv1' in told and 'learning rate' not in told
 
 
 def test_plain_training_warns_of_nothing(drawn, tmp_path, recwarn):

@@ -269,5 +269,5 @@ def test_a_csg_checkpoint_is_no_teacher(tmp_path, checkpoint):
     file = tmp_path / 'csg.pth'
     torch.save({'state_dict': build(csg_model(CSG)).state_dict()}, file)
     student = build(csg_model(CSG, dict(checkpoint=str(file))))
-    with pytest.raises(CSGError, match=r'^teacher: .*csg.pth: a CSG checkpoint, and the config is dense'):
+    with pytest.raises(CSGError, match=r'^teacher: .*csg.pth is a CSG checkpoint, and this teacher is a dense network'):
         losses(student)

@@ -77,6 +77,13 @@ def test_wrong_settings(refused, drawn, options, says):
         assert all(part in message for part in says), message
 
 
+def test_scores_that_do_not_exist(refused, drawn):
+    says = "_evaluator: iou_metrics has 'mIuO'; there are mIoU, mDice, mFscore"
+    assert says in refused('train.py', CSG, *small(drawn, **{'val_evaluator.iou_metrics': 'mIuO'}))
+    message = refused('train.py', CSG, *small(drawn, **{'default_hooks.checkpoint.save_best': 'mIuO'}))
+    assert "save_best: there is no score 'mIuO'; the nearest are mIoU" in message
+
+
 def test_second_dict_takes_nothing(refused, drawn, tmp_path):
     config = tmp_path / 'two.py'
     dicts = [dict(slice_shape=(16, 16, 3, 3), code_dim=128), dict(slice_shape=(8, 8, 3, 3), code_dim=32)]
@@ -143,7 +150,7 @@ def test_a_checkpoint_is_not_unpickled(refused, drawn, tmp_path):
 @pytest.mark.parametrize('name', ['csg.pt', 'compact.safetensors'])
 def test_generated_checkpoint_for_a_dense_config(refused, drawn, files, name):
     message = refused('test.py', DENSE, files / name, *small(drawn))
-    assert 'holds codes' in message and 'materialise' in message
+    assert 'a CSG checkpoint' in message and 'materialise' in message
 
 
 def test_materialise_writes_no_other_kind_of_file_and_needs_a_csg_config(refused, files, tmp_path):
@@ -218,7 +225,7 @@ def test_missing_config(refused):
 
 def test_dense_config_does_not_start_from_codes(drawn, files, tmp_path, refused):
     message = refused('train.py', DENSE, *small(drawn, load_from=files / 'csg.pt'))
-    assert 'but the config is dense' in message
+    assert 'the config is dense' in message
 
 
 @pytest.mark.parametrize('tool', ['train.py', 'test.py'])
