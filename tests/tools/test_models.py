@@ -1,9 +1,10 @@
 """The trained networks in models/."""
 
 import json
+import sys
 
 import pytest
-from conftest import ROOT, run_tool
+from conftest import ROOT, run_program, run_tool
 from PIL import Image
 
 from experiments.runs.rows import read_rows
@@ -32,6 +33,13 @@ def test_an_image_is_segmented_from_the_file_alone(file, drawn, tmp_path):
     assert 'road' in shares and 90 < sum(shares.values()) <= 100.1
     with Image.open(tmp_path / 'seen.png') as seen, Image.open(image) as given:
         assert seen.size == given.size
+
+
+@pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
+def test_the_network_is_loaded_in_plain_python(file):
+    program = f'import csg_seg; print(type(csg_seg.load_compact({str(file)!r})).__name__)'
+    done = run_program(sys.executable, '-W', 'ignore', '-c', program)
+    assert done.stdout.split()[-1] == 'EncoderDecoder'
 
 
 @pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
