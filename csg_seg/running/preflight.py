@@ -79,7 +79,7 @@ def check_starts(cfg: Config) -> None:
 
 
 def check_scores(cfg: Config, split: str) -> None:
-    """Check that the scores a config asks mmseg's ``IoUMetric`` for exist; it is first called after an epoch.
+    """Check the names of scores, which mmseg's ``IoUMetric`` does at the first validation.
 
     Args:
         cfg: a complete config.

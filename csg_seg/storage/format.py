@@ -85,7 +85,7 @@ def write_file(
         share = sum(each.nbytes for each in cloned.values()) / whole
         if share > LARGEST_SHARE:
             warnings.warn(
-                f'{path}: {share:.0%} of it differs from {base.name}, so the update saves little; leave base out, or '
+                f'{share:.0%} of the network differs from {base.name}, so the update saves little; leave base out, or '
                 'give one of the same network in the same precision',
                 CSGWarning,
                 stacklevel=4,

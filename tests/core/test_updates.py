@@ -200,7 +200,7 @@ def test_an_update_that_is_its_own_base_is_refused(base, tmp_path):
 
 
 def test_an_update_of_another_precision_is_warned_of(base, tmp_path):
-    with pytest.warns(CSGWarning, match='99% of it differs from base.safetensors, so the update saves little'):
+    with pytest.warns(CSGWarning, match='99% of the network differs from base.safetensors, so the update saves little'):
         save_compact(changed(build(), ['code']), tmp_path / 'update.safetensors', base=base, dtype='float16')
 
 
