@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from csg_seg.generators.linear import Generator
 from csg_seg.generators.slices import grid
-from csg_seg.layers.bank import find_roots
+from csg_seg.layers.bank import check_module, find_roots
 from csg_seg.layers.conv import CSGConv, find_convs, find_others
 
 from .errors import CSGError, abridge
@@ -145,8 +145,7 @@ def summarise(model: nn.Module) -> Summary:
     Raises:
         CSGError: the model is a part of a retrofitted one.
     """
-    if not isinstance(model, nn.Module):
-        raise CSGError(f'summarise: the network is an object of type {type(model).__name__}, not a module')
+    check_module(model, 'summarise: the network')
     roots = list(find_roots(model))
     # Two roots may share a generator.
     generators = list(dict.fromkeys(generator for _, _, bank in roots for generator in bank))

@@ -178,6 +178,20 @@ def find_roots(model: nn.Module) -> Iterator[tuple[str, nn.Module, GeneratorBank
             yield f'{name}.' if name else '', module, bank
 
 
+def check_module(given: object, called: str) -> None:
+    """Refuse what is not a module, such as a path in its place.
+
+    Args:
+        given: as a network.
+        called: how the error begins, such as 'summarise: the network'.
+
+    Raises:
+        CSGError: it is another object.
+    """
+    if not isinstance(given, nn.Module):
+        raise CSGError(f'{called} is an object of type {type(given).__name__}, not a module')
+
+
 def check_root(model: nn.Module) -> None:
     """Check that a model can be retrofitted.
 

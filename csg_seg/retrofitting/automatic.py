@@ -83,8 +83,9 @@ def suggest(model: nn.Module, ratio: float | None = None, **others: Any) -> list
         raise CSGError('csg: generators would not make this network smaller; it has too few weights in these convs')
     if ratio is None:
         ratio = min(RATIO, math.sqrt(total / smallest))
-    # Where it is possible, no kernel size is compressed more than by twice the ratio: a further one is compressed too.
-    for chosen, limit in [*((each, 2 * ratio) for each in choices), *((each, MOST) for each in choices)]:
+    # Beyond twice the ratio, it is better to compress a further kernel size too, where that helps.
+    *first, last = choices
+    for chosen, limit in [*((each, 2 * ratio) for each in first), *((each, MOST) for each in (last, *first))]:
         found = _search(model, chosen, total / ratio, limit, others)
         if found is not None:
             seeds = range(len(found)) if seed is None else range(seed * len(found), (seed + 1) * len(found))

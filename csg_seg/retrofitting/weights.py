@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from csg_seg.errors import CSGError, abridge
 from csg_seg.generators.linear import Generator
 from csg_seg.generators.settings import read_patterns
-from csg_seg.layers.bank import BANK, GeneratorBank, find_bank, inner_root, same_generators
+from csg_seg.layers.bank import BANK, GeneratorBank, check_module, find_bank, inner_root, same_generators
 from csg_seg.layers.conv import generated_convs
 
 
@@ -140,8 +140,7 @@ def dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _check(caller: str, model: nn.Module, weights: Any) -> GeneratorBank:
     """Refuse a dense model, and weights that are not a state dict, such as a whole checkpoint or its path."""
-    if not isinstance(model, nn.Module):
-        raise CSGError(f'{caller}: the network is an object of type {type(model).__name__}, not a module')
+    check_module(model, f'{caller}: the network')
     bank = find_bank(model)
     if bank is None:
         inside = inner_root(model)

@@ -24,8 +24,6 @@ Builder = Callable[..., nn.Module]
 Source = Mapping[str, Any]
 BUILDERS: dict[str, Builder] = {}
 FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye}
-# The builder of csg_seg.mm, which is imported when a file asks for it.
-MMENGINE = 'mmengine'
 TIMM_FILES = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir')
 MONAI_FUNCTIONS = r'resnet\d+|MedNe[Xx]t\w+|vista3d132'
 # Keys of transformers' configs whose text says nothing about how a network is built.
@@ -60,7 +58,7 @@ def check_source(source: Source) -> None:
         CSGError: it cannot, or there is no such builder.
     """
     check_form(source)
-    _find_builder(source['builder'])
+    _check_is_known(source['builder'])
     encode_source(source)
 
 
@@ -74,18 +72,12 @@ def check_form(source: Source) -> None:
         raise CSGError(f"source must be a dict with 'builder', one of {_known()}; got {str(source)[:80]}")
 
 
-def _find_builder(name: str) -> Builder:
-    if name == MMENGINE and name not in BUILDERS:
-        try:
-            import_module('csg_seg.mm')  # registers it
-        except ImportError as error:
-            raise CSGError(f"the builder {name!r} needs {error.name}: pip install 'csg_seg[mm]'") from None
+def _check_is_known(name: str) -> None:
     if name not in BUILDERS:
         raise CSGError(
             f'there is no builder {name[:40]!r}, only {_known()}; register it with csg_seg.register_builder, or give '
             'the model'
         )
-    return BUILDERS[name]
 
 
 def encode_source(source: Source) -> str:
@@ -125,11 +117,11 @@ def build(source: Source, *, most_values: int | None = None) -> nn.Module:
         CSGError: there is no such builder, it cannot build the network, or the network is too large.
     """
     check_form(source)
-    builder = _find_builder(source['builder'])
+    _check_is_known(source['builder'])
     arguments = {key: value for key, value in source.items() if key != 'builder'}
     try:
         with nullcontext() if most_values is None else _Limit(most_values):
-            return builder(**arguments)
+            return BUILDERS[source['builder']](**arguments)
     except CSGError:
         raise
     except ModuleNotFoundError as error:
@@ -247,6 +239,15 @@ def build_transformers(*, name: str, config: Mapping[str, Any]) -> nn.Module:
     if 'pixel_values' not in ([inputs] if isinstance(inputs, str) else inputs) or name.startswith('Timm'):
         raise CSGError(f'transformers has no network {name[:80]!r} that takes images')
     return network(network.config_class(**config))
+
+
+@register_builder('mmengine')
+def build_mmengine(**arguments: Any) -> nn.Module:
+    """Import mmengine; :mod:`csg_seg.mm` is then imported too, and its builder takes the place of this one."""
+    import_module('mmengine')
+    if BUILDERS['mmengine'] is build_mmengine:
+        raise CSGError('csg_seg.mm cannot be imported; csg-seg doctor says why')
+    return BUILDERS['mmengine'](**arguments)
 
 
 def _check_plain(name: str, arguments: Mapping[str, Any], *, refused: tuple[str, ...] = ()) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from csg_seg.errors import CSGError
 from csg_seg.generators.settings import read_patterns
-from csg_seg.layers.bank import bank_of, find_bank, inner_root
+from csg_seg.layers.bank import bank_of, check_module, find_bank, inner_root
 from csg_seg.layers.conv import find_convs
 from csg_seg.retrofitting.selection import Cause, Reason
 from csg_seg.retrofitting.surgery import swap_layers
@@ -63,7 +63,7 @@ def save_compact(
             the base is not a whole compact checkpoint or that of another network, or the file cannot have this name.
         FileNotFoundError: there is no such base.
     """
-    _check_network(model, 'save_compact(model, path)')
+    check_module(model, 'save_compact(model, path): the model')
     if source is not None:
         built = build(source)
         try:
@@ -105,7 +105,7 @@ def load_compact(
             network, or the base of an update is not beside it or is another file.
     """
     if model is not None:
-        _check_network(model, 'load_compact(path, model)')
+        check_module(model, 'load_compact(path, model): the model')
     compact = read_compact(path, base)
     patterns = read_patterns('load_compact', 'reset', reset) or ()
     try:
@@ -117,11 +117,6 @@ def load_compact(
     if keep_weights is not None:
         bank_of(loaded).keep_weights = keep_weights
     return loaded
-
-
-def _check_network(model: object, call: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise CSGError(f'{call}: the model is an object of type {type(model).__name__}, not a network')
 
 
 def _fill(model: nn.Module, compact: Compact, reset: Sequence[str]) -> nn.Module:

@@ -54,7 +54,7 @@ LATE_IMPORTS = {
     'cli/console.py': {'rich.console', 'rich.progress', 'rich.table', 'rich.text'},
     'cli/options.py': {'mmengine.config'},
     'registration.py': {'csg_seg.mm'},
-    'storage/builders.py': {'torchvision.models', 'timm', 'csg_seg.mm'}
+    'storage/builders.py': {'torchvision.models', 'timm', 'mmengine'}
     | {'segmentation_models_pytorch', 'monai.networks.nets', 'transformers'},
 }
 

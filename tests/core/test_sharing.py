@@ -115,6 +115,6 @@ def test_generators_of_another_dtype_are_refused():
         share_generators(build(), build().double())
 
 
-def test_lists_are_refused(tmp_path):
+def test_lists_are_refused():
     with pytest.raises(CSGError, match='share_generators: the network is an object of type list'):
         share_generators([nn.Conv2d(3, 3, 3)])

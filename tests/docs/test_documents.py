@@ -16,22 +16,15 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, cfg_options, run_experiment, run_program, run_tool
+from conftest import ROOT, cfg_options, run_program, run_tool
 from mmengine.config import Config
 from torch import nn
 
 import csg_seg
-from csg_seg.errors import CSGError
 from csg_seg.mm.checkpoints.reading import read_checkpoint
 from csg_seg.mm.model import build_model
-from experiments import metafiles, tables
-from experiments.exchange.summary import EXCHANGED, HELD
-from experiments.markdown import read
-from experiments.runs.rows import read_rows as read_rows_of_trainings
-from experiments.runs.rows import summarise
+from experiments import tables
 from experiments.table_contents import EXPERIMENTS as DESCRIBED
-from experiments.zoo.libraries import SCOPES
-from experiments.zoo.rows import read_rows
 
 README = (ROOT / 'README.md').read_text()
 MMSEG = (ROOT / 'docs' / 'mmseg_config.md').read_text()
@@ -165,108 +158,6 @@ def test_the_recipes_from_trained_weights_train(recipes, drawn, tmp_path):
         options = one_step | {f'{loader}.dataset.data_root': data for loader in loaders}
         run_tool('train.py', folder / 'taught.py', '--work-dir', folder, *cfg_options(options))
         assert list(folder.glob('*_1.pth'))
-
-
-def test_tables_are_the_results():
-    assert not tables.missing_tables(tables.documents())
-    differing = {str(path.relative_to(ROOT)): tables.fill(text)[1] for path, text in tables.documents().items()}
-    assert {name: each for name, each in differing.items() if each} == {}
-
-
-@pytest.mark.parametrize('name', tables.TABLES)
-def test_a_changed_figure_is_found(name):
-    text = next(text for text in tables.documents().values() if f'<!-- table: {name} -->' in text)
-    before, start, rest = text.partition(f'<!-- table: {name} -->')
-    table, end, after = rest.partition('<!-- end -->')
-    digit = list(re.finditer(r'\d', table))[-1]
-    changed = f'{table[: digit.start()]}{9 - int(digit[0])}{table[digit.end() :]}'
-    assert tables.fill(before + start + changed + end + after) == (text, [name])
-
-
-def test_a_table_that_does_not_exist_is_named():
-    with pytest.raises(CSGError, match="there is no table 'guess'; choose from demo"):
-        tables.fill('<!-- table: guess -->\n<!-- end -->')
-
-
-def test_a_table_without_a_place_is_found():
-    assert tables.missing_tables({}) == list(tables.TABLES)
-
-
-def test_the_command_checks_all_tables():
-    assert run_experiment('tables', '--check').stdout == 'all tables and metafiles agree with results/\n'
-
-
-def test_figures_in_the_text_are_the_results():
-    names = ('speed-deeplabv3-r18', 'precision-deeplabv3-r18-180x240', 'precision-deeplabv3-r18-360x480')
-    ratios = [read(name)['summary']['csg']['step_ratio'] for name in names]
-    ratios.append(read('peers-deeplabv3-r18')['networks']['csg-10x']['step_ratio'])
-    assert f'{min(ratios):.2f} to {max(ratios):.2f} times a dense one' in README
-    peers = [read(f'peers-{name}')['networks'] for name in ('deeplabv3-r18', 'resnet18-96', 'resnet18-224')]
-    ratios += [each['step_ratio'] for networks in peers for name, each in networks.items() if name.startswith('csg')]
-    ratios.append(read('accumulation-deeplabv3-r18')['summary']['csg']['step_ratio'])
-    assert f'up to {max(ratios):.2f} times on this page' in (ROOT / 'docs' / 'speed.md').read_text()
-
-
-def test_int8_changes_scores_as_little_as_the_readme_says():
-    rows = [row for row in read_rows_of_trainings(ROOT / 'results' / 'camvid.json') if 'int8' in row]
-    changes = [abs(row['int8'][split] - row[split]) for row in rows for split in ('val', 'test')]
-    assert len(changes) >= 10 and max(changes) < 0.2 and 'less than 0.2' in README
-
-
-def test_trained_networks_score_as_the_results_say():
-    text = (ROOT / 'docs' / 'results.md').read_text()
-    scores = {each['cell']: each for each in summarise(read_rows_of_trainings(ROOT / 'results' / 'camvid.json'))}
-
-    def losses(cell: str) -> list[float]:
-        assert scores[cell]['seeds'] == scores['dense']['seeds'] == 3
-        return [scores['dense'][split][0] - scores[cell][split][0] for split in ('val', 'test')]
-
-    assert max(losses('csg-10x')) < 0.1 and 'CSG at 10x scores like dense' in README
-    assert losses('csg-20x') == pytest.approx([0, 1], abs=0.1)
-    assert 'At 20x it loses about one point on test and nothing on val' in text
-    assert losses('csg-47x') == pytest.approx([1, 1.3], abs=0.1)
-    assert 'At 47x it loses about one point on val and 1.3 on test' in text
-    narrow = [f'{loss:.1f}' for cell in ('narrow-10x', 'narrow-47x') for loss in losses(cell)]
-    assert 'loses {} and {} points (val and test) at 10x, {} and {} at 47x'.format(*narrow) in text
-
-
-def test_found_settings_score_like_chosen_ones_within_the_noise():
-    scores = {each['cell']: each for each in summarise(read_rows_of_trainings(ROOT / 'results' / 'camvid.json'))}
-    found, chosen = scores['csg-auto-47x-40e'], scores['csg-47x-40e']
-    assert found['seeds'] == chosen['seeds'] == 3
-    for split in ('val', 'test'):
-        assert abs(found[split][0] - chosen[split][0]) < max(found[split][1], chosen[split][1])
-    assert 'within the noise of three seeds' in (ROOT / 'docs' / 'settings.md').read_text()
-
-
-def test_steps_are_as_near_to_their_floors_as_the_page_says():
-    text = (ROOT / 'docs' / 'speed.md').read_text()
-    large = ['speed-resnet56', 'speed-deeplabv3-r18', 'precision-deeplabv3-r18-360x480']
-    measured = {name: read(name)['summary'] for name in (*large, 'precision-deeplabv3-r18-180x240')}
-    measured['accumulation'] = read('accumulation-deeplabv3-r18')['summary']
-    over = [
-        each[network]['step_ratio'] / each[network]['floor']
-        for each in measured.values()
-        for network in ('csg', 'csg, generated once')
-        if network in each
-    ]
-    assert len(over) == 6
-    assert max(over) <= 1.05 and 'takes at most 1.05 times its floor' in text
-    assert max(measured[name]['csg']['floor'] for name in large) <= 1.02 and 'at most 1.02 for ResNet-56' in text
-
-
-@pytest.mark.parametrize('name', EXCHANGED)
-def test_ranks_of_two_and_four_processes_exchange_the_same(name):
-    two, four = (read(f'exchange-{name}{count}')['networks'] for count in ('', '-4'))
-    assert two.keys() == four.keys()
-    for network in two:
-        assert {key: two[network][key] for key in HELD} == {key: four[network][key] for key in HELD}
-
-
-@pytest.mark.parametrize('scope', SCOPES)
-def test_every_network_of_a_library_has_one_row(scope):
-    names = [row['name'] for row in read_rows(ROOT / 'results' / f'zoo-{scope}.jsonl', scope)]
-    assert names and len(set(names)) == len(names)
 
 
 def example(document: str, marker: str) -> str:
@@ -404,17 +295,6 @@ def test_the_example_of_a_teacher_goes_from_a_trained_network_to_a_compact_file(
         wanted = dense(images)
         before, after = ((each.eval()(images) - wanted).square().mean() for each in (fitted, loaded))
     assert after < 0.5 * before
-
-
-def test_metafiles_have_the_results_of_trained_configs():
-    results = metafiles.measured_results()
-    trained = 'csg-s16-d128_deeplabv3_r18-d16_1xb8-80e_camvid-180x240'
-    rows = read_rows_of_trainings(ROOT / 'results' / 'camvid.json')
-    scores = [row['test'] for row in rows if row['cell'] == 'csg-10x']
-    assert results[trained][0]['Metrics'] == {'mIoU': round(sum(scores) / len(scores), 2)}
-    for text in metafiles.metafiles().values():
-        assert metafiles.fill_results(text, results) == text
-    assert any('Results' in text for text in metafiles.metafiles().values())
 
 
 def test_a_plain_network_is_deployed_as_the_page_does(tmp_path, monkeypatch):

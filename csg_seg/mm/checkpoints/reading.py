@@ -69,7 +69,8 @@ def load_weights(model: nn.Module, state_dict: dict) -> None:
             'a dense checkpoint, and the config is a CSG config: use it with the dense config, '
             'or train this config from it (load_from)'
         )
-    _check_is_dense(model, state_dict)
+    if find_bank(model) is None and generator_names(state_dict):
+        raise CSGError('a CSG checkpoint, and the config is dense; use its CSG config, or materialise the checkpoint')
     for name, tensor in state_dict.items():
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
             check_finite(name, tensor)
@@ -95,7 +96,6 @@ def check_dense(model: nn.Module, state_dict: Mapping[str, Any], *, complete: bo
     Raises:
         CSGError: weights are missing or have other shapes.
     """
-    _check_is_dense(model, state_dict)
     given = {name.removeprefix('module.'): each for name, each in state_dict.items()}
     wanted = {name: each for name, each in model.state_dict().items() if each.is_floating_point()}
     wrong = [f'{name} is missing' for name in wanted if name not in given]
@@ -106,12 +106,6 @@ def check_dense(model: nn.Module, state_dict: Mapping[str, Any], *, complete: bo
     ]
     if wrong and (complete or len(wrong) == len(wanted)):
         raise CSGError(f'the checkpoint does not fit the config: {abridge(wrong)}; {_hint(model, given)}')
-
-
-def _check_is_dense(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Refuse a CSG checkpoint for a dense model."""
-    if find_bank(model) is None and generator_names(state_dict):
-        raise CSGError('a CSG checkpoint, and the config is dense; use its CSG config, or materialise the checkpoint')
 
 
 def _hint(model: nn.Module, state_dict: Mapping[str, Any]) -> str:
