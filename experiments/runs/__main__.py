@@ -28,6 +28,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('table', help='table of trainings, such as experiments/runs/tables/camvid.yml')
     parser.add_argument('--only', nargs='+', default=['*'], help="cells to train, by name or pattern: dense-s0 'csg-*'")
     parser.add_argument('--jobs', type=int, default=1, help='cells to train at a time, one thread each (default: 1)')
+    parser.add_argument(
+        '--float32',
+        action='store_true',
+        help='train in float32 rather than bfloat16, on a CPU without bfloat16 instructions; the rows say so',
+    )
     parser.add_argument('--dry-run', action='store_true', help='train nothing; print what is done and what is missing')
     add_places(parser)
     parser.add_argument('--results', default=ROOT / 'results', help='folder of the results (default: results)')
@@ -121,6 +126,7 @@ def main() -> None:
                     data=args.data,
                     work_dir=args.work_dir,
                     jobs=args.jobs,
+                    float32=args.float32,
                     notify=display.update,
                     tell=display.tell,
                 )

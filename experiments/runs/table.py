@@ -31,7 +31,7 @@ class Cell:
         csg: settings of the generators; None for a plain network.
         options: settings to override in the config, by dotted name.
         epochs: length of the training; None leaves the config's.
-        amp: whether to train in mixed precision.
+        amp: whether to train in bfloat16 mixed precision.
 
     In ``csg`` and ``options``, ``'cell:NAME'`` stands for the trained checkpoint of another cell of the same seed, and
     ``'cell:DATASET/NAME'`` for one of another data set.

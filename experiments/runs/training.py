@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 
 from csg_seg.cli.results import made_with
 from csg_seg.errors import CSGError
 from csg_seg.files import check_folder, write_whole
+from csg_seg.mm.mixed_precision import has_bfloat16
 from csg_seg.mm.model import build_model
 from csg_seg.report import summarise
 from csg_seg.running.preflight import check_data, check_optimizer
@@ -39,6 +41,7 @@ def train_missing(
     data: Path,
     work_dir: Path,
     jobs: int = 1,
+    float32: bool = False,
     notify: Notify = lambda progress: None,
     tell: Callable[[str], None] = print,
 ) -> list[str]:
@@ -54,6 +57,7 @@ def train_missing(
         data: folder that holds the data sets.
         work_dir: folder that gets a folder for each cell.
         jobs: number of cells to train at a time, one process and one thread each.
+        float32: train in float32, also cells that ask for mixed precision.
         notify: called every few seconds with the fraction of each running training that is done, by label.
         tell: called with a line for each finished or failed cell.
 
@@ -61,7 +65,8 @@ def train_missing(
         the labels of cells that failed.
 
     Raises:
-        CSGError: a setting or the data is wrong, or a folder holds a run with other settings.
+        CSGError: a setting or the data is wrong, a folder holds a run with other settings, or this CPU has no bfloat16
+            that a cell needs.
     """
     if jobs < 1:
         raise CSGError(f'--jobs {jobs}: train at least one cell at a time')
@@ -69,7 +74,7 @@ def train_missing(
     check_folder(results, given=f'--results {results}')
     file = results / f'{table.dataset}.json'
     done = {label_of(row) for row in read_rows(file)}
-    every = {cell.label: Run(table, cell, data=data, work_dir=work_dir) for cell in table.cells}
+    every = {cell.label: Run(table, cell, data=data, work_dir=work_dir, float32=float32) for cell in table.cells}
     wanted = {cell.label for cell in cells if cell.label not in done}
     for cell in reversed(table.cells):  # a cell stands below those that it needs
         if cell.label in wanted:
@@ -127,11 +132,13 @@ class Run:
         cell: what is trained.
         folder: holds logs and checkpoints.
         data: folder that holds the data sets.
+        amp: whether to train in bfloat16 mixed precision.
         started: whether a process of it has been started here.
     """
 
-    def __init__(self, table: Table, cell: Cell, *, data: Path, work_dir: Path):
+    def __init__(self, table: Table, cell: Cell, *, data: Path, work_dir: Path, float32: bool = False):
         self.table, self.cell = table, cell
+        self.amp = cell.amp and not float32
         self.work_dir, self.data = work_dir, data
         self.folder = work_dir / table.dataset / cell.label
         self.started = False
@@ -143,6 +150,8 @@ class Run:
         cfg = self.cell.read_config()
         _replace_data_root(cfg, self.data)
         cfg.default_hooks.setdefault('exact_resume', dict(type='ExactResumeHook'))
+        if self.cell.amp and not self.amp:
+            cfg.precision = 'float32'  # a run begun in bfloat16 is not resumed
         return cfg
 
     @property
@@ -152,6 +161,11 @@ class Run:
 
     def check(self) -> None:
         """Check network and optimizer, and count parameters."""
+        if self.amp and get_device() == 'cpu' and not has_bfloat16():
+            raise CSGError(
+                f'{self.cell.label} trains in bfloat16, and this CPU has no instructions for it; give '
+                '--float32 to train in float32'
+            )
         try:
             model = build_model(self.cfg)
             check_optimizer(self.cfg, model)
@@ -223,7 +237,7 @@ class Run:
             prepare(self.cfg, self.cell.seed, self.folder)
         self._note_commit()
         # bfloat16 on a GPU too, where float16 is the default of --amp.
-        amp = ['--amp', '--cfg-options', 'optim_wrapper.dtype=bfloat16'] if self.cell.amp else []
+        amp = ['--amp', '--cfg-options', 'optim_wrapper.dtype=bfloat16'] if self.amp else []
         self._call('train.py', config_file(self.folder), '--resume', *amp, log='train.txt')
         checkpoint = latest_checkpoint(self.folder)
         assert checkpoint is not None
@@ -251,9 +265,10 @@ class Run:
             'scores': scores,
             'int8': {'bytes': int8_bytes, **{split: each[metric] for split, each in int8_scores.items()}},
             'seconds': round(self._training_seconds()),
-            'command': f'python -m experiments.runs {_relative(self.table.path)} --only {self.cell.label}',
+            'command': self._command(),
             'commit': ', '.join(self._commits()),
             'device': device(),
+            'precision': 'bfloat16' if self.amp else 'float32',
             'versions': versions,
         }
 
@@ -307,6 +322,10 @@ class Run:
         steps = [0, *(entry['step'] for entry in logged)]
         spans = [after - before for before, after in zip(steps, steps[1:], strict=False)]
         return sum(span * entry['time'] for span, entry in zip(spans, logged, strict=True))
+
+    def _command(self) -> str:
+        float32 = ' --float32' if self.cell.amp and not self.amp else ''
+        return f'python -m experiments.runs {_relative(self.table.path)} --only {self.cell.label}{float32}'
 
     def _note_commit(self) -> None:
         commits = list(dict.fromkeys([*self._commits(), current_commit()]))

@@ -14,7 +14,7 @@ from conftest import ROOT, SMALL_MODEL, run_experiment
 
 from csg_seg.errors import CSGError
 from experiments import markdown
-from experiments.runs import picture, summary
+from experiments.runs import picture, summary, training
 from experiments.runs.picture import draw_scores
 from experiments.runs.rows import add_row, read_rows, summarise
 from experiments.runs.table import read_table
@@ -55,11 +55,12 @@ def run(*args):
 
 
 def test_cells_are_trained_once_and_start_from_one_another(tmp_path, drawn):
-    carried = {'name': 'carried', 'method': 'csg', 'csg': CSG, 'options': {**SHORT, 'load_from': 'cell:dense'}}
+    options = {**SHORT, 'load_from': 'cell:dense'}
+    carried = {'name': 'carried', 'method': 'csg', 'csg': CSG, 'options': options, 'amp': True}
     broken = {'name': 'broken', 'method': 'dense', 'options': {**SHORT, 'load_from': 'nowhere.pth'}}
     table = table_file(tmp_path, [DENSE_CELL, broken, carried])
     file = tmp_path / 'results' / 'drawn.json'
-    done = run(tmp_path, table, drawn, '--only', 'broken', 'carried')
+    done = run(tmp_path, table, drawn, '--only', 'broken', 'carried', '--float32')
     assert done.returncode == 1
     assert 'broken-s0: failed: ' in done.stderr and 'nowhere.pth' in done.stderr
     assert done.stderr.strip().endswith('error: 1 of 2 cells failed: broken-s0')
@@ -68,16 +69,26 @@ def test_cells_are_trained_once_and_start_from_one_another(tmp_path, drawn):
     dense, csg = rows
     assert csg['dense_params'] == dense['stored_params'] > csg['stored_params']
     for row in rows:
-        assert row['command'].endswith(f'{table} --only {row["cell"]}-s0')
+        assert row['precision'] == 'float32'
         assert row['test'] == row['scores']['test']['mIoU'] and row['seconds'] > 0 and row['commit']
         assert row['stored_params'] < row['int8']['bytes'] < 2 * row['stored_params']
         assert row['int8']['test'] == pytest.approx(row['test'], abs=2)
+    assert dense['command'].endswith(f'{table} --only dense-s0')
+    assert csg['command'].endswith(f'{table} --only carried-s0 --float32')
     config = (tmp_path / 'work' / 'drawn' / 'carried-s0.py').read_text()
     assert "dense-s0/iter_6.pth'" in config and 'cell:' not in config
     before = file.stat().st_mtime_ns
-    again = run(tmp_path, table, drawn, '--only', 'carried', '--json')
+    again = run(tmp_path, table, drawn, '--only', 'carried', '--float32', '--json')
     assert again.returncode == 0 and json.loads(again.stdout) == [csg]
     assert file.stat().st_mtime_ns == before
+
+
+def test_without_bfloat16_the_runner_asks_for_float32(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, 'get_device', lambda: 'cpu')
+    monkeypatch.setattr(training, 'has_bfloat16', lambda: False)
+    table = read_table(table_file(tmp_path, [{**DENSE_CELL, 'amp': True}]))
+    with pytest.raises(CSGError, match='dense-s0 trains in bfloat16, and this CPU .*; give --float32'):
+        Run(table, table.cells[0], data=tmp_path, work_dir=tmp_path).check()
 
 
 def test_a_cell_starts_from_one_of_another_data_set(tmp_path, drawn):
