@@ -172,7 +172,10 @@ class Teacher:
         """Return what ``read`` finds in a module's outputs in the student and in the teacher."""
         for who in ('student', 'teacher'):
             if (who, name) not in self._outputs:
-                called = f'layer {name!r} is not called as a module in the {who}; name one inside it'
+                called = (
+                    f'layer {name!r} is not called as a module in the {who}, or a checkpoint calls it without '
+                    'gradients; name one inside it, or set use_reentrant=False'
+                )
                 not_called = f'the {who} was not called with gradients since; call it on the same inputs before loss()'
                 raise CSGError(f'teacher: {called if name else not_called}')
         mine, wanted = (read(self._outputs[who, name]) for who in ('student', 'teacher'))

@@ -50,7 +50,10 @@ class GeneratorBank(Generators):
 
     def fit_loaded(self) -> dict[str, float]:
         """Fit the dense weights that were loaded into parts of the network; return each layer's relative error."""
-        return self.loading.fit_loaded()
+        errors = self.loading.fit_loaded()
+        if errors:
+            WATCH.note_loaded(self.layers.values())
+        return errors
 
     def forward(self, input: Any) -> Any:
         """Return the input, so that a root whose forward calls all registered modules in turn still works."""
@@ -270,6 +273,7 @@ def fit_after_load(root: nn.Module, incompatible_keys: Any) -> None:
     """Fit loaded dense weights, and draw codes for the layers that were reset."""
     bank = bank_of(root)
     bank.fit_loaded()
+    WATCH.note_loaded(bank.layers.values())
     bank.loading.draw_codes(bank.reset.layers)
 
 

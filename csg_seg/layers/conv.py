@@ -18,6 +18,9 @@ from csg_seg.generators.slices import grid, in_memory_order, join
 DENSE_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Layers with more weight values than this are made in parts; for smaller ones, memory does not matter.
 LARGE = 2**20
+NO_WEIGHT = (
+    'the weight of a generated conv is made from its code; call csg_seg.materialise(model) before you set or prune it'
+)
 # An entry that a load of the whole root adds for each conv, to tell it from a load into a part.
 FROM_ROOT = '_loaded_from_root'
 
@@ -73,8 +76,18 @@ class CSGConv(_ConvNd):
             CSGError: says what to do.
         """
         if name == 'weight':
-            raise CSGError('the weight of a generated conv is made from its code; materialise the network to set it')
+            raise CSGError(NO_WEIGHT)
         super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse a weight under another name, as torch's pruning registers it.
+
+        Raises:
+            CSGError: says what to do.
+        """
+        if name == 'weight_orig':
+            raise CSGError(NO_WEIGHT)
+        super().register_parameter(name, param)
 
     def stored(self) -> dict[str, nn.Parameter]:
         """Return, by name, the parameters that are stored instead of the weight."""

@@ -3,7 +3,8 @@
 A generated weight depends on its layer's code and on the generator. A layer that is frozen or has its own learning rate
 still changes if its generator trains with other layers; a generator that is in no optimizer does not change at all.
 Both are easy to miss, because parameter groups are made by layer and a generator belongs to many layers. An optimizer
-that was made before retrofit holds the dense weights, and trains neither codes nor generators.
+that was made before retrofit holds the dense weights, and trains neither codes nor generators. A network that was
+trained before retrofit starts from new weights unless they are fitted.
 """
 
 import gc
@@ -45,6 +46,11 @@ MADE_TOO_EARLY = (
     'the optimizer was made before retrofit: it holds weights that the network no longer has, and generated layers do '
     'not train. Make the optimizer after retrofit.'
 )
+LOST = (
+    'the network was trained before retrofit, and {} now train from new start values. To keep the trained weights, '
+    'call csg_seg.fit(model, weights) after retrofit, with the state dict from before; in a config, load them by '
+    'load_from or init_cfg. To train from new values, ignore this.'
+)
 MOST_NAMES = 6
 Found = dict[str, list[str]]
 
@@ -57,6 +63,7 @@ class Watch:
         self.done: WeakSet[CSGConv] = WeakSet()
         self.roots: WeakSet[nn.Module] = WeakSet()
         self.replaced: list[ref[Tensor]] = []
+        self.lost: WeakKeyDictionary[CSGConv, str] = WeakKeyDictionary()
         self.steps_left = 0
         self.hooks: list[Any] = []
         self.is_over = False
@@ -79,6 +86,15 @@ class Watch:
         """Remember dense weights that a network no longer has, in case an optimizer still holds them."""
         self.replaced += map(ref, weights)
 
+    def note_lost(self, layers: Mapping[str, CSGConv]) -> None:
+        """Remember layers, by name, that had trained weights before retrofit."""
+        self.lost.update({conv: name for name, conv in layers.items()})
+
+    def note_loaded(self, layers: Iterable[CSGConv]) -> None:
+        """Forget layers whose weights have been loaded since."""
+        for conv in layers:
+            self.lost.pop(conv, None)
+
     def _new(self, layers: Mapping[str, CSGConv]) -> dict[CSGConv, str]:
         return {conv: name for name, conv in layers.items() if conv not in self.done}
 
@@ -86,6 +102,7 @@ class Watch:
         self.layers.clear()
         self.roots.clear()
         self.replaced.clear()
+        self.lost.clear()
 
     def refresh(self, *_: Any) -> None:
         """Look up the layers of all roots before a step changes generators: copied layers may be new."""
@@ -106,6 +123,10 @@ class Watch:
         if any(id(weight()) in held for weight in self.replaced):
             self.replaced.clear()
             warnings.warn(MADE_TOO_EARLY, CSGWarning, stacklevel=3)
+        lost = [name for conv, name in self.lost.items() if isinstance(conv, CSGConv) and id(conv.code) in held]
+        if lost:
+            self.lost.clear()
+            warnings.warn(LOST.format(abridge(lost, most=MOST_NAMES)), CSGWarning, stacklevel=3)
         by_generator: dict[Generator, dict[str, CSGConv]] = defaultdict(dict)
         for conv, name in [*self.layers.items()]:
             if isinstance(conv, CSGConv):

@@ -93,9 +93,10 @@ def suggest(model: nn.Module, ratio: float | None = None, **others: Any) -> list
     share = sum(each.weights for each in groups) / total
     left = _left_dense(model, *_patterns(others))
     raise CSGError(
-        f'csg: a ratio of {ratio:g} is out of reach; give at most {most}, which has '
-        f'codes of {SHORTEST} values, or give slice_shape and code_dim. {share:.0%} of the parameters are in convs '
-        f'that can be generated{f"; other convs: {left}" if left else ""}'
+        f'csg: a ratio of {ratio:g} is out of reach; give at most {most}, which has codes of {SHORTEST} values, or '
+        'give slice_shape and code_dim; csg_seg.plan finds smaller ones for a trained network. '
+        f'{share:.0%} of the parameters are in convs that can be generated'
+        f'{f"; other convs: {left}" if left else ""}'
     )
 
 

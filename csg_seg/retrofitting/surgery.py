@@ -1,11 +1,12 @@
 """Swap dense convs for generated ones, and back."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from csg_seg.errors import CSGError, CSGWarning
@@ -20,6 +21,7 @@ from csg_seg.report import summarise
 from .automatic import resolve
 from .selection import Reason, choose_layers, find_obstacles
 
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 CSG = Mapping[str, Any] | Sequence[Mapping[str, Any]] | str
 
 
@@ -28,7 +30,8 @@ def retrofit(model: nn.Module, csg: CSG) -> nn.Module:
 
     Call it before the optimizer is built and before the model is wrapped in ``DistributedDataParallel``
     (``DataParallel`` is not supported). The chosen layers lose their trained weights: they are initialised at Kaiming
-    variance, from the seeds of the dicts. Call :func:`csg_seg.fit` to start from trained weights.
+    variance, from the seeds of the dicts. Call :func:`csg_seg.fit` to start from trained weights; the first step of an
+    optimizer warns if a network that seems trained is trained from new values.
 
     Args:
         model: any network with convs of one to three dimensions, grouped and transposed ones included, and
@@ -46,7 +49,9 @@ def retrofit(model: nn.Module, csg: CSG) -> nn.Module:
     check_root(model)
     settings = [Settings.from_dict(each, position=position) for position, each in enumerate(resolve(model, csg))]
     taken, left_dense = choose_layers(model, settings)
+    trained = _trained_layers(model, taken)
     swap_layers(model, settings, taken, left_dense)
+    WATCH.note_lost({name: cast(CSGConv, model.get_submodule(name)) for name in trained})
     growth = summarise(model).describe_growth()
     if growth:
         warnings.warn(growth, CSGWarning, stacklevel=2)
@@ -118,3 +123,14 @@ def swap_layers(
     for name, position in taken.items():
         add_residual(cast(CSGConv, convs[name]), rngs[position])
     attach_bank(model, GeneratorBank(generators, left_dense).to(first))
+
+
+def _trained_layers(model: nn.Module, names: Collection[str]) -> list[str]:
+    """Return the convs beside a norm whose weights differ from one another, as they do after a training alone."""
+    norms: dict[str, bool] = {}
+    for name in names:
+        parent = name.rpartition('.')[0]
+        if parent not in norms:
+            weights = [each.weight for each in model.get_submodule(parent).children() if isinstance(each, NORMS)]
+            norms[parent] = any(each is not None and not each.is_meta and each.min() != each.max() for each in weights)
+    return [name for name in names if norms[name.rpartition('.')[0]]]

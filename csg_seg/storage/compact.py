@@ -59,8 +59,9 @@ def save_compact(
             is loaded together with it.
 
     Raises:
-        CSGError: the model is not retrofitted, the source builds another network, a value does not fit the dtype,
-            the base is not a whole compact checkpoint or that of another network, or the file cannot have this name.
+        CSGError: the model is not retrofitted, the source builds another network, a value is not finite or does not
+            fit the dtype, the base is not a whole compact checkpoint or that of another network, or the file cannot
+            have this name.
         FileNotFoundError: there is no such base.
     """
     check_module(model, 'save_compact(model, path): the model')
@@ -106,6 +107,8 @@ def load_compact(
     """
     if model is not None:
         check_module(model, 'load_compact(path, model): the model')
+    if keep_weights not in (None, True, False):
+        raise CSGError(f'load_compact: keep_weights must be True, False or None; got {keep_weights!r}')
     compact = read_compact(path, base)
     patterns = read_patterns('load_compact', 'reset', reset) or ()
     try:

@@ -36,15 +36,13 @@ def lower(tensors: Mapping[str, Tensor], names: Collection[str], dtype: str) -> 
     Args:
         tensors: a state dict.
         names: see :func:`matrices`; tensors that are not floating are unchanged.
-        dtype: a key of :data:`DTYPES`; 'float32' changes nothing.
+        dtype: a key of :data:`DTYPES`; 'float32' leaves all tensors as they are.
 
     Raises:
-        CSGError: the dtype is unknown, or cannot represent a value.
+        CSGError: the dtype is unknown or cannot represent a value, or a matrix is not finite.
     """
     if dtype not in DTYPES:
         raise CSGError(f'there is no dtype {dtype!r} for files; use one of {", ".join(DTYPES)}')
-    if dtype == 'float32':
-        return dict(tensors)
     lowered = {}
     for name, tensor in tensors.items():
         if name not in names or not tensor.is_floating_point():
@@ -52,6 +50,9 @@ def lower(tensors: Mapping[str, Tensor], names: Collection[str], dtype: str) -> 
             continue
         if not tensor.isfinite().all():
             raise CSGError(f'{name}: holds NaN or infinite values; save a network whose training converged')
+        if dtype == 'float32':
+            lowered[name] = tensor
+            continue
         if dtype == 'int8':
             lowered[name], lowered[f'{name}{SCALE}'] = _quantise(tensor)
             continue

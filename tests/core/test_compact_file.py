@@ -124,6 +124,8 @@ def test_wrong_arguments_are_refused(tmp_path):
         load_compact(Net(), path)
     with pytest.raises(CSGError, match='a compact checkpoint is a safetensors file; name it model.safetensors'):
         save_compact(trained(), path.with_suffix('.pth'))
+    with pytest.raises(CSGError, match="keep_weights must be True, False or None; got 'no'"):
+        load_compact(path, Net(), keep_weights='no')
     assert not list(tmp_path.iterdir())
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 from two_convs import BEYOND, CSG, RESNET_CSG, Net, assert_same_state, batch, build, gradients, snapshot, train
@@ -335,8 +336,10 @@ def test_the_weight_can_be_read_and_not_set():
     nn.init.zeros_(model.narrow.weight)  # start values are the generator's
     assert torch.equal(model.narrow.weight, weight)
     for other in (nn.Parameter(weight.detach()), weight, None):
-        with pytest.raises(CSGError, match='materialise the network to set it'):
+        with pytest.raises(CSGError, match='before you set or prune it'):
             model.narrow.weight = other
+    with pytest.raises(CSGError, match='before you set or prune it'):
+        prune.l1_unstructured(model.narrow, 'weight', amount=0.5)
     assert 'narrow.weight' not in model.state_dict()
 
 

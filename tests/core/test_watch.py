@@ -3,6 +3,7 @@
 import copy
 import gc
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from csg_seg import CSGWarning, materialise, retrofit
+from csg_seg import CSGWarning, fit, materialise, retrofit
 from csg_seg.layers.conv import CSGConv
 from csg_seg.layers.watch import WATCH
 
@@ -245,6 +246,37 @@ def test_replaced_layers_are_not_warned_of():
     net(torch.zeros(1, 3, 12, 12))
     net.head = nn.Conv2d(24, 5, 1)
     assert train(net, sgd({'params': params(net)})) == []
+
+
+# --- a network that was trained before retrofit ---
+
+
+class Trained(Net):
+    def __init__(self, norm=nn.BatchNorm2d):
+        super().__init__()
+        self.backbone.insert(3, norm(24))
+
+    def trained(self):
+        torch.nn.init.uniform_(self.backbone[3].weight, 0.5, 1.5)
+        return self
+
+
+@pytest.mark.parametrize('norm', [nn.BatchNorm2d, partial(nn.GroupNorm, 4)])
+def test_trained_weights_that_retrofit_replaces_are_warned_of(norm):
+    net = retrofit(Trained(norm).trained(), CSG)
+    (told,) = train(net, *of_all(net))
+    assert told.startswith('the network was trained before retrofit, and backbone.2 now train from new start values')
+
+
+def test_start_values_and_weights_that_are_fitted_or_loaded_are_not_warned_of():
+    new = retrofit(Trained(), CSG)
+    weights = Trained().trained().state_dict()
+    fitted = retrofit(Trained().trained(), CSG)
+    fit(fitted, weights)
+    resumed = retrofit(Trained().trained(), CSG)
+    resumed.load_state_dict(fitted.state_dict())
+    for net in (new, fitted, resumed):
+        assert train(net, *of_all(net)) == []
 
 
 # --- no cost ---

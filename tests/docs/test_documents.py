@@ -323,11 +323,11 @@ def test_plain_training_resumes_as_the_page_does(tmp_path, monkeypatch):
     assert names['optimizer'].param_groups[0]['lr'] == 0.01 and names['optimizer'].state
 
 
-def test_the_arrays_of_the_example_are_made_as_the_page_does(tmp_path, monkeypatch):
+def test_the_arrays_of_cifar10_are_made_as_the_page_does(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'data').mkdir()
     data = SimpleNamespace(data=np.zeros((6000, 32, 32, 3), np.uint8), targets=[1] * 6000)
     monkeypatch.setattr(torchvision.datasets, 'CIFAR10', lambda root, train, download: data)
-    exec(example('plain_pytorch.md', 'download=True'), {})
+    exec(example('classification.md', 'download=True'), {})
     arrays = np.load('data/cifar10-subset.npz')
     assert arrays['x_train'].shape == (5000, 32, 32, 3) and arrays['y_test'].shape == (5000,)

@@ -39,6 +39,11 @@ class Kill(Hook):
             raise KeyboardInterrupt
 
 
+class Diverge(Hook):
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        runner.model.decode_head.conv_seg.weight.data.fill_(float('nan'))
+
+
 def names(folder, ending):
     return {path.stem for path in folder.glob(f'*.{ending}')}
 
@@ -46,6 +51,16 @@ def names(folder, ending):
 def test_compact_files_are_written_and_deleted_with_their_checkpoints(runner, tmp_path):
     runner(6, max_keep_ckpts=2).train()
     assert names(tmp_path, 'pth') == names(tmp_path, 'safetensors') == {'iter_4', 'iter_6'}
+
+
+def test_weights_that_are_not_finite_end_no_training(runner, tmp_path):
+    diverging = runner(2)
+    diverging.register_hook(Diverge())
+    diverging.train()
+    assert names(tmp_path, 'pth') == {'iter_2'} and names(tmp_path, 'safetensors') == set()
+    (log,) = tmp_path.glob('*/*.log')
+    (line,) = [line for line in log.read_text().splitlines() if 'Training continues' in line]
+    assert 'iter_2.safetensors was not written. csg.0.weight: holds NaN or infinite values' in line
 
 
 def test_a_run_killed_between_two_deletions_leaves_no_orphan_once_resumed(runner, tmp_path):

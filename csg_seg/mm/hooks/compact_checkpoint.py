@@ -8,6 +8,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from safetensors import SafetensorError, safe_open
 
+from csg_seg.errors import CSGError
 from csg_seg.files import NotWrittenError, writing
 from csg_seg.mm.checkpoints.writing import write_with_config
 from csg_seg.mm.model import bare_model
@@ -20,10 +21,10 @@ OF = 'checkpoint'
 class CompactCheckpointHook(Hook):
     """Write a compact file (``.safetensors``) beside each checkpoint, and delete both together.
 
-    If a file cannot be written, the hook logs a warning and training continues. A compact
-    file contains the name of its checkpoint. A resumed run deletes files whose checkpoint
-    is gone, which a killed run may leave; it keeps copies under other names, and every
-    file if mmengine keeps all checkpoints.
+    If a file cannot be written, or weights are not finite, the hook logs a warning and training
+    continues. A compact file contains the name of its checkpoint. A resumed run deletes files
+    whose checkpoint is gone, which a killed run may leave; it keeps copies under other names,
+    and every file if mmengine keeps all checkpoints.
     """
 
     # After EMAHook puts the averaged weights into the checkpoint and CheckpointHook saves it.
@@ -69,8 +70,12 @@ class CompactCheckpointHook(Hook):
                 try:
                     with writing(compact):
                         write_with_config(*what, compact, runner.cfg, dataset_meta, notes={OF: path.name})
-                except NotWrittenError as error:
-                    runner.logger.warning(f'{error}. Training continues; tools/compact.py can make the file later.')
+                except CSGError as error:
+                    if isinstance(error, NotWrittenError):
+                        said = f'{error}. Training continues; tools/compact.py can make the file later.'
+                    else:
+                        said = f'{compact} was not written. {error}. Training continues.'
+                    runner.logger.warning(said)
                     _delete(runner, compact)  # it belongs to an older checkpoint of the same name
                 self._saved[path] = saved
         for path in [path for path in self._saved if not path.exists()]:
