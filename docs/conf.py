@@ -22,3 +22,5 @@ nb_execution_mode = 'off'  # the notebook is stored with its outputs; make check
 myst_heading_anchors = 3
 autodoc_typehints = 'description'
 autodoc_member_order = 'bysource'
+html_static_path = ['_static']
+html_css_files = ['site.css']
