@@ -177,7 +177,8 @@ class Teacher:
                     'gradients; name one inside it, or set use_reentrant=False'
                 )
                 not_called = f'the {who} was not called with gradients since; call it on the same inputs before loss()'
-                raise CSGError(f'teacher: {called if name else not_called}')
+                was_called = any(recorded == who for recorded, _ in self._outputs)
+                raise CSGError(f'teacher: {called if name and was_called else not_called}')
         mine, wanted = (read(self._outputs[who, name]) for who in ('student', 'teacher'))
         pairs = list(zip_longest(_as_list(mine), _as_list(wanted)))
         if not all(isinstance(each, Tensor) for pair in pairs for each in pair):

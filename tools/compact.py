@@ -15,7 +15,7 @@ with one_line_errors():
     from csg_seg.deploy.compact_export import compact, logit_error
     from csg_seg.errors import CSGError
     from csg_seg.running.configs import read_config
-    from csg_seg.running.preflight import check_data
+    from csg_seg.running.preflight import check_data, check_score
     from csg_seg.storage.precision import DTYPES
 
 
@@ -82,6 +82,8 @@ def main() -> None:
             raise CSGError(f'--images {args.images}: give a number of test images')
         if args.images or args.test:
             check_data(cfg, 'test')
+        if args.test:
+            check_score(cfg, 'test', args.test, given=f'--test {args.test}')
         scores = {'score': measure_score(cfg, args.checkpoint, args.test)} if args.test else {}
         found = compact(cfg, args.checkpoint, args.out, dtype=args.dtype, base=args.base) | scores
         if args.images:

@@ -13,7 +13,7 @@ with one_line_errors():
     from csg_seg.errors import CSGError
     from csg_seg.files import writing_into
     from csg_seg.layers.bank import find_bank
-    from csg_seg.mm.checkpoints.unpickling import check_file, forbid_unpickling
+    from csg_seg.mm.checkpoints.unpickling import forbid_unpickling
     from csg_seg.mm.hooks.checkpoint_guard import CheckpointGuardHook
     from csg_seg.mm.hooks.csg import CSGHook, log_size
     from csg_seg.mm.hooks.label_guard import LabelGuardHook
@@ -23,7 +23,7 @@ with one_line_errors():
     from csg_seg.running.configs import load_config
     from csg_seg.running.preflight import check_data, check_optimizer, check_scores, check_starts
     from csg_seg.running.processes import use_cpu_processes
-    from csg_seg.running.work_dir import RESUME, guard_checkpoints, latest_checkpoint
+    from csg_seg.running.work_dir import RESUME, check_complete, guard_checkpoints, latest_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -52,7 +52,7 @@ def resume_latest(cfg, *, named: bool) -> None:
         if path.endswith('.safetensors'):
             raise CSGError('a compact checkpoint has no training state to resume; give the .pth beside it')
         if '://' not in path:
-            check_file(path)
+            check_complete(path)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.conv import _ConvNd
 
 from csg_seg.errors import CSGError
@@ -99,6 +100,8 @@ class CSGConv(_ConvNd):
 
         Without gradients, a large weight is made one row of its grid at a time, so that memory holds little more.
         """
+        if isinstance(self.code, Proxy):
+            raise CSGError('torch.fx cannot trace generated weights; call csg_seg.materialise(model) before')
         is_large = type(self.code) is nn.Parameter and self.weight_shape.numel() > LARGE
         if is_large and not (torch.is_grad_enabled() or is_recorded()):
             return self._generate_by_rows()

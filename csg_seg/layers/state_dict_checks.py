@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 FIXED = (*DENSE_KINDS, nn.Linear, _NormBase, nn.GroupNorm, nn.LayerNorm)
 OTHER_NETWORK = 'take a checkpoint of the same network; to train from this one, name the layer in reset'
 OTHER_SETTINGS = (
-    "set the config's csg to the checkpoint's, or take another checkpoint; "
+    "set the config's csg to the checkpoint's and freeze the same layers before retrofit, or take another checkpoint; "
     'to train from this one, name the layer in reset'
 )
 # Names under which DataParallel, DistributedDataParallel and torch.compile hold a network.
@@ -104,8 +104,16 @@ def _check_shape(name: str, stored: Sequence[int], needed: Sequence[int], remedy
         )
 
 
-def _other_names(state_dict: Mapping[str, Any]) -> str:
-    """Say what to do about a state dict none of whose names is the model's."""
+def describe_names(state_dict: Mapping[str, Any], prefix: str = '', known: Iterable[str] = ()) -> str:
+    """Say what to do about a state dict none of whose names is the model's.
+
+    Args:
+        state_dict: to be loaded.
+        prefix: of the model's names, if it is inside a wrapper.
+        known: the model's names, with the prefix.
+    """
+    if prefix and any(name.removeprefix(prefix) in state_dict for name in known):
+        return f'its names lack {prefix!r}: load it into the network inside the wrapper, model.{prefix[:-1]}'
     first = next(iter(state_dict), '').partition('.')[0]
     if first in WRAPPERS and all(name.startswith(f'{first}.') for name in state_dict):
         return f'its names begin with {first}: save the network inside the wrapper, or remove this part of the names'
@@ -199,7 +207,11 @@ class StateDictChecks:
             for name, conv in self.convs.items():
                 needed |= {f'{self.prefix}{name}.{key}': each for key, each in conv.stored().items()}
             has_any = needed.keys() & self.state_dict.keys()
-            check_entries(needed, self.state_dict, OTHER_SETTINGS if has_any else _other_names(self.state_dict))
+            check_entries(
+                needed,
+                self.state_dict,
+                OTHER_SETTINGS if has_any else describe_names(self.state_dict, self.prefix, needed),
+            )
             self._check_count()
             self._check_layers()
             self._check_renamed()
@@ -291,7 +303,10 @@ class StateDictChecks:
                 wrong.append(f'{name} is {tuple(tensor.shape)}, not {tuple(conv.weight_shape)}')
             check_finite(name, tensor)
         if wrong:
-            raise CSGError(f"the dense checkpoint is another network's: {abridge(wrong)}")
+            raise CSGError(
+                f"the dense checkpoint is another network's: {abridge(wrong)}; to let layers start anew, "
+                'name them in reset'
+            )
 
     def _reset_layers(self) -> list[str]:
         """Replace entries that do not fit by the model's own where ``reset`` allows it, and return these layers."""

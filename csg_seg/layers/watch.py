@@ -43,11 +43,11 @@ NOT_HELD, FROZEN = Rate(0.0, 0.0, 'left out'), Rate(0.0, 0.0, 'frozen')
 # Why a generator does not change.
 NO_OPTIMIZER, NO_RATE = 'no optimizer holds it', 'its learning rate is 0'
 MADE_TOO_EARLY = (
-    'the optimizer was made before retrofit: it holds weights that the network no longer has, and generated layers do '
-    'not train. Make the optimizer after retrofit.'
+    'the optimizer was made before retrofit or materialise: it holds weights that the network no longer has, and their '
+    'layers do not train. Make the optimizer afterwards.'
 )
 LOST = (
-    'the network was trained before retrofit, and {} now train from new start values. To keep the trained weights, '
+    'the network was trained before retrofit, and {} have new start values now. To keep the trained weights, '
     'call csg_seg.fit(model, weights) after retrofit, with the state dict from before; in a config, load them by '
     'load_from or init_cfg. To train from new values, ignore this.'
 )
@@ -74,21 +74,31 @@ class Watch:
             self.roots.add(root)
         new = self._new(layers)
         self.layers.update(new)
+        self._start(anew=bool(new))
+
+    def _start(self, *, anew: bool) -> None:
         self.steps_left = STEPS
-        self.is_over = self.is_over and not new
-        if new and not self.hooks:
+        self.is_over = self.is_over and not anew
+        if anew and not self.hooks:
             self.hooks = [
                 register_optimizer_step_pre_hook(self.refresh),
                 register_optimizer_step_post_hook(self.look),
             ]
 
     def note_replaced(self, weights: Iterable[Tensor]) -> None:
-        """Remember dense weights that a network no longer has, in case an optimizer still holds them."""
+        """Remember parameters that a network no longer has, in case an optimizer still holds them."""
         self.replaced += map(ref, weights)
+        self._start(anew=True)
 
     def note_lost(self, layers: Mapping[str, CSGConv]) -> None:
         """Remember layers, by name, that had trained weights before retrofit."""
         self.lost.update({conv: name for name, conv in layers.items()})
+
+    def take_lost(self, layers: Iterable[CSGConv]) -> str:
+        """Say, once, which of some layers lost trained weights in retrofit; '' if none did."""
+        names = [name for name in map(self.lost.get, layers) if name is not None]
+        self.note_loaded(layers)
+        return LOST.format(abridge(names, most=MOST_NAMES)) if names else ''
 
     def note_loaded(self, layers: Iterable[CSGConv]) -> None:
         """Forget layers whose weights have been loaded since."""
@@ -123,10 +133,9 @@ class Watch:
         if any(id(weight()) in held for weight in self.replaced):
             self.replaced.clear()
             warnings.warn(MADE_TOO_EARLY, CSGWarning, stacklevel=3)
-        lost = [name for conv, name in self.lost.items() if isinstance(conv, CSGConv) and id(conv.code) in held]
+        lost = self.take_lost([conv for conv in self.lost if isinstance(conv, CSGConv) and id(conv.code) in held])
         if lost:
-            self.lost.clear()
-            warnings.warn(LOST.format(abridge(lost, most=MOST_NAMES)), CSGWarning, stacklevel=3)
+            warnings.warn(lost, CSGWarning, stacklevel=3)
         by_generator: dict[Generator, dict[str, CSGConv]] = defaultdict(dict)
         for conv, name in [*self.layers.items()]:
             if isinstance(conv, CSGConv):

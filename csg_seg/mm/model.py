@@ -15,7 +15,7 @@ from torch import nn
 
 from csg_seg.errors import CSGError, abridge
 from csg_seg.generators.settings import read_patterns
-from csg_seg.layers.bank import GeneratorBank, bank_of
+from csg_seg.layers.bank import GeneratorBank, bank_of, find_bank, inner_root
 from csg_seg.layers.conv import find_convs
 from csg_seg.layers.state_dict_checks import check_reset
 from csg_seg.mm.checkpoints.reading import read_checkpoint
@@ -137,7 +137,7 @@ def build_model(cfg: Config) -> nn.Module:
     """Build the model of a config without trained weights; a ``CSGHook`` in the config retrofits it.
 
     Raises:
-        CSGError: a setting is wrong or fits no layer.
+        CSGError: a setting is wrong or fits no layer, or a part of the model is a ``CSGModel``.
     """
     if 'csg' in cfg.model and cfg.model.type != 'CSGModel':
         raise CSGError(f"the model has csg settings but its type is {cfg.model.type}; give it type='CSGModel'")
@@ -147,6 +147,12 @@ def build_model(cfg: Config) -> nn.Module:
     for hook in [*cfg.get('default_hooks', {}).values(), *cfg.get('custom_hooks', [])]:
         if hook and hook.get('type') == 'CSGHook':
             HOOKS.build(hook).retrofit(model)
+    part = None if find_bank(model) else inner_root(model)
+    if part is not None:
+        raise CSGError(
+            f'model.{part} is a CSGModel, and only the model as a whole can be one; to compress this part alone, set '
+            f"csg=dict(..., include=['{part}']) of the whole model"
+        )
     return model
 
 

@@ -69,7 +69,7 @@ def suggest(model: nn.Module, ratio: float | None = None, **others: Any) -> list
         if key not in OTHERS:
             raise CSGError(
                 f"csg: {key!r} does not go with 'ratio', only {', '.join(OTHERS)} do; leave out one of them, or give "
-                'slice_shape and code_dim instead of ratio'
+                'slice_shape and code_dim instead of ratio; to replace the csg of a base config, add _delete_=True'
             )
     seed = others.pop('seed', None)
     if seed is not None and not (isinstance(seed, int) and seed >= 0):
@@ -78,7 +78,7 @@ def suggest(model: nn.Module, ratio: float | None = None, **others: Any) -> list
     total = sum(parameter.numel() for parameter in model.parameters())
     choices = [groups[:count] for count in range(1, len(groups) + 1)]
     smallest = min(_stored(model, _settings(each, MOST, others)) for each in choices)
-    most = math.floor(10 * total / smallest) / 10
+    most = math.floor(100 * total / smallest) / 100
     if most <= 1:
         raise CSGError('csg: generators would not make this network smaller; it has too few weights in these convs')
     if ratio is None:
@@ -93,7 +93,7 @@ def suggest(model: nn.Module, ratio: float | None = None, **others: Any) -> list
     share = sum(each.weights for each in groups) / total
     left = _left_dense(model, *_patterns(others))
     raise CSGError(
-        f'csg: a ratio of {ratio:g} is out of reach; give at most {most}, which has codes of {SHORTEST} values, or '
+        f'csg: a ratio of {ratio:g} is out of reach; give at most {most:g}, which has codes of {SHORTEST} values, or '
         'give slice_shape and code_dim; csg_seg.plan finds smaller ones for a trained network. '
         f'{share:.0%} of the parameters are in convs that can be generated'
         f'{f"; other convs: {left}" if left else ""}'

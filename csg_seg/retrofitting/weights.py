@@ -10,6 +10,7 @@ from csg_seg.generators.linear import Generator
 from csg_seg.generators.settings import read_patterns
 from csg_seg.layers.bank import BANK, GeneratorBank, check_module, find_bank, inner_root, same_generators
 from csg_seg.layers.conv import generated_convs
+from csg_seg.layers.state_dict_checks import describe_names
 
 
 def fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
@@ -40,8 +41,15 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
         f'{name} is {given[name]}, not {shape}' for name, shape in wanted.items() if given.get(name, shape) != shape
     ]
     if wrong:
-        has_codes = any(name.startswith(f'{BANK}.') for name in given)
-        said = 'these have codes; load them with load_state_dict' if has_codes else abridge(wrong)
+        if any(name.startswith(f'{BANK}.') for name in given):
+            said = 'these have codes; load them with load_state_dict'
+        elif not wanted.keys() & given.keys():
+            said = f'{abridge(wrong)}; {describe_names(weights)}'
+        else:
+            said = (
+                f'{abridge(wrong)}; to let layers start anew, such as a new head, use '
+                'csg_seg.load_state_dict(model, weights, reset=[...])'
+            )
         raise CSGError(f'the weights are not those of the dense network: {said}')
     model.load_state_dict(weights)
     return bank.loading.errors

@@ -1,6 +1,8 @@
 """Read config files."""
 
 import os
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.utils import import_modules_from_strings
 
-from csg_seg.errors import CSGError
+from csg_seg.errors import CSGError, CSGWarning
 from csg_seg.files import check_folder
 
 
@@ -47,7 +49,7 @@ def read_config(path: str | os.PathLike, options: Mapping[str, Any] | None = Non
 
     Raises:
         FileNotFoundError: there is no such file.
-        CSGError: the file is not a config.
+        CSGError: the file is not a config, lacks a base that it refers to, or has ``csg`` outside ``model``.
     """
     try:
         cfg = Config.fromfile(str(path))
@@ -55,10 +57,23 @@ def read_config(path: str | os.PathLike, options: Mapping[str, Any] | None = Non
         raise FileNotFoundError(f'{path}: no such config, or one of its bases is missing ({error})') from None
     except (OSError, SyntaxError) as error:
         raise CSGError(f'{path}: not a config ({error}); give a .py file such as those in configs/') from None
+    except KeyError as error:
+        if '{{_base_.' not in re.sub(r'\s', '', Path(path).read_text()):
+            raise
+        raise CSGError(
+            f"{path}: no base config has {error.args[0]!r}, which it takes from '_base_'; name one"
+        ) from None
     _remove_scope(cfg._cfg_dict)
     cfg.merge_from_dict(dict(options or {}))
     if cfg.get('custom_imports'):  # the options may have added some
         import_modules_from_strings(**cfg.custom_imports)
+    if 'csg' in cfg:
+        raise CSGError(f'{path}: csg is a key of the config; put it into model, with type and base_type')
+    if re.search(r"^[^#\n]*type='CSGModel'", cfg.text, flags=re.MULTILINE) and 'CSGModel' not in str(cfg.get('model')):
+        text = (
+            f'{path}: a later model = ... replaces the CSGModel, so the network is dense; write one model = dict(...)'
+        )
+        warnings.warn(text, CSGWarning, stacklevel=2)
     return cfg
 
 

@@ -88,20 +88,38 @@ def check_scores(cfg: Config, split: str) -> None:
     Raises:
         CSGError: names a score that does not exist.
     """
-    found = cfg.get(f'{split}_evaluator') or ()
-    evaluators = [each for each in (found if isinstance(found, (list, tuple)) else [found]) if 'type' in each]
-    for each in evaluators:
+    for each in _evaluators(cfg, split):
         wanted = each.get('iou_metrics') or []
         for name in [wanted] if isinstance(wanted, str) else wanted:
             if each['type'] == 'IoUMetric' and name not in SCORES:
                 raise CSGError(f'{split}_evaluator: iou_metrics has {name!r}; there are {", ".join(SCORES)}')
     best = ((cfg.get('default_hooks') or {}).get('checkpoint') or {}).get('save_best')
-    if split == 'val' and evaluators and all(each['type'] == 'IoUMetric' for each in evaluators):
-        known = {'auto', 'aAcc', *(name for names in SCORES.values() for name in names)}
-        for name in [best] if isinstance(best, str) else best or []:
-            if name.rpartition('/')[2] not in known:
-                like = nearest(name, sorted(known))
-                raise CSGError(f'default_hooks.checkpoint.save_best: there is no score {name!r}; {like}')
+    for name in [best] if isinstance(best, str) else best or []:
+        if split == 'val' and name != 'auto':
+            check_score(cfg, split, name, given='default_hooks.checkpoint.save_best')
+
+
+def check_score(cfg: Config, split: str, name: str, *, given: str) -> None:
+    """Check the name of a score, if all evaluators are mmseg's ``IoUMetric``, whose scores are known.
+
+    Args:
+        cfg: a complete config.
+        split: 'val' or 'test'.
+        name: of the score.
+        given: how the error begins.
+
+    Raises:
+        CSGError: there is no such score.
+    """
+    evaluators = _evaluators(cfg, split)
+    known = {'aAcc', *(name for names in SCORES.values() for name in names)}
+    if evaluators and all(each['type'] == 'IoUMetric' for each in evaluators) and name.rpartition('/')[2] not in known:
+        raise CSGError(f'{given}: there is no score {name!r}; {nearest(name, sorted(known))}')
+
+
+def _evaluators(cfg: Config, split: str) -> list[Mapping[str, Any]]:
+    found = cfg.get(f'{split}_evaluator') or ()
+    return [each for each in (found if isinstance(found, (list, tuple)) else [found]) if 'type' in each]
 
 
 def check_optimizer(cfg: Config, model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from mmengine.runner import Runner
 
 from csg_seg.errors import CSGError
 from csg_seg.files import NotWrittenError, writing
+from csg_seg.mm.checkpoints.unpickling import check_file
 
 RESUME = '; use --resume to continue from the last checkpoint'
 
@@ -35,6 +36,28 @@ def guard_checkpoints(runner: Runner, *, after: str = '') -> None:
     runner.save_checkpoint = save_whole
 
 
+def check_complete(path: str) -> None:
+    """Refuse to resume from a checkpoint that is cut short, and name an earlier one of its folder.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CSGError: the file is cut short.
+    """
+    try:
+        check_file(path)
+    except CSGError as error:
+        earlier = _newest(Path(path).parent, without=Path(path))
+        if earlier is None:
+            raise
+        raise CSGError(f'{error}, or add --cfg-options load_from={earlier} to resume from an earlier one') from None
+
+
+def _newest(folder: Path, without: Path | None = None) -> Path | None:
+    """Return the newest checkpoint of a folder that is not a best one, None if there is none."""
+    steps = [path for path in folder.glob('*.pth') if not path.name.startswith('best_') and path != without]
+    return max(steps, key=lambda path: path.stat().st_mtime, default=None)
+
+
 def _written(path: Path) -> int | None:
     """Return the time of the last write to a file, or None if it does not exist."""
     return path.stat().st_mtime_ns if path.exists() else None
@@ -49,8 +72,7 @@ def latest_checkpoint(work_dir: str | os.PathLike) -> str | None:
     note = Path(work_dir, 'last_checkpoint')
     if not note.exists():
         return None
-    steps = [path for path in Path(work_dir).glob('*.pth') if not path.name.startswith('best_')]
-    newest = max(steps, key=lambda path: path.stat().st_mtime, default=None)
+    newest = _newest(Path(work_dir))
     remedy = f'add --cfg-options load_from={newest}' if newest else 'delete it to start from the beginning'
     if not note.is_file():
         raise CSGError(f'{note}: a folder, not the name of the checkpoint to resume from; {remedy}')

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from csg_seg.errors import CSGError
 from csg_seg.generators.settings import read_patterns
 from csg_seg.layers.bank import bank_of, check_module, find_bank, inner_root
-from csg_seg.layers.conv import find_convs
+from csg_seg.layers.conv import check_finite, find_convs
 from csg_seg.retrofitting.selection import Cause, Reason
-from csg_seg.retrofitting.surgery import swap_layers
+from csg_seg.retrofitting.surgery import swap_layers, warn_of_lost_weights
 from csg_seg.retrofitting.weights import dense_shapes
 from csg_seg.version import __version__
 
@@ -65,12 +65,18 @@ def save_compact(
         FileNotFoundError: there is no such base.
     """
     check_module(model, 'save_compact(model, path): the model')
+    warn_of_lost_weights(model)
     if source is not None:
         built = build(source)
         try:
-            check_shapes(shapes_of(built.state_dict()), dense_shapes(model), 'correct name or arguments in source')
+            check_shapes(
+                shapes_of(built.state_dict()),
+                dense_shapes(model),
+                'correct name or arguments in source',
+                'that network',
+            )
         except CSGError as error:
-            raise CSGError(f'the source builds another network: its state dict {error}') from None
+            raise CSGError(f'the source builds another network: {error}') from None
     write_compact(model, model.state_dict(), path, dtype=dtype, source=source, base=base)
 
 
@@ -218,6 +224,10 @@ def write_compact(
         check_source(source)
         header['source'] = encode_source(source)
     stored = {name: each for name, each in state_dict.items() if not (is_setting(name) or is_counter(name))}
+    trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, each in stored.items():  # other buffers, such as masks, may hold infinity
+        if name in trained or name.endswith(('running_mean', 'running_var')):
+            check_finite(name, each)
     lowered = lower(stored, matrices(model), dtype)
     if old is not None and not any(
         name in old.tensors and each.shape == old.tensors[name].shape for name, each in lowered.items()

@@ -52,15 +52,17 @@ def check_fits(model: nn.Module, compact: Compact, reset: Sequence[str]) -> Laye
     return layers
 
 
-def check_shapes(stored: Mapping[str, Shape], wanted: Mapping[str, Shape], remedy: str = OTHER_NETWORK) -> None:
-    """Refuse state-dict entries that are missing, unexpected or of another shape."""
+def check_shapes(
+    stored: Mapping[str, Shape], wanted: Mapping[str, Shape], remedy: str = OTHER_NETWORK, where: str = 'the file'
+) -> None:
+    """Refuse state-dict entries that are missing, unexpected or of another shape; ``where`` names what has them."""
     unexpected, missing = stored.keys() - wanted.keys(), wanted.keys() - stored.keys()
     for problem, names in (('lacks', missing), ('has the unexpected entry', unexpected)):
         if names:
-            raise CSGError(f'{problem} {min(names)} ({len(names)} such entries); {remedy}')
+            raise CSGError(f'{where} {problem} {min(names)} ({len(names)} such entries); {remedy}')
     for name, shape in wanted.items():
         if stored[name] != shape and not is_setting(name):
-            raise CSGError(f'{name} is {stored[name]} in the file and {shape} in the model; {remedy}')
+            raise CSGError(f'{name} is {stored[name]} in {where} and {shape} in the model; {remedy}')
 
 
 def load_values(model: nn.Module, compact: Compact, reset: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from csg_seg.errors import CSGError
 from csg_seg.layers.bank import BANK, find_roots
-from csg_seg.layers.conv import DENSE_KINDS, generated_convs
+from csg_seg.layers.conv import DENSE_KINDS, check_finite, generated_convs
 
 # Precisions of a file's matrices.
 DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16, 'int8': torch.int8}
@@ -36,23 +36,21 @@ def lower(tensors: Mapping[str, Tensor], names: Collection[str], dtype: str) -> 
     Args:
         tensors: a state dict.
         names: see :func:`matrices`; tensors that are not floating are unchanged.
-        dtype: a key of :data:`DTYPES`; 'float32' leaves all tensors as they are.
+        dtype: a key of :data:`DTYPES`; 'float32' changes nothing.
 
     Raises:
-        CSGError: the dtype is unknown or cannot represent a value, or a matrix is not finite.
+        CSGError: the dtype is unknown, or cannot represent a value.
     """
     if dtype not in DTYPES:
         raise CSGError(f'there is no dtype {dtype!r} for files; use one of {", ".join(DTYPES)}')
+    if dtype == 'float32':
+        return dict(tensors)
     lowered = {}
     for name, tensor in tensors.items():
         if name not in names or not tensor.is_floating_point():
             lowered[name] = tensor
             continue
-        if not tensor.isfinite().all():
-            raise CSGError(f'{name}: holds NaN or infinite values; save a network whose training converged')
-        if dtype == 'float32':
-            lowered[name] = tensor
-            continue
+        check_finite(name, tensor)
         if dtype == 'int8':
             lowered[name], lowered[f'{name}{SCALE}'] = _quantise(tensor)
             continue

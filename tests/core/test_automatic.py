@@ -100,7 +100,7 @@ def test_other_keys_go_to_every_generator():
         ({'ratio': 5, 'code_dim': 3}, "'code_dim' does not go with 'ratio'"),
         (
             {'ratio': 10**6},
-            'out of reach; give at most 3.6, .* in convs that can be generated; other convs: 1 the',
+            'out of reach; give at most 3.69, .* in convs that can be generated; other convs: 1 the',
         ),
         ({'ratio': 2, 'seed': 'x'}, "seed must be an integer from 0; got 'x'"),
         ({'ratio': 2, 'include': 'nope'}, "include pattern 'nope' names no conv of the model"),
@@ -116,6 +116,14 @@ def test_mistakes_are_refused_and_the_network_stays(csg, says):
     with pytest.raises(CSGError, match=says):
         retrofit(model, csg)
     assert type(model) is Net
+
+
+def test_a_small_part_is_compressed_a_little():
+    model = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None)
+    with pytest.raises(CSGError, match=r'a ratio of 4 is out of reach; give at most 1\.01, which'):
+        retrofit(model, {'ratio': 4, 'include': ['classifier.1']})
+    retrofit(model, {'ratio': 1.01, 'include': ['classifier.1']})
+    assert summarise(model).compression_ratio >= 1.01
 
 
 def test_include_and_exclude_choose_kernels():

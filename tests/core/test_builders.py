@@ -195,7 +195,7 @@ def test_a_file_without_a_source_needs_the_model(tmp_path):
         ({'builder': 'torchvision', 'name': 'resnet18', 'weights': 'DEFAULT'}, 'weights is not for files'),
         ({'builder': 'torchvision', 'name': 'resnet18', 'width': 3}, "'torchvision' cannot build the network"),
         ({'builder': 'torchvision', 'name': 'resnet18', 'norm_layer': nn.BatchNorm2d}, 'plain values'),
-        ({'builder': 'torchvision', 'name': 'resnet34'}, 'the source builds another network: its state dict'),
+        ({'builder': 'torchvision', 'name': 'resnet34'}, 'the source builds another network: that network has'),
         ({'builder': 'torchvision', 'name': 'resnet18', 'num_classes': 7}, 'the source builds another network'),
         ({'builder': 'timm', 'name': 'hf-hub:someone/something'}, 'timm has no network'),
         ({'builder': 'timm', 'name': 'resnet18', 'checkpoint_path': 'x.pth'}, 'checkpoint_path is not for files'),

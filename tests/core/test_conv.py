@@ -340,6 +340,8 @@ def test_the_weight_can_be_read_and_not_set():
             model.narrow.weight = other
     with pytest.raises(CSGError, match='before you set or prune it'):
         prune.l1_unstructured(model.narrow, 'weight', amount=0.5)
+    with pytest.raises(CSGError, match='torch.fx cannot trace generated weights'):
+        torch.fx.symbolic_trace(model)
     assert 'narrow.weight' not in model.state_dict()
 
 

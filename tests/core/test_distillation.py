@@ -136,6 +136,8 @@ def test_evaluations_of_the_student_are_not_compared():
         student(images())
     with pytest.raises(CSGError, match='the student was not called with gradients'):
         teacher.loss(images())
+    with pytest.raises(CSGError, match='the student was not called with gradients'):
+        Teacher(student, Net(1), logits=0, features=1.0, layers=['body']).loss(images())
 
 
 def test_networks_of_torchvision_are_compared_by_their_blocks():

@@ -115,9 +115,9 @@ def test_an_int8_file_that_is_loaded_and_saved_has_the_same_tensors(tmp_path):
     ('value', 'dtype', 'says'),
     [
         (1e6, 'float16', 'head.weight: a value is too large for float16; use bfloat16'),
-        (float('nan'), 'int8', 'head.weight: holds NaN or infinite values'),
-        (float('nan'), 'float32', 'head.weight: holds NaN or infinite values'),
-        (float('inf'), 'bfloat16', 'head.weight: holds NaN or infinite values'),
+        (float('nan'), 'int8', 'head.weight holds NaN or infinite values'),
+        (float('nan'), 'float32', 'head.weight holds NaN or infinite values'),
+        (float('inf'), 'bfloat16', 'head.weight holds NaN or infinite values'),
         (1.0, 'int4', "no dtype 'int4' for files; use one of float32, float16, bfloat16, int8"),
     ],
 )

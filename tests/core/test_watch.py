@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from csg_seg import CSGWarning, fit, materialise, retrofit
+from csg_seg import CSGWarning, fit, materialise, retrofit, save_compact
 from csg_seg.layers.conv import CSGConv
 from csg_seg.layers.watch import WATCH
 
@@ -99,7 +99,7 @@ def test_an_optimizer_made_before_retrofit_is_warned_of_once():
     early = torch.optim.SGD(net.parameters(), lr=0.01)
     retrofit(net, CSG)
     (text,) = train(net, early)
-    assert 'made before retrofit' in text and 'Make the optimizer after retrofit' in text
+    assert 'made before retrofit' in text and 'Make the optimizer afterwards' in text
     assert train(net, torch.optim.SGD(net.parameters(), lr=0.01)) == []
 
 
@@ -265,7 +265,30 @@ class Trained(Net):
 def test_trained_weights_that_retrofit_replaces_are_warned_of(norm):
     net = retrofit(Trained(norm).trained(), CSG)
     (told,) = train(net, *of_all(net))
-    assert told.startswith('the network was trained before retrofit, and backbone.2 now train from new start values')
+    assert told.startswith('the network was trained before retrofit, and backbone.2 have new start values now')
+
+
+@pytest.mark.parametrize('end', ['saved', 'materialised'])
+def test_trained_weights_that_retrofit_replaces_are_warned_of_without_a_training(end, tmp_path):
+    net = retrofit(Trained().trained(), CSG)
+    with pytest.warns(
+        CSGWarning, match='the network was trained before retrofit, and backbone.2 have new start values'
+    ):
+        save_compact(net, tmp_path / 'net.safetensors') if end == 'saved' else materialise(net)
+    assert train(net, *of_all(net)) == []
+
+
+@pytest.mark.parametrize('again', [False, True])
+def test_an_optimizer_made_before_materialise_is_warned_of(again):
+    net = build()
+    optimizers = of_all(net)
+    assert train(net, *optimizers) == []
+    materialise(net)
+    if again:
+        retrofit(net, CSG)
+    (told,) = train(net, *optimizers)
+    assert told.startswith('the optimizer was made before retrofit or materialise')
+    assert train(net, *of_all(net)) == []
 
 
 def test_start_values_and_weights_that_are_fitted_or_loaded_are_not_warned_of():

@@ -60,7 +60,7 @@ def test_weights_that_are_not_finite_end_no_training(runner, tmp_path):
     assert names(tmp_path, 'pth') == {'iter_2'} and names(tmp_path, 'safetensors') == set()
     (log,) = tmp_path.glob('*/*.log')
     (line,) = [line for line in log.read_text().splitlines() if 'Training continues' in line]
-    assert 'iter_2.safetensors was not written. csg.0.weight: holds NaN or infinite values' in line
+    assert 'iter_2.safetensors was not written. csg.0.weight holds NaN or infinite values' in line
 
 
 def test_a_run_killed_between_two_deletions_leaves_no_orphan_once_resumed(runner, tmp_path):

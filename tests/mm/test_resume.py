@@ -6,7 +6,10 @@ import pytest
 import torch
 from conftest import ROOT, cfg_options, run_tool
 
+from csg_seg import materialise
 from csg_seg.mm.checkpoints.reading import read_checkpoint
+from csg_seg.mm.model import build_model
+from csg_seg.running.configs import read_config
 
 DEMO = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
 
@@ -82,7 +85,9 @@ def test_what_the_line_says_resumes(run, drawn):
 
 def test_a_latest_checkpoint_that_is_cut_short_or_compact_is_named(refused, run):
     (run / 'iter_2.pth').write_bytes((run / 'iter_1.pth').read_bytes()[:-100])
-    assert 'iter_2.pth: damaged, it is cut short' in refused()
+    message = refused()
+    assert 'iter_2.pth: damaged, it is cut short' in message
+    assert message.endswith(f'or add --cfg-options load_from={run}/iter_1.pth to resume from an earlier one')
     (run / 'last_checkpoint').write_text(str(run / 'iter_2.safetensors'))
     assert 'a compact checkpoint has no training state to resume' in refused()
 
@@ -115,6 +120,15 @@ def test_another_number_of_parameters_is_named(refused, run):
     torch.save(checkpoint, run / 'iter_2.pth')
     said = f'an optimizer of {count - 1} parameters in group 0, and the config puts {count} there'
     assert said in refused()
+
+
+def test_a_dense_checkpoint_of_a_generated_network_is_named(refused, run):
+    checkpoint = torch.load(run / 'iter_2.pth', weights_only=False)
+    model = build_model(read_config(DEMO))
+    checkpoint['state_dict'] = materialise(model).state_dict()
+    torch.save(checkpoint, run / 'iter_2.pth')
+    message = refused()
+    assert f'{run}/iter_2.pth is of a dense network, and this one is generated; begin a new run' in message
 
 
 def test_weights_without_training_state_are_no_run_to_resume(refused, run):

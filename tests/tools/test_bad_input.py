@@ -11,8 +11,9 @@ import torch
 from conftest import ROOT, SMALL_MODEL, cfg_options, run_tool
 from mmengine.config import Config
 
-from csg_seg import materialise, save_compact
+from csg_seg import CSGWarning, materialise, save_compact
 from csg_seg.mm.model import build_model
+from csg_seg.running.configs import read_config
 
 CONFIGS = ROOT / 'configs' / 'deeplabv3'
 DENSE = CONFIGS / 'deeplabv3_r18-d8_4xb4-20k_voc12-512x512.py'
@@ -77,11 +78,36 @@ def test_wrong_settings(refused, drawn, options, says):
         assert all(part in message for part in says), message
 
 
-def test_scores_that_do_not_exist(refused, drawn):
+def test_scores_that_do_not_exist(refused, drawn, files):
     says = "_evaluator: iou_metrics has 'mIuO'; there are mIoU, mDice, mFscore"
     assert says in refused('train.py', CSG, *small(drawn, **{'val_evaluator.iou_metrics': 'mIuO'}))
     message = refused('train.py', CSG, *small(drawn, **{'default_hooks.checkpoint.save_best': 'mIuO'}))
     assert "save_best: there is no score 'mIuO'; the nearest are mIoU" in message
+    message = refused(
+        'compact.py', CSG, files / 'csg.pt', '--out', files / 'x.safetensors', '--test', 'x', *small(drawn)
+    )
+    assert "--test x: there is no score 'x'" in message
+
+
+def test_lines_in_the_wrong_place(refused, drawn, tmp_path):
+    config = tmp_path / 'mine.py'
+    base = f"_base_ = {str(DENSE)!r}\ncustom_imports = dict(imports=['csg_seg.mm'])\n"
+    csg = "type='CSGModel', base_type={{_base_.model.type}}, csg=dict(ratio=4)"
+    cases = {
+        f'{base}csg = dict(ratio=4)\n': 'csg is a key of the config; put it into model',
+        f'{base}model = dict(backbone=dict({csg.replace("model.type", "model.backbone.type")}))\n': (
+            "model.backbone is a CSGModel, and only the model as a whole can be one; .* include=['backbone']"
+        ),
+        f'model = dict({csg})\n': "no base config has 'model', which it takes from '_base_'; name one",
+    }
+    for text, says in cases.items():
+        config.write_text(text)
+        for tool in ('train.py', 'report.py'):
+            options = small(drawn) if text.startswith(base) else []
+            assert all(part in refused(tool, config, *options) for part in says.split(' .* '))
+    config.write_text(f'{base}model = dict({csg})\nmodel = dict(pretrained=None)\n')
+    with pytest.warns(CSGWarning, match=r'a later model = ... replaces the CSGModel, so the network is dense'):
+        read_config(config)
 
 
 def test_second_dict_takes_nothing(refused, drawn, tmp_path):

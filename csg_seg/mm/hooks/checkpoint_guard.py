@@ -45,6 +45,10 @@ class CheckpointGuardHook(Hook):
         anew = f'begin a new run with its weights: --cfg-options load_from={path}, without --resume'
         if not {'epoch', 'iter'} <= {*checkpoint.get('meta', {})} or 'message_hub' not in checkpoint:
             raise CSGError(f'{path} holds weights and no training state to resume; {anew}')
+        if find_bank(model) is not None and not any(
+            name.endswith('.code') for name in checkpoint.get('state_dict', ())
+        ):
+            raise CSGError(f'{path} is of a dense network, and this one is generated; {anew}')
         if 'optimizer' in checkpoint:
             other = _other_optimizer(runner.optim_wrapper, checkpoint['optimizer'])
             if other:
