@@ -128,7 +128,7 @@ def test_a_dense_checkpoint_of_a_generated_network_is_named(refused, run):
     checkpoint['state_dict'] = materialise(model).state_dict()
     torch.save(checkpoint, run / 'iter_2.pth')
     message = refused()
-    assert f'{run}/iter_2.pth is of a dense network, and this one is generated; begin a new run' in message
+    assert f'{run}/iter_2.pth: the run would resume from a dense checkpoint; begin a new run with it' in message
 
 
 def test_weights_without_training_state_are_no_run_to_resume(refused, run):

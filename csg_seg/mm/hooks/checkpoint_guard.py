@@ -10,7 +10,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from csg_seg.errors import CSGError
 from csg_seg.layers.bank import find_bank
 from csg_seg.mm.checkpoints.old_runs import put_generators_first
-from csg_seg.mm.checkpoints.reading import check_dense
+from csg_seg.mm.checkpoints.reading import check_dense, generator_names
 from csg_seg.mm.model import bare_model
 from csg_seg.mm.patches import check_kind
 
@@ -45,10 +45,6 @@ class CheckpointGuardHook(Hook):
         anew = f'begin a new run with its weights: --cfg-options load_from={path}, without --resume'
         if not {'epoch', 'iter'} <= {*checkpoint.get('meta', {})} or 'message_hub' not in checkpoint:
             raise CSGError(f'{path} holds weights and no training state to resume; {anew}')
-        if find_bank(model) is not None and not any(
-            name.endswith('.code') for name in checkpoint.get('state_dict', ())
-        ):
-            raise CSGError(f'{path} is of a dense network, and this one is generated; {anew}')
         if 'optimizer' in checkpoint:
             other = _other_optimizer(runner.optim_wrapper, checkpoint['optimizer'])
             if other:
@@ -56,10 +52,20 @@ class CheckpointGuardHook(Hook):
 
 
 def prepare_resume(runner: Runner, checkpoint: dict) -> None:
-    """In a run that resumes, load all layers whatever ``reset`` says, and reorder optimizer states of csg_seg 0.1.0."""
+    """In a run that resumes, load all layers whatever ``reset`` says, and reorder optimizer states of csg_seg 0.1.0.
+
+    Raises:
+        CSGError: the checkpoint is that of a dense network, as when ``load_from`` of the config names one.
+    """
     model = bare_model(runner.model)
     bank = find_bank(model)
     if runner._resume and bank is not None:
+        if not generator_names(checkpoint.get('state_dict', checkpoint)):
+            path = runner._load_from or find_latest_checkpoint(runner.work_dir)
+            raise CSGError(
+                f'{path}: the run would resume from a dense checkpoint; begin a new run with it, without --resume, or '
+                'set load_from=None to resume from the latest checkpoint'
+            )
         bank.reset.is_on = False
         put_generators_first(checkpoint, model)
 

@@ -14,7 +14,6 @@ from torch import nn
 from csg_seg.errors import CSGError
 from csg_seg.generators.settings import Settings
 from csg_seg.layers.bank import GeneratorBank, bank_of, find_bank
-from csg_seg.mm.checkpoints.reading import generator_names
 from csg_seg.mm.model import bare_model, retrofit_for_runner
 from csg_seg.report import summarise
 from csg_seg.retrofitting.automatic import is_automatic
@@ -77,13 +76,8 @@ class CSGHook(Hook):
         bank_of(bare_model(runner.model)).loading.fit_on_load = True
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Refuse to resume from a dense checkpoint, which mmengine does when ``load_from`` names one."""
+        """Prepare a run that resumes, or refuse it."""
         prepare_resume(runner, checkpoint)
-        if runner._resume and not generator_names(checkpoint.get('state_dict', checkpoint)):
-            raise CSGError(
-                'the run would resume from a dense checkpoint, the load_from of the config; set load_from=None to '
-                'resume from the latest checkpoint, or start without --resume'
-            )
 
     def before_run(self, runner: Runner) -> None:
         """Retrofit before weights are initialised or loaded."""
