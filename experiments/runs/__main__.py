@@ -36,7 +36,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--dry-run', action='store_true', help='train nothing; print what is done and what is missing')
     add_places(parser)
     parser.add_argument('--results', default=ROOT / 'results', help='folder of the results (default: results)')
-    parser.add_argument('--picture', help='also draw the scores over the stored parameters (.png)')
+    parser.add_argument(
+        '--picture',
+        help='also draw the scores over the stored parameters, with those of other tables that trained as long (.png)',
+    )
     parser.add_argument('--overwrite', action='store_true', help='replace PICTURE when it exists')
     add_json(parser, 'print the rows as JSON instead of a table')
     return parser.parse_args()
@@ -133,7 +136,8 @@ def main() -> None:
         wanted = {cell.label for cell in cells}
         rows = [row for row in read_rows(file) if label_of(row) in wanted]
         if args.picture and rows:
-            draw_scores(rows, args.picture, network=rows[0]['network'], size=rows[0]['size'])
+            alike = [row for row in read_rows(file) if row['epochs'] == rows[0]['epochs'] and row not in rows]
+            draw_scores([*rows, *alike], args.picture, network=rows[0]['network'], size=rows[0]['size'])
     print_result(rows, print_rows, as_json=args.json)
     if args.dry_run:
         missing = [cell.label for cell in cells if cell.label not in {label_of(row) for row in rows}]

@@ -62,7 +62,7 @@ def headline() -> str:
     cells = {each['cell']: each for each in summarise_cells(read('camvid')['rows'])}
     costs = read('peers-deeplabv3-r18')['networks']
     rows = []
-    for name in ('dense', 'csg-10x', 'csg-47x', 'narrow-10x', 'narrow-47x'):
+    for name in ('dense', 'csg-10x', 'csg-47x', 'narrow-10x', 'narrow-47x', 'tucker-10x', 'separable-10x'):
         each, cost = cells[name], costs[name]
         row = [name, f'{each["stored_params"]:,}', f'{each["int8_bytes"] / 1e6:.2f} MB']
         row += [f'{cost["flops"] / 1e9:.2f}', f'{cost["step_ratio"]:.2f}x']

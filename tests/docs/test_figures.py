@@ -78,6 +78,23 @@ def test_trained_networks_score_as_the_results_say():
     assert 'At 47x it loses about one point on val and 1.3 on test' in text
     narrow = [f'{loss:.1f}' for cell in ('narrow-10x', 'narrow-47x') for loss in losses(cell)]
     assert 'loses {} and {} points (val and test) at 10x, {} and {} at 47x'.format(*narrow) in text
+    tucker, separable = (
+        [f'{scores["dense"][split][0] - scores[cell][split][0]:.1f}' for split in ('val', 'test')]
+        for cell in ('tucker-10x', 'separable-10x')
+    )
+    assert tucker[0] == tucker[1] and f'loses {tucker[0]} points on val and test at 10x' in text
+    assert 'lose {} and {}'.format(*separable) in text
+    best = scores['csg-10x']
+    rivals = [each for each in scores.values() if each['cell'].endswith('-10x') and each['method'] != 'csg']
+    assert len(rivals) >= 3 and all(each[split][0] < best[split][0] for each in rivals for split in ('val', 'test'))
+    assert 'and higher than fewer channels' in README
+
+
+def test_networks_trained_in_float32_are_those_that_the_page_names():
+    rows = read_rows_of_trainings(ROOT / 'results' / 'camvid.json')
+    assert {row['method'] for row in rows if row.get('precision') == 'float32'} == {'tucker', 'separable'}
+    text = (ROOT / 'docs' / 'results.md').read_text()
+    assert '`tucker` and `separable` were trained in float32, on a CPU without bfloat16' in text
 
 
 def test_found_settings_score_like_chosen_ones_within_the_noise():

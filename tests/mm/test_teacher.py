@@ -239,7 +239,9 @@ def test_one_pattern_needs_no_list(checkpoint):
 def test_a_layer_that_is_not_run_is_named(checkpoint):
     # A teacher computes no loss of its own.
     network = build(csg_model(CSG, dict(checkpoint=checkpoint, features=1.0, layers='head.loss_module')))
-    with pytest.raises(CSGError, match="layer 'head.loss_module' is not called as a module in the teacher, or a checkpoint calls it"):
+    with pytest.raises(
+        CSGError, match="layer 'head.loss_module' is not called as a module in the teacher, or a checkpoint calls it"
+    ):
         losses(network)
 
 
