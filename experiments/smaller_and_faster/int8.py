@@ -1,5 +1,6 @@
 """ONNX files quantised to int8 by onnxruntime."""
 
+import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -7,6 +8,12 @@ from numpy import ndarray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from csg_seg.errors import CSGError
+
+
+def has_vnni() -> bool:
+    """Say whether this CPU multiplies 8-bit integers into 32 bits; on other systems than Linux, assume so."""
+    cpus = Path('/proc/cpuinfo')
+    return not cpus.exists() or platform.machine() not in ('x86_64', 'AMD64') or 'vnni' in cpus.read_text()
 
 
 class Images(CalibrationDataReader):
@@ -43,4 +50,6 @@ def quantise(file: Path, images: Sequence[ndarray], out: Path) -> None:
         # onnxruntime computes faster with unsigned activations on x86.
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
+        # Without VNNI, products of 8 bits overflow the 16 bits in which they are added.
+        reduce_range=not has_vnni(),
     )

@@ -136,7 +136,8 @@ def test_mixed_precision_sums_in_the_precision_of_the_parameters():
             )
         for images in batches():
             twin(images.float()).backward()
-    assert_equal_gradients(model, twin, rtol=0.1, atol=1e-4)
+    for name, wanted in gradients(twin).items():  # rounding depends on the CPU's instructions
+        assert (gradients(model)[name] - wanted).norm() < 0.05 * wanted.norm(), name
 
 
 def test_evaluation_inside_is_that_of_the_current_weights():
