@@ -44,9 +44,20 @@ class GeneratorBank(Generators):
         self.accumulation = Accumulation()
         self.loading = Loading(self)
         self.reset = self.loading.reset
-        self.keep_weights = True
+        self._keep_weights = True
         self._changes = CSGConv.changes
         self._is_watched = False
+
+    @property
+    def keep_weights(self) -> bool:
+        """Whether weights are kept; anything but True and False raises CSGError."""
+        return self._keep_weights
+
+    @keep_weights.setter
+    def keep_weights(self, keep: bool) -> None:
+        if not isinstance(keep, bool):
+            raise CSGError(f'keep_weights must be True or False; got {keep!r}')
+        self._keep_weights = keep
 
     def fit_loaded(self) -> dict[str, float]:
         """Fit the dense weights that were loaded into parts of the network; return each layer's relative error."""

@@ -1,5 +1,7 @@
 """Read config files."""
 
+import difflib
+import inspect
 import os
 import re
 import warnings
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
 from csg_seg.errors import CSGError, CSGWarning
@@ -49,7 +52,8 @@ def read_config(path: str | os.PathLike, options: Mapping[str, Any] | None = Non
 
     Raises:
         FileNotFoundError: there is no such file.
-        CSGError: the file is not a config, lacks a base that it refers to, or has ``csg`` outside ``model``.
+        CSGError: the file is not a config, lacks a base that it refers to, or has ``csg`` outside ``model``; or an
+            option is misspelt.
     """
     try:
         cfg = Config.fromfile(str(path))
@@ -64,6 +68,7 @@ def read_config(path: str | os.PathLike, options: Mapping[str, Any] | None = Non
             f"{path}: no base config has {error.args[0]!r}, which it takes from '_base_'; name one"
         ) from None
     _remove_scope(cfg._cfg_dict)
+    _check_options(cfg, options or {})
     cfg.merge_from_dict(dict(options or {}))
     if cfg.get('custom_imports'):  # the options may have added some
         import_modules_from_strings(**cfg.custom_imports)
@@ -75,6 +80,17 @@ def read_config(path: str | os.PathLike, options: Mapping[str, Any] | None = Non
         )
         warnings.warn(text, CSGWarning, stacklevel=2)
     return cfg
+
+
+def _check_options(cfg: Config, options: Mapping[str, Any]) -> None:
+    """Refuse an option for a key that no run reads, such as 'modle.csg', if there is a similar one."""
+    other = ('auto_scale_lr', 'custom_imports', 'tta_model', 'tta_pipeline')  # not arguments of Runner
+    known = [*cfg, *inspect.signature(Runner.__init__).parameters, *other]
+    for option in options:
+        key = option.partition('.')[0]
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+        if key not in known and close:
+            raise CSGError(f'option {option}: the config has no {key!r}; did you mean {close[0]!r}?')
 
 
 def _remove_scope(node: Any) -> None:

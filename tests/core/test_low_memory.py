@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from csg_seg import load_compact, materialise, retrofit, save_compact
+from csg_seg import CSGError, load_compact, materialise, retrofit, save_compact
 from csg_seg.layers.conv import LARGE
 from csg_seg.storage.builders import BUILDERS, register_builder
 
@@ -115,6 +115,12 @@ def test_copies_keep_the_choice():
     model.csg.keep_weights = False
     for copy in (deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert not copy.csg.keep_weights
+
+
+def test_a_choice_that_is_not_a_bool_is_refused():
+    model = build()
+    with pytest.raises(CSGError, match="keep_weights must be True or False; got 'no'"):
+        model.csg.keep_weights = 'no'
 
 
 @pytest.mark.parametrize('keep_weights', [True, False])

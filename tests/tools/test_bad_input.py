@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, SMALL_MODEL, cfg_options, run_tool
 from mmengine.config import Config
 
-from csg_seg import CSGWarning, materialise, save_compact
+from csg_seg import CSGError, CSGWarning, materialise, save_compact
 from csg_seg.mm.model import build_model
 from csg_seg.running.configs import read_config
 
@@ -108,6 +108,13 @@ def test_lines_in_the_wrong_place(refused, drawn, tmp_path):
     config.write_text(f'{base}model = dict({csg})\nmodel = dict(pretrained=None)\n')
     with pytest.warns(CSGWarning, match=r'a later model = ... replaces the CSGModel, so the network is dense'):
         read_config(config)
+
+
+def test_options_for_keys_that_no_run_reads():
+    with pytest.raises(CSGError, match="option modle.csg: the config has no 'modle'; did you mean 'model'?"):
+        read_config(CSG, {'modle.csg': {}})
+    added = {'tta_pipeline': [], 'randomness.seed': 1, 'resume': True, 'crop': 3}
+    assert read_config(DENSE, added).crop == 3
 
 
 def test_second_dict_takes_nothing(refused, drawn, tmp_path):
