@@ -72,7 +72,9 @@ def installed(wheel, tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp('env')
     venv.create(folder)
     python = folder / 'bin' / 'python'
-    run(*PIP, '--python', python, 'install', '--no-deps', wheel)
+    # A checkout on PYTHONPATH would count as installed.
+    environment = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
+    run(*PIP, '--python', python, 'install', '--no-deps', wheel, env=environment)
     return python, next(folder.glob('lib/python*')) / 'site-packages'
 
 
