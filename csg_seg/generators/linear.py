@@ -69,6 +69,14 @@ class Generator(nn.Module):
         weight.normal_(mean=0.0, std=row_length(self.settings) / math.sqrt(size), generator=rng)
         self.weight = self.new_parameter(weight)
 
+    def reset_parameters(self) -> None:
+        """Draw new start values, in place, as torch's layers do; a frozen generator keeps its values."""
+        new = type(self)(self.settings, new_rng())
+        with torch.no_grad():
+            for own, drawn in zip(self.parameters(), new.parameters(), strict=True):
+                if own.requires_grad:
+                    own.copy_(drawn)
+
     def new_parameter(self, values: Tensor) -> nn.Parameter:
         """Return values as a parameter, trainable unless the settings freeze the generator."""
         return nn.Parameter(values, requires_grad=not self.settings.freeze_generator)
@@ -147,3 +155,8 @@ class Generator(nn.Module):
             CSGError: a setting other than the seed differs.
         """
         check_signature(self.settings, state)
+
+
+def new_rng() -> torch.Generator:
+    """Return a generator of random numbers on the CPU, seeded from torch's own."""
+    return torch.Generator().manual_seed(int(torch.randint(2**62, (), device='cpu')))

@@ -15,7 +15,7 @@ from csg_seg.generators.products import is_recorded
 
 from .accumulation import Accumulation
 from .ahead import Ahead, drop
-from .conv import CSGConv, check_fitted, generated_convs
+from .conv import DENSE_KINDS, CSGConv, check_fitted, generated_convs
 from .loading import Loading
 from .root import BANK, CSGRoot, Generators, check_rootable, enroot, uproot
 from .state_dict_checks import StateDictChecks
@@ -46,7 +46,7 @@ class GeneratorBank(Generators):
         self.reset = self.loading.reset
         self._keep_weights = True
         self._changes = CSGConv.changes
-        self._is_watched = False
+        self._watched: tuple[bool, ...] | None = None  # which codes trained when the watch began
 
     @property
     def keep_weights(self) -> bool:
@@ -72,7 +72,7 @@ class GeneratorBank(Generators):
 
     def __getstate__(self) -> dict[str, Any]:
         """Watch copies like any new network."""
-        return {**self.__dict__, '_is_watched': False}
+        return {**self.__dict__, '_watched': None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -137,14 +137,16 @@ class GeneratorBank(Generators):
         attach_bank(root, bank)
 
     def prepare_pass(self, root: nn.Module) -> None:
-        """Find new layers before a forward pass of the root, watch the first training, and make weights ahead."""
+        """Find new layers before a forward pass of the root, watch the first steps, and make weights ahead."""
         self.reset.is_on = False
-        begins = not self._is_watched and torch.is_grad_enabled()
-        if begins or self._changes != CSGConv.changes:
+        trains = torch.is_grad_enabled()
+        if (trains and self._watched is None) or self._changes != CSGConv.changes:
             self.refresh(root)
-        if begins:
-            WATCH.begin(self.layers, root)
-            self._is_watched = True
+        trainable = tuple(conv.code.requires_grad for conv in self.layers.values()) if trains else self._watched
+        if trainable != self._watched:  # training begins, or layers were frozen or unfrozen
+            check_exchanged(self.layers)
+            WATCH.begin(self.layers, root, again=self._watched is not None)
+            self._watched = trainable
         elif WATCH.is_over:
             WATCH.end()
         if self.accumulation.is_on and torch.is_grad_enabled():
@@ -183,6 +185,15 @@ def inner_root(model: nn.Module) -> str | None:
     return next((prefix.removesuffix('.') for prefix, _, _ in find_roots(model)), None)
 
 
+def other_network(model: nn.Module) -> str:
+    """Say which network to give in place of a model that holds, or is a part of, a retrofitted one; '' if neither."""
+    inside = inner_root(model)
+    if inside is not None:
+        return f'the retrofitted network is inside this {type(model).__name__}; give model.{inside}'
+    is_part = any(generated_convs(model))
+    return f'this {type(model).__name__} is a part of a retrofitted network; give the whole network' if is_part else ''
+
+
 def find_roots(model: nn.Module) -> Iterator[tuple[str, nn.Module, GeneratorBank]]:
     """Yield each retrofitted root in a model, itself included: the prefix of its names, the root, its bank."""
     for name, module in model.named_modules():
@@ -206,11 +217,27 @@ def check_module(given: object, called: str) -> None:
         raise CSGError(f'{called} is an object of type {type(given).__name__}, not a module')
 
 
+def check_exchanged(layers: Mapping[str, CSGConv]) -> None:
+    """Refuse to train in a ``DistributedDataParallel`` that holds none of the codes: ranks would drift apart.
+
+    Raises:
+        CSGError: the wrapper is older than the layers.
+    """
+    wrapper = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    codes = [conv.code for conv in layers.values() if conv.code.requires_grad]
+    if wrapper is not None and codes and not {*map(id, codes)} & {*map(id, wrapper._module_parameters)}:
+        raise CSGError(
+            'the DistributedDataParallel wrapper was made before retrofit, and would exchange no gradients of codes; '
+            'wrap the network again'
+        )
+
+
 def check_root(model: nn.Module) -> None:
     """Check that a model can be retrofitted.
 
     Raises:
-        CSGError: it is not a plain module, has lazy parameters, or is wrapped, compiled or already retrofitted.
+        CSGError: it is not a plain module, has lazy or sharded parameters, or is wrapped, compiled or already
+            retrofitted.
     """
     if not isinstance(model, nn.Module) or isinstance(model, (torch.jit.ScriptModule, GraphModule)):
         kind = 'a class' if isinstance(model, type) else f'an object of type {type(model).__name__}'
@@ -218,11 +245,18 @@ def check_root(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise CSGError(f'{name} has no shape before the first batch; run one batch through the model first')
+        if hasattr(parameter, 'device_mesh'):  # a DTensor, whose import takes a second
+            raise CSGError(f'{name} is sharded; retrofit the model before fully_shard')
+    if isinstance(model, DENSE_KINDS):
+        raise CSGError(f'a single {type(model).__name__} cannot be retrofitted; give a network that has it as a layer')
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise CSGError(f'the model is already wrapped in {type(model).__name__}; give the network inside, model.module')
+        kind = type(model).__name__
+        raise CSGError(f'the model is already wrapped in {kind}; give the network inside, model.module, and wrap again')
     if hasattr(model, '_orig_mod'):
         raise CSGError('the model is already compiled; give the network inside, model._orig_mod, and compile it again')
     if find_bank(model) is not None or any(generated_convs(model)):
+        if not any(find_roots(model)):
+            raise CSGError(f'this {type(model).__name__} is a part of a retrofitted network; materialise that first')
         raise CSGError('the model is already retrofitted; materialise it first')
     if hasattr(model, BANK):
         raise CSGError(f'the model has an attribute named {BANK!r}, which the generators need; rename that attribute')

@@ -1,6 +1,7 @@
 """The generated convolution."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, cast
@@ -10,17 +11,22 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.conv import _ConvNd
 
-from csg_seg.errors import CSGError
+from csg_seg.errors import CSGError, CSGWarning
 from csg_seg.generators.lengths import row_length
-from csg_seg.generators.linear import Generator
+from csg_seg.generators.linear import Generator, new_rng
 from csg_seg.generators.products import is_recorded, multiply
 from csg_seg.generators.slices import grid, in_memory_order, join
 
+BANK = 'csg'  # the name of the generators, on the root
 DENSE_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Layers with more weight values than this are made in parts; for smaller ones, memory does not matter.
 LARGE = 2**20
 NO_WEIGHT = (
     'the weight of a generated conv is made from its code; call csg_seg.materialise(model) before you set or prune it'
+)
+SAVED_ALONE = (
+    'this state dict is of a part of a generated network: it has codes without their generator, and cannot be loaded. '
+    'Save the whole network; for the part alone, take the state dict from csg_seg.materialise(copy.deepcopy(model))'
 )
 # An entry that a load of the whole root adds for each conv, to tell it from a load into a part.
 FROM_ROOT = '_loaded_from_root'
@@ -90,6 +96,18 @@ class CSGConv(_ConvNd):
             raise CSGError(NO_WEIGHT)
         super().register_parameter(name, param)
 
+    def reset_parameters(self) -> None:
+        """Draw new start values, in place, as torch's convs do; at the variance that retrofit gives them."""
+        rng = new_rng()
+        with torch.no_grad():
+            self.code.copy_(draw_code(self, rng))
+            if self.generator.settings.residual:
+                self.residual_out.zero_()
+                self.residual_in.copy_(draw_residual(self, rng))
+            if self.bias is not None:
+                bound = 1 / math.sqrt(self.weight_shape[1:].numel())
+                self.bias.uniform_(-bound, bound)
+
     def stored(self) -> dict[str, nn.Parameter]:
         """Return, by name, the parameters that are stored instead of the weight."""
         names = ('code', 'residual_out', 'residual_in') if self.generator.settings.residual else ('code',)
@@ -140,6 +158,15 @@ class CSGConv(_ConvNd):
         weight = in_memory_order(weight, channels_last=self.channels_last)
         self.channels_last = not fn(weight).is_contiguous()
         return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Warn if the generators, which the root saves first, are missing."""
+        parts = prefix.split('.')
+        roots = ('.'.join([*parts[:depth], BANK]) for depth in range(len(parts)))
+        is_alone = not any(f'{root}.0._extra_state' in destination for root in roots)
+        if is_alone and not any(name.rpartition('.')[2] == 'code' for name in destination):
+            warnings.warn(SAVED_ALONE, CSGWarning, stacklevel=2)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         dense = state_dict.pop(f'{prefix}weight', None)
@@ -250,6 +277,13 @@ def draw_code(conv: CSGConv, rng: torch.Generator) -> Tensor:
     return conv.generator.draw_code(rows * cols, weight_std=kaiming_std(conv), rng=rng)
 
 
+def draw_residual(conv: CSGConv, rng: torch.Generator) -> Tensor:
+    """Draw ``residual_in`` of a conv, on the CPU; its rows have the length of the generator's."""
+    settings, fan_in = conv.generator.settings, conv.weight_shape[1:].numel()
+    residual_in = torch.empty(settings.residual, fan_in, device='cpu')
+    return residual_in.normal_(mean=0.0, std=row_length(settings) / math.sqrt(fan_in), generator=rng)
+
+
 def add_residual(conv: CSGConv, rng: torch.Generator) -> None:
     """Give a generated conv the residual that its generator's settings ask for.
 
@@ -263,9 +297,7 @@ def add_residual(conv: CSGConv, rng: torch.Generator) -> None:
     """
     settings, weight_shape = conv.generator.settings, conv.weight_shape
     if settings.residual:
-        fan_in = weight_shape[1:].numel()
-        residual_in = torch.empty(settings.residual, fan_in, device='cpu')
-        residual_in.normal_(mean=0.0, std=row_length(settings) / math.sqrt(fan_in), generator=rng)
+        residual_in = draw_residual(conv, rng)
         residual_out = torch.zeros(weight_shape[0], settings.residual, device='cpu')
         conv.residual_out = nn.Parameter(residual_out.to(conv.code), requires_grad=conv.code.requires_grad)
         conv.residual_in = nn.Parameter(residual_in.to(conv.code), requires_grad=conv.code.requires_grad)

@@ -21,9 +21,8 @@ from torch.utils.hooks import RemovableHandle
 from csg_seg.errors import CSGError
 from csg_seg.generators.linear import Generator
 
-from .conv import CSGConv, generated_convs
+from .conv import BANK, CSGConv, generated_convs
 
-BANK = 'csg'
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Methods of a container that do not concern its items.
 NOT_ITEMS = {'__init__', '__repr__', '__dir__', '__iter__', 'forward'}

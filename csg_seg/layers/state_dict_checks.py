@@ -114,8 +114,12 @@ def describe_names(state_dict: Mapping[str, Any], prefix: str = '', known: Itera
     """
     if prefix and any(name.removeprefix(prefix) in state_dict for name in known):
         return f'its names lack {prefix!r}: load it into the network inside the wrapper, model.{prefix[:-1]}'
+    nested = [name for name, each in state_dict.items() if isinstance(each, Mapping) and 'param_groups' not in each]
+    if nested:
+        return f'load its entry {nested[0]!r}'
     first = next(iter(state_dict), '').partition('.')[0]
-    if first in WRAPPERS and all(name.startswith(f'{first}.') for name in state_dict):
+    # Layers that are reset have been added under their own names.
+    if first in WRAPPERS and 2 * sum(name.startswith(f'{first}.') for name in state_dict) > len(state_dict):
         return f'its names begin with {first}: save the network inside the wrapper, or remove this part of the names'
     return OTHER_NAMES
 

@@ -68,8 +68,13 @@ class Watch:
         self.hooks: list[Any] = []
         self.is_over = False
 
-    def begin(self, layers: Mapping[str, CSGConv], root: nn.Module | None = None) -> None:
-        """Watch layers, by name, and those that the root gets later, until the first step of their generator."""
+    def begin(self, layers: Mapping[str, CSGConv], root: nn.Module | None = None, *, again: bool = False) -> None:
+        """Watch layers, by name, and those that the root gets later, until the next step of their generator.
+
+        Without ``again``, layers that have been watched are not watched a second time.
+        """
+        if again:
+            self.done.difference_update(layers.values())
         if root is not None:
             self.roots.add(root)
         new = self._new(layers)

@@ -62,7 +62,7 @@ def materialise(model: nn.Module) -> nn.Module:
     """Turn all generated layers back into plain convs, in place.
 
     The outputs stay the same, and the state dict has the keys of the dense network again. To train on, make a new
-    optimizer.
+    optimizer, and wrap the network in ``DistributedDataParallel`` again.
 
     Returns:
         The same model.
@@ -94,6 +94,12 @@ def materialise(model: nn.Module) -> nn.Module:
         WATCH.done.discard(conv)
         swap_out(conv, weights.pop(conv))
     WATCH.note_replaced(stored)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        text = (
+            'the weights of this DistributedDataParallel are new, and it exchanges no gradients of them; to train on, '
+            'wrap model.module again'
+        )
+        warnings.warn(text, CSGWarning, stacklevel=2)
     return model
 
 

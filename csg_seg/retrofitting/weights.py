@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from csg_seg.errors import CSGError, abridge
 from csg_seg.generators.linear import Generator
 from csg_seg.generators.settings import read_patterns
-from csg_seg.layers.bank import BANK, GeneratorBank, check_module, find_bank, inner_root, same_generators
+from csg_seg.layers.bank import BANK, GeneratorBank, check_module, find_bank, other_network, same_generators
 from csg_seg.layers.conv import generated_convs
 from csg_seg.layers.state_dict_checks import describe_names
 
@@ -151,10 +151,8 @@ def _check(caller: str, model: nn.Module, weights: Any) -> GeneratorBank:
     check_module(model, f'{caller}: the network')
     bank = find_bank(model)
     if bank is None:
-        inside = inner_root(model)
-        if inside is not None:
-            raise CSGError(f'{caller}: the retrofitted network is inside this one; give model.{inside}')
-        raise CSGError(f'{caller}: the model is not retrofitted; call csg_seg.retrofit on it first')
+        said = other_network(model) or 'the model is not retrofitted; call csg_seg.retrofit on it first'
+        raise CSGError(f'{caller}: {said}')
     if not isinstance(weights, Mapping) or not all(isinstance(each, Tensor) for each in weights.values()):
         entries = weights.items() if isinstance(weights, Mapping) else ()
         nested = [key for key, each in entries if isinstance(each, Mapping) and 'param_groups' not in each]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from csg_seg.errors import CSGError
 from csg_seg.generators.settings import read_patterns
-from csg_seg.layers.bank import bank_of, check_module, find_bank, inner_root
+from csg_seg.layers.bank import bank_of, check_module, find_bank, other_network
 from csg_seg.layers.conv import check_finite, find_convs
 from csg_seg.retrofitting.selection import Cause, Reason
 from csg_seg.retrofitting.surgery import swap_layers, warn_of_lost_weights
@@ -191,10 +191,8 @@ def write_compact(
     """
     bank = find_bank(model)
     if bank is None:
-        inside = inner_root(model)
-        if inside is not None:
-            raise CSGError(f'the retrofitted network is inside this {type(model).__name__}; save model.{inside}')
-        raise CSGError('nothing to save: the model is not retrofitted; call csg_seg.retrofit on it, or use torch.save')
+        said = 'the model is not retrofitted; call csg_seg.retrofit on it, or use torch.save'
+        raise CSGError(f'nothing to save: {other_network(model) or said}')
     path = Path(path)
     if path.suffix in PICKLES:
         raise CSGError(f'{path}: a compact checkpoint is a safetensors file; name it {path.stem}.safetensors')

@@ -468,8 +468,8 @@ def test_a_dense_model_with_an_attribute_of_the_banks_name_is_refused(saved):
     [
         (lambda: Net(), 'not retrofitted; call csg_seg.retrofit on it, or use torch.save'),
         (lambda: materialise(trained()), 'not retrofitted; call csg_seg.retrofit on it, or use torch.save'),
-        (lambda: nn.DataParallel(trained()), 'inside this DataParallel; save model.module'),
-        (lambda: torch.compile(trained()), 'inside this OptimizedModule; save model._orig_mod'),
+        (lambda: nn.DataParallel(trained()), 'inside this DataParallel; give model.module'),
+        (lambda: torch.compile(trained()), 'inside this OptimizedModule; give model._orig_mod'),
     ],
 )
 def test_only_a_retrofitted_model_can_be_saved(tmp_path, model, message):

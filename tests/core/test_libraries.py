@@ -90,7 +90,7 @@ def test_the_table_of_the_documents_is_right():
 def test_the_training_program_of_the_documents_runs(tmp_path):
     blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'docs' / 'plain_pytorch.md').read_text(), flags=re.DOTALL)
     (program,) = [block for block in blocks if 'for epoch in' in block]
-    (after,) = [block for block in blocks if "load_compact('small.safetensors', network)" in block]
+    (after,) = [block for block in blocks if "load_compact('small.safetensors', model)" in block]
     short = program.replace("draw_dataset('data/VOCdevkit')", "draw_dataset('data/VOCdevkit', train=80, val=20)")
     done = subprocess.run(
         [sys.executable, '-c', f'import torch; torch.manual_seed(0)\n{short}\n{after}'],

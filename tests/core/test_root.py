@@ -5,13 +5,15 @@ import io
 import pickle
 import threading
 import types
+import warnings
 
 import pytest
 import torch
+from mmengine.runner.checkpoint import get_state_dict
 from torch import nn
 from torchvision.models import resnet18
 
-from csg_seg import CSGError, fit, load_compact, materialise, retrofit, save_compact, summarise
+from csg_seg import CSGError, CSGWarning, fit, load_compact, materialise, retrofit, save_compact, summarise
 from csg_seg.layers.bank import find_bank
 from csg_seg.layers.conv import generated_convs
 
@@ -453,6 +455,34 @@ def test_a_part_and_its_whole_are_materialised_in_any_order(first):
         materialise(part if first == 'part' else net)
         torch.testing.assert_close(net(image()), wanted)
         torch.testing.assert_close(net[-1](part(image())), wanted)
+
+
+def test_a_part_is_refused_with_what_to_do(tmp_path):
+    net = retrofit(nn.ModuleDict({'encoder': nn.Sequential(*layers()), 'head': nn.Conv2d(5, 2, 1)}), CSG)
+    part = net['encoder']
+    for act in (
+        lambda: save_compact(part, tmp_path / 'part.safetensors'),
+        lambda: fit(part, nn.Sequential(*layers()).state_dict()),
+        lambda: retrofit(part, CSG),
+    ):
+        with pytest.raises(CSGError, match='this Sequential is a part of a retrofitted network; '):
+            act()
+
+
+def test_a_state_dict_of_a_part_is_warned_of_and_one_of_the_whole_is_not():
+    net = retrofit(nn.ModuleDict({'encoder': nn.Sequential(*layers()), 'head': nn.Conv2d(5, 2, 1)}), CSG)
+    with pytest.warns(CSGWarning, match='codes without their generator') as told:
+        net['encoder'].state_dict()
+    assert len(told) == 1
+    part = build()[:3]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        net.state_dict()
+        nn.ModuleList([net]).state_dict()
+        get_state_dict(nn.ModuleList([net]))
+        part.state_dict()
+        net['head'].state_dict()
+        materialise(copy.deepcopy(net))['encoder'].state_dict()
 
 
 def test_a_fit_of_a_part_leaves_the_rest():

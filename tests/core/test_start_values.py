@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 from torchvision.models import resnet50
-from two_convs import RESNET_CSG, assert_starts_at_kaiming_variance, build
+from two_convs import RESNET_CSG, assert_starts_at_kaiming_variance, build, train
 
 from csg_seg import retrofit
 from csg_seg.layers.conv import kaiming_std
@@ -41,6 +41,38 @@ def test_the_kaiming_std_keeps_gradients_variance_through_groups_and_transposed_
     # One output channel of a group reaches as many inputs: gradients add up over out / groups.
     assert kaiming_std(torch.nn.Conv2d(64, 256, 3, groups=4)) == kaiming_std(torch.nn.Conv2d(64, 64, 3))
     assert kaiming_std(torch.nn.ConvTranspose2d(64, 32, 3)) == kaiming_std(torch.nn.Conv2d(64, 32, 3))
+
+
+@pytest.mark.parametrize('kind', [{}, {'generator': 'binary'}, {'generator': 'mlp', 'hidden': 7}, {'residual': 2}])
+def test_reset_parameters_draws_new_start_values(kind):
+    def reset(seed):
+        torch.manual_seed(seed)
+        for module in model.modules():
+            if hasattr(module, 'reset_parameters'):
+                module.reset_parameters()
+        return {name: value.clone() for name, value in model.named_parameters()}
+
+    model = build(**kind)
+    parameters = dict(model.named_parameters())
+    signs = model.csg[0].weight.clone()
+    train(model)
+    trained = {name: value.clone() for name, value in parameters.items()}
+    one, other, again = reset(1), reset(2), reset(1)
+    constant = ('residual_out', 'norm.weight', 'norm.bias', 'hidden_bias')
+    for name, value in model.named_parameters():
+        assert value is parameters[name] and torch.equal(one[name], again[name])
+        assert not torch.equal(one[name], trained[name])
+        assert name.endswith(constant) or not torch.equal(one[name], other[name])
+    assert model.narrow.weight.std().item() == pytest.approx(kaiming_std(model.narrow), rel=0.1)
+    assert (kind.get('generator') == 'binary') == torch.equal(model.csg[0].weight, signs)
+
+
+def test_reset_parameters_keeps_a_frozen_generator():
+    model = build(freeze_generator=True)
+    weight, code = model.csg[0].weight.clone(), model.narrow.code.clone()
+    model.csg[0].reset_parameters()
+    model.narrow.reset_parameters()
+    assert torch.equal(model.csg[0].weight, weight) and not torch.equal(model.narrow.code, code)
 
 
 def test_codes_are_drawn_apart_from_their_generator():

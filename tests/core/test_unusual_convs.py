@@ -96,7 +96,7 @@ def test_models_that_cannot_be_retrofitted_are_refused():
         (None, 'an object of type NoneType cannot be retrofitted'),
         (Net, 'a class cannot be retrofitted; give a network'),
         (torch.fx.symbolic_trace(Net()), 'cannot be retrofitted; give a network'),
-        (nn.Conv2d(31, 31, 3), "the network's first conv"),
+        (nn.Conv2d(31, 31, 3), 'a single Conv2d cannot be retrofitted'),
     )
     for model, said in refused:
         with pytest.raises(CSGError, match=said):

@@ -103,6 +103,20 @@ def test_an_optimizer_made_before_retrofit_is_warned_of_once():
     assert train(net, torch.optim.SGD(net.parameters(), lr=0.01)) == []
 
 
+def test_layers_that_are_frozen_later_are_warned_of():
+    net = build()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    assert train(net, optimizer) == []
+    (told,) = train(net, freeze(net))
+    assert 'so all its layers change, also those frozen (backbone.2)' in told
+    assert train(net, optimizer) == []
+    net.requires_grad_(True)
+    assert train(net, optimizer) == []
+    net.backbone.requires_grad_(False)
+    net.csg.requires_grad_(False)
+    assert train(net, torch.optim.SGD(params(net), lr=0.01)) == []
+
+
 def test_an_early_optimizer_of_other_parameters_is_silent():
     net = Net()
     early = torch.optim.SGD(net.head[1].parameters(), lr=0.01)

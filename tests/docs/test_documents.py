@@ -209,7 +209,7 @@ def test_the_example_for_other_classes_runs(tmp_path, monkeypatch):
 
     csg = dict(slice_shape=(16, 16, 3, 3), code_dim=8)
     torch.save(csg_seg.retrofit(network(10), csg).state_dict(), 'trained.pth')
-    names = dict(torch=torch, csg_seg=csg_seg, network=network, csg=csg)
+    names = dict(torch=torch, csg_seg=csg_seg, build=network, csg=csg)
     exec(example('plain_pytorch.md', "reset=['classifier']"), names)
     assert names['fresh'] == ('classifier',)
 
@@ -310,17 +310,28 @@ def test_a_plain_network_is_deployed_as_the_page_does(tmp_path, monkeypatch):
 
 def test_plain_training_resumes_as_the_page_does(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = dict(csg_seg=csg_seg, torch=torch, network=torchvision.models.resnet18, csg=dict(ratio=4), epoch=3)
+    names = dict(csg_seg=csg_seg, torch=torch, build=torchvision.models.resnet18, csg=dict(ratio=4), epoch=3)
     names['model'] = model = csg_seg.retrofit(torchvision.models.resnet18(), dict(ratio=4))
     names['optimizer'] = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     model(torch.rand(2, 3, 64, 64)).sum().backward()
     names['optimizer'].step()
-    exec(example('plain_pytorch.md', 'torch.save'), names)
+    exec(example('plain_pytorch.md', "'last.pth')\n"), names)
     exec(example('plain_pytorch.md', "torch.load('last.pth'"), names)
     assert names['model'] is not model
     for name, each in model.state_dict().items():
         assert torch.equal(each, names['model'].state_dict()[name]), name
     assert names['optimizer'].param_groups[0]['lr'] == 0.01 and names['optimizer'].state
+
+
+def test_a_part_is_saved_as_the_page_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = nn.ModuleDict({'backbone': torchvision.models.resnet18(), 'head': nn.Linear(1000, 2)})
+    backbone = torchvision.models.resnet18()
+    csg_seg.retrofit(model, dict(ratio=4))
+    exec(example('plain_pytorch.md', "'encoder.pth'"), dict(csg_seg=csg_seg, torch=torch, model=model))
+    backbone.load_state_dict(torch.load('encoder.pth', weights_only=True))
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.allclose(backbone.eval()(images), model.backbone.eval()(images), atol=1e-4)
 
 
 def test_the_arrays_of_cifar10_are_made_as_the_page_does(tmp_path, monkeypatch):
