@@ -21,7 +21,7 @@ with one_line_errors():
     from csg_seg.mm.model import bare_model, build_model
     from csg_seg.running.amp import use_amp_to_train
     from csg_seg.running.configs import load_config
-    from csg_seg.running.preflight import check_data, check_optimizer, check_scores, check_starts
+    from csg_seg.running.preflight import check_backbone, check_data, check_optimizer, check_scores, check_starts
     from csg_seg.running.processes import use_cpu_processes
     from csg_seg.running.work_dir import RESUME, check_complete, guard_checkpoints, latest_checkpoint
 
@@ -65,8 +65,11 @@ def main() -> None:
             use_amp_to_train(cfg)
         if args.resume:
             resume_latest(cfg, named='load_from' in (args.cfg_options or {}))
-        check_optimizer(cfg, build_model(cfg))  # a mistake shows here, before anything is written
+        model = build_model(cfg)  # a mistake shows here, before anything is written
+        check_optimizer(cfg, model)
         check_starts(cfg)
+        check_backbone(cfg, model)
+        del model
         check_data(cfg, 'train')
         check_data(cfg, 'val')
         check_scores(cfg, 'val')

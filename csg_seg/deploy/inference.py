@@ -21,6 +21,7 @@ from torch import Tensor
 from csg_seg.errors import CSGError
 from csg_seg.files import write_whole
 from csg_seg.layers.bank import find_bank
+from csg_seg.mm.checkpoints.descriptions import test_pipeline
 from csg_seg.mm.checkpoints.reading import load_weights, read_checkpoint
 from csg_seg.mm.model import build_model
 from csg_seg.running.configs import data_sets, read_config
@@ -102,9 +103,12 @@ def prepare(network: BaseModel, images: Sequence[str | os.PathLike | np.ndarray]
     """
     cfg = network.cfg
     init_default_scope(cfg.get('default_scope', 'mmseg'))
-    steps = [each for each in cfg.get('test_pipeline') or [] if each['type'] not in LABELS]
+    steps = [each for each in test_pipeline(cfg) if each['type'] not in LABELS]
     if not steps:
-        raise CSGError('the config has no test_pipeline, which prepares the images; add one')
+        raise CSGError(
+            'there is no test_pipeline, which prepares the images; add one to the config, and if a compact file '
+            'contains the config, write that file again'
+        )
     reads_files = _reads_files(network)
     loader = TRANSFORMS.build(steps[0] if reads_files else dict(type='LoadImageFromFile'))
     samples = [_array(each) if isinstance(each, np.ndarray) else _read(loader, each) for each in images]
@@ -223,7 +227,7 @@ def channel_order(network: BaseModel) -> str:
 
 def _reads_files(network: BaseModel) -> bool:
     """Return whether the test pipeline reads files, as BGR; pipelines for CIFAR start from RGB arrays."""
-    steps = network.cfg.get('test_pipeline')
+    steps = test_pipeline(network.cfg)
     return bool(steps) and steps[0]['type'] == 'LoadImageFromFile'
 
 

@@ -146,7 +146,7 @@ def build_model(cfg: Config) -> nn.Module:
     model = MODELS.build(deepcopy(cfg.model))
     for hook in [*cfg.get('default_hooks', {}).values(), *cfg.get('custom_hooks', [])]:
         if hook and hook.get('type') == 'CSGHook':
-            HOOKS.build(hook).retrofit(model)
+            HOOKS.build(hook).retrofit(model, cfg.model)
     part = None if find_bank(model) else inner_root(model)
     if part is not None:
         raise CSGError(

@@ -55,15 +55,20 @@ def planned_config(plan: Plan, dense: str | os.PathLike, cfg: Config, out: str |
     """
     of = '' if trained else ' of UNTRAINED weights'
     imports = [*cfg.get('custom_imports', {}).get('imports', []), 'csg_seg.mm']
-    dicts = ''.join(f'        dict({_arguments(each)}),\n' for each in plan.csg)
+    csg = write_csg(plan.csg)
     return (
         f'# {plan.stored_params:,} parameters for {plan.dense_params:,} dense: {plan.compression_ratio:.2f}x smaller, '
         f'{plan.stored_bytes:,} bytes; predicted relative error{of} {plan.relative_error:.3f}.\n'
         f'_base_ = {_base(Path(dense), Path(out))!r}\n'
         f'custom_imports = dict(imports={list(dict.fromkeys(imports))!r})\n'
-        f"model = dict(\n    type='CSGModel',\n    base_type={{{{_base_.model.type}}}},\n    csg=[\n{dicts}    ],\n)\n"
+        f"model = dict(\n    type='CSGModel',\n    base_type={{{{_base_.model.type}}}},\n    {csg},\n)\n"
         "default_hooks = dict(csg=dict(type='CSGHook', save_compact=True))\n"
     )
+
+
+def write_csg(csg: Sequence[Mapping[str, Any]]) -> str:
+    """Write ``csg`` as the argument of a model in a config."""
+    return 'csg=[\n' + ''.join(f'        dict({_arguments(each)}),\n' for each in csg) + '    ]'
 
 
 def _arguments(csg: Mapping[str, Any]) -> str:

@@ -7,11 +7,14 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
+from mmengine.model import BaseModule
 from mmengine.optim import OptimWrapperDict, build_optim_wrapper
 from mmengine.registry import DATASETS, init_default_scope
 from torch import nn
 
 from csg_seg.errors import CSGError, nearest
+from csg_seg.layers.conv import generated_convs
+from csg_seg.mm.checkpoints.reading import read_checkpoint
 from csg_seg.mm.checkpoints.unpickling import check_file
 from csg_seg.mm.datasets.labels import check_labels
 from csg_seg.mm.mixed_precision import check_mixed_precision
@@ -76,6 +79,38 @@ def check_starts(cfg: Config) -> None:
             raise CSGError(f'{path!r} is not the path of a checkpoint to start from; give a path')
         if path and '://' not in path:
             check_file(path)
+
+
+def check_backbone(cfg: Config, model: nn.Module) -> None:
+    """Check that the backbone's weights to start from are of a backbone, which mmengine only logs.
+
+    Args:
+        cfg: a complete config, after :func:`check_starts`.
+        model: the config's model.
+
+    Raises:
+        CSGError: no name in the file is one of the backbone's.
+    """
+    backbone = getattr(model, 'backbone', None)
+    if getattr(type(backbone), 'init_weights', None) is not BaseModule.init_weights:
+        return  # it may rename what it reads
+    wanted = {name for name, _ in (*backbone.named_parameters(), *backbone.named_buffers())}
+    wanted |= {f'{name}.weight' for name, _ in generated_convs(backbone)}
+    starts = (cfg.model.get('backbone') or {}).get('init_cfg') or []
+    starts = [{'checkpoint': cfg.model.get('pretrained')}, *(starts if isinstance(starts, (list, tuple)) else [starts])]
+    for start in starts:
+        path = start.get('checkpoint')
+        if not path or '://' in path:
+            continue
+        prefix = (start.get('prefix') or '').rstrip('.')
+        given = read_checkpoint(path)['state_dict']
+        names = [name.removeprefix('module.').removeprefix(f'{prefix}.' if prefix else '') for name in given]
+        if wanted.isdisjoint(names):
+            raise CSGError(
+                f'{path}: no name is one of the backbone; its first is {next(iter(given), None)!r}. Load a whole '
+                'network by load_from; for the backbone of a dense one, set pretrained=None and '
+                "backbone=dict(init_cfg=dict(type='Pretrained', checkpoint=..., prefix='backbone.'))"
+            )
 
 
 def check_scores(cfg: Config, split: str) -> None:

@@ -245,5 +245,5 @@ def test_what_is_no_image_is_named(files):
     with pytest.raises(FileNotFoundError, match='no such image'):
         predict(network, files / 'none.png')
     network.cfg.test_pipeline = []
-    with pytest.raises(CSGError, match='has no test_pipeline'):
+    with pytest.raises(CSGError, match='there is no test_pipeline'):
         predict(network, files / 'image.png')

@@ -10,10 +10,13 @@ import pytest
 import torch
 from conftest import ROOT, SMALL_MODEL, cfg_options, run_tool
 from mmengine.config import Config
+from mmengine.runner.checkpoint import CheckpointLoader
 
 from csg_seg import CSGError, CSGWarning, materialise, save_compact
+from csg_seg.cli.failures import one_line_errors
 from csg_seg.mm.model import build_model
 from csg_seg.running.configs import read_config
+from csg_seg.running.preflight import check_backbone
 
 CONFIGS = ROOT / 'configs' / 'deeplabv3'
 DENSE = CONFIGS / 'deeplabv3_r18-d8_4xb4-20k_voc12-512x512.py'
@@ -108,6 +111,37 @@ def test_lines_in_the_wrong_place(refused, drawn, tmp_path):
     config.write_text(f'{base}model = dict({csg})\nmodel = dict(pretrained=None)\n')
     with pytest.warns(CSGWarning, match=r'a later model = ... replaces the CSGModel, so the network is dense'):
         read_config(config)
+
+
+@pytest.mark.parametrize('name', ['dense.pt', 'csg.pt'])
+def test_a_backbone_that_starts_from_a_whole_network(name, refused, drawn, files):
+    message = refused('train.py', CSG, *small(drawn, **{'model.pretrained': files / name}))
+    assert f'{name}: no name is one of the backbone' in message and "prefix='backbone.'" in message
+    start = {'model.pretrained': None, 'model.backbone.init_cfg.type': 'Pretrained'}
+    start |= {'model.backbone.init_cfg.checkpoint': files / 'dense.pt', 'model.backbone.init_cfg.prefix': 'backbone.'}
+    cfg = read_config(CSG, {**SMALL_MODEL, **{key: each and str(each) for key, each in start.items()}})
+    check_backbone(cfg, build_model(cfg))
+
+
+def test_weights_that_cannot_be_downloaded():
+    with pytest.raises(SystemExit, match='cannot download the weights .* model.pretrained=None'), one_line_errors():
+        CheckpointLoader.load_checkpoint('http://127.0.0.1:9/none.pth')
+
+
+def test_csg_in_the_hook_and_in_the_model(refused, drawn):
+    message = refused('train.py', CSG, *small(drawn, **{'default_hooks.csg.csg.ratio': 8}))
+    assert "CSGHook has csg={'ratio': 8}, and the model is a CSGModel of csg=" in message and 'drop one' in message
+
+
+@pytest.mark.parametrize('name', ['csg.pt', 'compact.safetensors'])
+def test_report_prints_the_csg_of_a_checkpoint(name, files):
+    csg = json.loads(run_tool('report.py', files / name, '--json').stdout)['csg']
+    cfg = read_config(CSG, {**SMALL_MODEL, 'model.csg': csg})
+    build_model(cfg).load_state_dict(torch.load(files / 'csg.pt', weights_only=True)['state_dict'])
+
+
+def test_report_of_a_dense_checkpoint(refused, files):
+    assert 'not a checkpoint of a CSG network' in refused('report.py', files / 'dense.pt')
 
 
 def test_options_for_keys_that_no_run_reads():

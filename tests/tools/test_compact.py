@@ -204,6 +204,15 @@ def test_a_source_runs_nothing_that_is_not_registered(place, value, says):
         build(put(source, place, value))
 
 
+def test_the_pipeline_of_the_test_data_is_described_too():
+    cfg = read_config(str(DEMO))
+    pipeline = [dict(each) for each in cfg.test_pipeline]
+    cfg.test_dataloader.dataset = dict(type='RepeatDataset', times=1, dataset=dict(pipeline=cfg.pop('test_pipeline')))
+    assert describe(cfg)['test_pipeline'] == pipeline
+    cfg.test_dataloader = None
+    assert 'test_pipeline' not in describe(cfg)
+
+
 def test_weights_are_never_fetched():
     cfg = read_config(str(DEMO))
     cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='torchvision://resnet18')

@@ -34,11 +34,20 @@ def describe(cfg: Config) -> dict[str, Any]:
         model['data_preprocessor'] = cfg.data_preprocessor.to_dict()
     scope, model = cfg.get('default_scope', 'mmseg'), without_weights(model)
     source: dict[str, Any] = dict(builder='mmengine', scope=scope, model=model)
-    if cfg.get('test_pipeline'):
-        source['test_pipeline'] = [dict(each) for each in cfg.test_pipeline]
+    pipeline = test_pipeline(cfg)
+    if pipeline:
+        source['test_pipeline'] = [dict(each) for each in pipeline]
     check_source(source)
     _check_all(scope, model, source.get('test_pipeline'))
     return source
+
+
+def test_pipeline(cfg: Config) -> list[Mapping[str, Any]]:
+    """Return the ``test_pipeline`` of a config, or that of its test data; empty if there is neither."""
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    while 'pipeline' not in dataset and dataset.get('dataset'):  # a wrapper
+        dataset = dataset['dataset']
+    return list(cfg.get('test_pipeline') or dataset.get('pipeline') or [])
 
 
 def dense_model(cfg: Config) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
 from csg_seg.errors import CSGError, abridge
+from csg_seg.generators.settings import Settings
+from csg_seg.generators.signature import VALUE, read_layers, read_signature
 from csg_seg.layers.bank import BANK, find_bank
 from csg_seg.layers.conv import check_finite
 from csg_seg.storage.format import read_compact
@@ -51,6 +53,39 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     if not isinstance(checkpoint, dict):
         raise CSGError(f'{path}: holds a {type(checkpoint).__name__}, not a state dict; give a training checkpoint')
     return {'meta': checkpoint.get('meta', {}), 'state_dict': checkpoint.get('state_dict', checkpoint)}
+
+
+def read_csg(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Return the ``csg`` of a checkpoint's network, without the keys that have their defaults.
+
+    A training checkpoint holds the names of the layers instead of ``include`` and ``exclude``, and does not say
+    whether a generator is frozen.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CSGError: the file is damaged, or not of a CSG network.
+    """
+    if Path(path).suffix == '.safetensors':
+        check_file(path)
+        return [brief(each, position) for position, each in enumerate(read_compact(path).settings)]
+    state_dict = read_checkpoint(path)['state_dict']
+    states = [state_dict[name] for name in generator_names(state_dict)]
+    if not states:
+        raise CSGError(f'{path}: not a checkpoint of a CSG network')
+    found = []
+    for position, state in enumerate(states):
+        csg = {key: each for key, each in read_signature(state).items() if key != VALUE}
+        layers = read_layers(state)
+        settings = Settings.from_dict({**csg, 'include': None if layers is None else [*layers]}, position=position)
+        found.append(brief(settings, position))
+    return found
+
+
+def brief(settings: Settings, position: int) -> dict[str, Any]:
+    """Return settings as a ``csg`` dict for a position in the list, without the keys that have their defaults."""
+    required = {key: getattr(settings, key) for key in ('slice_shape', 'code_dim')}
+    defaults = Settings.from_dict(required, position=position).to_dict()
+    return required | {key: each for key, each in settings.to_dict().items() if each != defaults.get(key)}
 
 
 def generator_names(names: Iterable[str]) -> list[str]:

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -55,14 +56,22 @@ class CSGHook(Hook):
         self.reset = reset
         self.save_compact = save_compact
 
-    def retrofit(self, model: nn.Module) -> bool:
+    def retrofit(self, model: nn.Module, built_from: Mapping[str, Any] | None = None) -> bool:
         """Retrofit a model that is not wrapped, and return whether it was dense.
+
+        Args:
+            model: dense or retrofitted.
+            built_from: the config of the model.
 
         Raises:
             CSGError: the model is dense and the hook has no settings, a setting fits no layer, or the model was
                 retrofitted with other settings.
         """
         bank = find_bank(model)
+        if bank is not None and is_automatic(self.csg):  # settings that were found cannot be compared
+            given = (built_from or {}).get('csg', self.csg)
+            if given != self.csg:
+                raise CSGError(f'CSGHook has csg={self.csg!r}, and the model is a CSGModel of csg={given!r}; drop one')
         if bank is not None:
             _check_same_settings(self.csg, bank)
             return False
@@ -82,7 +91,7 @@ class CSGHook(Hook):
     def before_run(self, runner: Runner) -> None:
         """Retrofit before weights are initialised or loaded."""
         model = bare_model(runner.model)
-        if self.retrofit(model):
+        if self.retrofit(model, runner.cfg.get('model')):
             _rewrap(runner)
         if runner._resume and (runner._load_from or find_latest_checkpoint(runner.work_dir)):
             bank_of(model).loading.fit_on_load = False
