@@ -92,7 +92,7 @@ def check_backbone(cfg: Config, model: nn.Module) -> None:
         CSGError: no name in the file is one of the backbone's.
     """
     backbone = getattr(model, 'backbone', None)
-    if getattr(type(backbone), 'init_weights', None) is not BaseModule.init_weights:
+    if not isinstance(backbone, BaseModule) or type(backbone).init_weights is not BaseModule.init_weights:
         return  # it may rename what it reads
     wanted = {name for name, _ in (*backbone.named_parameters(), *backbone.named_buffers())}
     wanted |= {f'{name}.weight' for name, _ in generated_convs(backbone)}
