@@ -116,7 +116,7 @@ def check_signature(settings: Settings, state: Tensor) -> None:
         if came != want and key != 'seed':
             raise CSGError(
                 f'the checkpoint was made with {key}={came!r}, this model has {key}={want!r}; '
-                "set the config's csg to the checkpoint's, which `csg-seg report CHECKPOINT` prints, or take another "
+                "set csg to the checkpoint's, which `csg-seg report CHECKPOINT` prints, or take another "
                 'checkpoint'
             )
 

@@ -1,5 +1,6 @@
 """The bank of generators at a model's root, and the root's hooks around forward passes, saving and loading."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.parameter import UninitializedParameter
 
-from csg_seg.errors import CSGError
+from csg_seg.errors import CSGError, CSGWarning
 from csg_seg.generators.linear import Generator
 from csg_seg.generators.products import is_recorded
 
@@ -140,6 +141,10 @@ class GeneratorBank(Generators):
         """Find new layers before a forward pass of the root, watch the first steps, and make weights ahead."""
         self.reset.is_on = False
         trains = torch.is_grad_enabled()
+        if WATCH.lost and not trains:
+            lost = WATCH.take_lost(self.layers.values())
+            if lost:
+                warnings.warn(lost, CSGWarning, stacklevel=6)  # where the network is called
         if (trains and self._watched is None) or self._changes != CSGConv.changes:
             self.refresh(root)
         trainable = tuple(conv.code.requires_grad for conv in self.layers.values()) if trains else self._watched

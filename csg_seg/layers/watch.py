@@ -47,7 +47,7 @@ MADE_TOO_EARLY = (
     'layers do not train. Make the optimizer afterwards.'
 )
 LOST = (
-    'the network was trained before retrofit, and {} have new start values now. To keep the trained weights, '
+    'the network was trained before retrofit, which gave new start values to {}. To keep the trained weights, '
     'call csg_seg.fit(model, weights) after retrofit, with the state dict from before; in a config, load them by '
     'load_from or init_cfg. To train from new values, ignore this.'
 )

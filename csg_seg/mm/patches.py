@@ -52,7 +52,7 @@ def check_kind(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
         if name.endswith('.code') and weight in own and weight not in state_dict:
             raise CSGError(
                 f'the checkpoint holds {name}, and this layer is dense in the model, or loaded without its generator; '
-                "set the config's csg to the checkpoint's and load the whole model, or materialise the checkpoint first"
+                "set csg to the checkpoint's and load the whole model, or materialise the checkpoint first"
             )
 
 

@@ -96,7 +96,7 @@ def suggest(model: nn.Module, ratio: float | None = None, **others: Any) -> list
         f'csg: a ratio of {ratio:g} is out of reach; give at most {most:g}, which has codes of {SHORTEST} values, or '
         'give slice_shape and code_dim; csg_seg.plan finds smaller ones for a trained network. '
         f'{share:.0%} of the parameters are in convs that can be generated'
-        f'{f"; other convs: {left}" if left else ""}'
+        f'{f"; left dense: {left}" if left else ""}'
     )
 
 
@@ -160,7 +160,7 @@ def _patterns(others: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, tuple[
 def _left_dense(model: nn.Module, include: tuple[str, ...] | None, exclude: tuple[str, ...]) -> str:
     """Return how many convs stay dense, by reason; '' for none."""
     counts = Counter(reason.cause.value for reason in not_generable(model, include, exclude).values())
-    return ', '.join(f'{count} {reason}' for reason, count in counts.most_common())
+    return ', '.join(f'{reason} ({count})' for reason, count in counts.most_common())
 
 
 def _settings(groups: Sequence[Group], ratio: float, others: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ import difflib
 import inspect
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
-from csg_seg.errors import CSGError, CSGWarning
+from csg_seg.errors import CSGError
 from csg_seg.files import check_folder
 
 
@@ -52,8 +51,8 @@ def read_config(path: str | os.PathLike, options: Mapping[str, Any] | None = Non
 
     Raises:
         FileNotFoundError: there is no such file.
-        CSGError: the file is not a config, lacks a base that it refers to, or has ``csg`` outside ``model``; or an
-            option is misspelt.
+        CSGError: the file is not a config, lacks a base that it refers to, has ``csg`` outside ``model``, or replaces
+            its ``CSGModel``; or an option is misspelt.
     """
     try:
         cfg = Config.fromfile(str(path))
@@ -74,11 +73,12 @@ def read_config(path: str | os.PathLike, options: Mapping[str, Any] | None = Non
         import_modules_from_strings(**cfg.custom_imports)
     if 'csg' in cfg:
         raise CSGError(f'{path}: csg is a key of the config; put it into model, with type and base_type')
-    if re.search(r"^[^#\n]*type='CSGModel'", cfg.text, flags=re.MULTILINE) and 'CSGModel' not in str(cfg.get('model')):
-        text = (
-            f'{path}: a later model = ... replaces the CSGModel, so the network is dense; write one model = dict(...)'
+    has_lines = re.search(r"""^[^#\n]*type=['"]CSGModel['"]""", Path(path).read_text(), flags=re.MULTILINE)
+    if has_lines and 'CSGModel' not in str(cfg.get('model')):
+        raise CSGError(
+            f'{path}: a later model = ... replaces the CSGModel, and the network would be dense; write one '
+            'model = dict(...)'
         )
-        warnings.warn(text, CSGWarning, stacklevel=2)
     return cfg
 
 

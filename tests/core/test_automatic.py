@@ -100,7 +100,7 @@ def test_other_keys_go_to_every_generator():
         ({'ratio': 5, 'code_dim': 3}, "'code_dim' does not go with 'ratio'"),
         (
             {'ratio': 10**6},
-            'out of reach; give at most 3.69, .* in convs that can be generated; other convs: 1 the',
+            'out of reach; give at most 3.69, .* in convs that can be generated; left dense: the',
         ),
         ({'ratio': 2, 'seed': 'x'}, "seed must be an integer from 0; got 'x'"),
         ({'ratio': 2, 'include': 'nope'}, "include pattern 'nope' names no conv of the model"),

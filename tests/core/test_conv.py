@@ -275,7 +275,7 @@ def test_anothers_state_dict_is_refused_before_anything_is_copied(other, prefix,
     model = build()
     kept = snapshot(model)
     root = nn.ModuleDict({'net': model}) if prefix else model
-    says = "set the config's csg to the checkpoint's|take another checkpoint"
+    says = "set csg to the checkpoint's|take another checkpoint"
     with pytest.raises(CSGError, match=says):
         root.load_state_dict(state_dict, strict=strict)
     assert_same_state(model, kept)

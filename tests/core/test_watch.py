@@ -279,16 +279,23 @@ class Trained(Net):
 def test_trained_weights_that_retrofit_replaces_are_warned_of(norm):
     net = retrofit(Trained(norm).trained(), CSG)
     (told,) = train(net, *of_all(net))
-    assert told.startswith('the network was trained before retrofit, and backbone.2 have new start values now')
+    assert told.startswith('the network was trained before retrofit, which gave new start values to backbone.2.')
 
 
-@pytest.mark.parametrize('end', ['saved', 'materialised'])
+@pytest.mark.parametrize('end', ['saved', 'materialised', 'evaluated'])
 def test_trained_weights_that_retrofit_replaces_are_warned_of_without_a_training(end, tmp_path):
     net = retrofit(Trained().trained(), CSG)
-    with pytest.warns(
-        CSGWarning, match='the network was trained before retrofit, and backbone.2 have new start values'
-    ):
-        save_compact(net, tmp_path / 'net.safetensors') if end == 'saved' else materialise(net)
+    ends = {
+        'saved': lambda: save_compact(net, tmp_path / 'net.safetensors'),
+        'materialised': lambda: materialise(net),
+        'evaluated': torch.no_grad()(lambda: net.eval()(torch.rand(1, 3, 12, 12))),
+    }
+    with pytest.warns(CSGWarning, match='retrofit, which gave new start values to backbone.2') as told:
+        ends[end]()
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        ends['evaluated']()
     assert train(net, *of_all(net)) == []
 
 

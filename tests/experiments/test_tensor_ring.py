@@ -118,7 +118,7 @@ def test_a_basis_entry_moves_a_slice_as_a_linear_generators_does():
 def test_anothers_state_is_refused_by_the_key_that_differs(change):
     change = change | ({'code_dim': 60} if 'mode' in change else {})
     key = next(iter(change))
-    with pytest.raises(CSGError, match=f"made with {key}=.*set the config's csg to the checkpoint's"):
+    with pytest.raises(CSGError, match=f"made with {key}=.*set csg to the checkpoint's"):
         build().load_state_dict(build(**change).state_dict(), strict=False)
 
 

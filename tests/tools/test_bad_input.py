@@ -12,7 +12,7 @@ from conftest import ROOT, SMALL_MODEL, cfg_options, run_tool
 from mmengine.config import Config
 from mmengine.runner.checkpoint import CheckpointLoader
 
-from csg_seg import CSGError, CSGWarning, materialise, save_compact
+from csg_seg import CSGError, materialise, save_compact
 from csg_seg.cli.failures import one_line_errors
 from csg_seg.mm.model import build_model
 from csg_seg.running.configs import read_config
@@ -109,8 +109,9 @@ def test_lines_in_the_wrong_place(refused, drawn, tmp_path):
             options = small(drawn) if text.startswith(base) else []
             assert all(part in refused(tool, config, *options) for part in says.split(' .* '))
     config.write_text(f'{base}model = dict({csg})\nmodel = dict(pretrained=None)\n')
-    with pytest.warns(CSGWarning, match=r'a later model = ... replaces the CSGModel, so the network is dense'):
-        read_config(config)
+    assert 'a later model = ... replaces the CSGModel' in refused('train.py', config, *small(drawn))
+    config.write_text(f'{base}# model = dict({csg})\n')
+    assert read_config(config).model.type == 'EncoderDecoder'
 
 
 @pytest.mark.parametrize('name', ['dense.pt', 'csg.pt'])
@@ -133,11 +134,13 @@ def test_csg_in_the_hook_and_in_the_model(refused, drawn):
     assert "CSGHook has csg={'ratio': 8}, and the model is a CSGModel of csg=" in message and 'drop one' in message
 
 
-@pytest.mark.parametrize('name', ['csg.pt', 'compact.safetensors'])
+@pytest.mark.parametrize('name', ['csg.pt', 'compact.safetensors', 'own.pth'])
 def test_report_prints_the_csg_of_a_checkpoint(name, files):
+    state_dict = torch.load(files / 'csg.pt', weights_only=True)['state_dict']
+    torch.save({'model': state_dict, 'optimizer': {'state': {}, 'param_groups': []}, 'epoch': 1}, files / 'own.pth')
     csg = json.loads(run_tool('report.py', files / name, '--json').stdout)['csg']
     cfg = read_config(CSG, {**SMALL_MODEL, 'model.csg': csg})
-    build_model(cfg).load_state_dict(torch.load(files / 'csg.pt', weights_only=True)['state_dict'])
+    build_model(cfg).load_state_dict(state_dict)
 
 
 def test_report_of_a_dense_checkpoint(refused, files):

@@ -68,8 +68,9 @@ def read_csg(path: str | os.PathLike) -> list[dict[str, Any]]:
     if Path(path).suffix == '.safetensors':
         check_file(path)
         return [brief(each, position) for position, each in enumerate(read_compact(path).settings)]
-    state_dict = read_checkpoint(path)['state_dict']
-    states = [state_dict[name] for name in generator_names(state_dict)]
+    entries = read_checkpoint(path)['state_dict']
+    nested = [each for each in entries.values() if isinstance(each, Mapping)]  # in a program's own checkpoint
+    states = [each[name] for each in (entries, *nested) for name in generator_names(map(str, each))]
     if not states:
         raise CSGError(f'{path}: not a checkpoint of a CSG network')
     found = []
