@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import torch
 from safetensors import SafetensorError
@@ -155,11 +154,6 @@ def check_folder(folder: str | os.PathLike, *, given: str) -> None:
 
 def describe(error: OSError) -> str:
     """Describe an error of the system in one line: the file, the error, and what to do."""
-    if isinstance(error, URLError):
-        return (
-            f'cannot download the weights to start from ({error.reason}); give the path of a local file, or train '
-            'without them: --cfg-options model.pretrained=None, or the same for init_cfg'
-        )
     if error.errno is None or error.strerror is None:
         # The error of a data loader's process contains a traceback, whose last line is the error.
         lines = str(error).strip().splitlines() or [type(error).__name__]

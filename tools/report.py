@@ -11,15 +11,13 @@ from csg_seg.cli.failures import one_line_errors
 with one_line_errors():
     from csg_seg.errors import CSGError
     from csg_seg.layers.bank import find_bank
-    from csg_seg.mm.checkpoints.reading import brief, load_weights, read_checkpoint, read_csg
+    from csg_seg.mm.checkpoints.reading import load_weights, read_checkpoint, read_csg
     from csg_seg.mm.model import build_model
     from csg_seg.mm.plan_files import build_dense, draw_curve, mark_settings, write_csg
     from csg_seg.planning.planner import trade_off
     from csg_seg.retrofitting.automatic import is_automatic
     from csg_seg.running.configs import read_config
-
-
-CHECKPOINTS = ('.safetensors', '.pth', '.pt')
+    from csg_seg.storage.compact import PICKLES
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,7 +34,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     with one_line_errors():
-        if Path(args.config).suffix in CHECKPOINTS:
+        if Path(args.config).suffix in ('.safetensors', *PICKLES):
             csg = read_csg(args.config)
             console.print_result({'csg': csg}, lambda _: print(write_csg(csg)), as_json=args.json)
             return
@@ -55,7 +53,7 @@ def main() -> None:
             draw_curve(curve, mark_settings(dense), args.curve, title=Path(args.config).stem)
             print(f'curve: {args.curve}', file=sys.stderr)
         bank = find_bank(model)
-        csg = [brief(generator.settings, position) for position, generator in enumerate(bank or ())]
+        csg = [generator.settings.to_csg(position) for position, generator in enumerate(bank or ())]
     found = f'\n\n{write_csg(csg)}' if is_automatic(cfg.model.get('csg')) else ''
     console.print_result({**summary.to_dict(), 'csg': csg}, lambda _: print(f'{summary}{found}'), as_json=args.json)
 

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.error import URLError
 
 from csg_seg.errors import CSGError
 from csg_seg.files import describe
@@ -25,6 +26,11 @@ def one_line_errors() -> Iterator[None]:
         yield
     except CSGError as error:
         sys.exit(f'error: {error}')
+    except URLError as error:
+        sys.exit(
+            f'error: cannot download the weights to start from ({error.reason}); give the path of a local file, or '
+            'train without them: --cfg-options model.pretrained=None, or the same for init_cfg'
+        )
     except OSError as error:
         sys.exit(f'error: {describe(error)}')
     except KeyError as error:

@@ -21,10 +21,10 @@ from torch import Tensor
 from csg_seg.errors import CSGError
 from csg_seg.files import write_whole
 from csg_seg.layers.bank import find_bank
-from csg_seg.mm.checkpoints.descriptions import test_pipeline
 from csg_seg.mm.checkpoints.reading import load_weights, read_checkpoint
+from csg_seg.mm.data_sets import data_sets, test_pipeline
 from csg_seg.mm.model import build_model
-from csg_seg.running.configs import data_sets, read_config
+from csg_seg.running.configs import read_config
 from csg_seg.storage.compact import load_compact
 
 TAB20 = colormaps['tab20']

@@ -108,6 +108,12 @@ class Settings:
             values['precision'] = self.precision
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
+    def to_csg(self, position: int) -> dict[str, Any]:
+        """Return the ``csg`` dict for a position in the user's list, without the keys that have their defaults."""
+        required = {'slice_shape': self.slice_shape, 'code_dim': self.code_dim}
+        defaults = Settings.from_dict(required, position=position).to_dict()
+        return required | {key: each for key, each in self.to_dict().items() if each != defaults.get(key)}
+
 
 def matches(name: str, pattern: str) -> bool:
     """Say whether a shell-style pattern matches a module's name or an ancestor's."""

@@ -1,6 +1,5 @@
 """The bank of generators at a model's root, and the root's hooks around forward passes, saving and loading."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.parameter import UninitializedParameter
 
-from csg_seg.errors import CSGError, CSGWarning
+from csg_seg.errors import CSGError
 from csg_seg.generators.linear import Generator
 from csg_seg.generators.products import is_recorded
 
@@ -142,14 +141,12 @@ class GeneratorBank(Generators):
         self.reset.is_on = False
         trains = torch.is_grad_enabled()
         if WATCH.lost and not trains:
-            lost = WATCH.take_lost(self.layers.values())
-            if lost:
-                warnings.warn(lost, CSGWarning, stacklevel=6)  # where the network is called
+            WATCH.warn_of_lost(self.layers.values(), stacklevel=6)  # where the network is called
         if (trains and self._watched is None) or self._changes != CSGConv.changes:
             self.refresh(root)
         trainable = tuple(conv.code.requires_grad for conv in self.layers.values()) if trains else self._watched
         if trainable != self._watched:  # training begins, or layers were frozen or unfrozen
-            check_exchanged(self.layers)
+            check_exchanged(root, self.layers)
             WATCH.begin(self.layers, root, again=self._watched is not None)
             self._watched = trainable
         elif WATCH.is_over:
@@ -222,15 +219,17 @@ def check_module(given: object, called: str) -> None:
         raise CSGError(f'{called} is an object of type {type(given).__name__}, not a module')
 
 
-def check_exchanged(layers: Mapping[str, CSGConv]) -> None:
-    """Refuse to train in a ``DistributedDataParallel`` that holds none of the codes: ranks would drift apart.
+def check_exchanged(root: nn.Module, layers: Mapping[str, CSGConv]) -> None:
+    """Refuse to train a root in a ``DistributedDataParallel`` that holds no code: ranks would drift apart.
 
     Raises:
         CSGError: the wrapper is older than the layers.
     """
     wrapper = nn.parallel.DistributedDataParallel._get_active_ddp_module()
-    codes = [conv.code for conv in layers.values() if conv.code.requires_grad]
-    if wrapper is not None and codes and not {*map(id, codes)} & {*map(id, wrapper._module_parameters)}:
+    if wrapper is None or all(module is not root for module in wrapper.modules()):
+        return
+    codes = {id(conv.code) for conv in layers.values() if conv.code.requires_grad}
+    if codes and codes.isdisjoint(map(id, wrapper._module_parameters)):
         raise CSGError(
             'the DistributedDataParallel wrapper was made before retrofit, and would exchange no gradients of codes; '
             'wrap the network again'

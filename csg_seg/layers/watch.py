@@ -10,7 +10,7 @@ trained before retrofit starts from new weights unless they are fitted.
 import gc
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet, ref
 
@@ -99,11 +99,17 @@ class Watch:
         """Remember layers, by name, that had trained weights before retrofit."""
         self.lost.update({conv: name for name, conv in layers.items()})
 
-    def take_lost(self, layers: Iterable[CSGConv]) -> str:
-        """Say, once, which of some layers lost trained weights in retrofit; '' if none did."""
+    def warn_of_lost(self, layers: Collection[CSGConv], *, stacklevel: int) -> None:
+        """Warn, once, of the layers among these that lost trained weights in retrofit, which were not loaded since.
+
+        Args:
+            layers: to examine.
+            stacklevel: as for ``warnings.warn``, seen from the caller.
+        """
         names = [name for name in map(self.lost.get, layers) if name is not None]
-        self.note_loaded(layers)
-        return LOST.format(abridge(names, most=MOST_NAMES)) if names else ''
+        if names:
+            self.note_loaded(layers)
+            warnings.warn(LOST.format(abridge(names, most=MOST_NAMES)), CSGWarning, stacklevel=stacklevel + 1)
 
     def note_loaded(self, layers: Iterable[CSGConv]) -> None:
         """Forget layers whose weights have been loaded since."""
@@ -138,9 +144,8 @@ class Watch:
         if any(id(weight()) in held for weight in self.replaced):
             self.replaced.clear()
             warnings.warn(MADE_TOO_EARLY, CSGWarning, stacklevel=3)
-        lost = self.take_lost([conv for conv in self.lost if isinstance(conv, CSGConv) and id(conv.code) in held])
-        if lost:
-            warnings.warn(lost, CSGWarning, stacklevel=3)
+        trained = [conv for conv in self.lost if isinstance(conv, CSGConv) and id(conv.code) in held]
+        self.warn_of_lost(trained, stacklevel=3)
         by_generator: dict[Generator, dict[str, CSGConv]] = defaultdict(dict)
         for conv, name in [*self.layers.items()]:
             if isinstance(conv, CSGConv):

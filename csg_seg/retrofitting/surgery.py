@@ -86,7 +86,7 @@ def materialise(model: nn.Module) -> nn.Module:
         # In one batch, as in evaluation: a product of another size rounds differently.
         with torch.no_grad():
             weights.update(zip(layers, generate_in_batches(layers), strict=True))
-    warn_of_lost_weights(model)
+    WATCH.warn_of_lost(convs.values(), stacklevel=2)
     stored = [each for conv in convs.values() for each in conv.stored().values()]
     for _, root, _ in roots:
         detach_bank(root)
@@ -101,16 +101,6 @@ def materialise(model: nn.Module) -> nn.Module:
         )
         warnings.warn(text, CSGWarning, stacklevel=2)
     return model
-
-
-def warn_of_lost_weights(model: nn.Module) -> None:
-    """Warn, once, if a model lost trained weights in retrofit and nothing was loaded or trained since.
-
-    The warning names the caller of the function that calls this one.
-    """
-    lost = WATCH.take_lost([conv for _, conv in generated_convs(model)])
-    if lost:
-        warnings.warn(lost, CSGWarning, stacklevel=3)
 
 
 def swap_layers(

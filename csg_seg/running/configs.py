@@ -4,7 +4,7 @@ import difflib
 import inspect
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,15 +106,3 @@ def _remove_scope(node: Any) -> None:
     elif isinstance(node, (list, tuple)):
         for each in node:
             _remove_scope(each)
-
-
-def data_sets(dataset: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """Yield the data set configs inside wrappers such as ConcatDataset and RepeatDataset."""
-    if dataset is None:
-        return
-    inner = dataset.get('datasets') or dataset.get('dataset')
-    if inner is None:
-        yield dataset
-    else:
-        for each in inner if isinstance(inner, (list, tuple)) else [inner]:
-            yield from data_sets(each)

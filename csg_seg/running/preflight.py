@@ -16,10 +16,9 @@ from csg_seg.errors import CSGError, nearest
 from csg_seg.layers.conv import generated_convs
 from csg_seg.mm.checkpoints.reading import read_checkpoint
 from csg_seg.mm.checkpoints.unpickling import check_file
+from csg_seg.mm.data_sets import data_sets
 from csg_seg.mm.datasets.labels import check_labels
 from csg_seg.mm.mixed_precision import check_mixed_precision
-
-from .configs import data_sets
 
 # The values of IoUMetric's iou_metrics, and the scores that each gives beside aAcc.
 SCORES = {
@@ -71,9 +70,7 @@ def check_starts(cfg: Config) -> None:
     paths = [cfg.get('load_from'), (model.get('teacher') or {}).get('checkpoint'), model.get('pretrained')]
     hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or [])]
     paths += [part.get('generators_from') for part in (model, *hooks) if part]
-    for part in (model, model.get('backbone') or {}):
-        starts = part.get('init_cfg') or []
-        paths += [each.get('checkpoint') for each in (starts if isinstance(starts, (list, tuple)) else [starts])]
+    paths += [each.get('checkpoint') for part in (model, model.get('backbone')) for each in _init_cfgs(part)]
     for path in paths:
         if path and not isinstance(path, str):
             raise CSGError(f'{path!r} is not the path of a checkpoint to start from; give a path')
@@ -96,9 +93,7 @@ def check_backbone(cfg: Config, model: nn.Module) -> None:
         return  # it may rename what it reads
     wanted = {name for name, _ in (*backbone.named_parameters(), *backbone.named_buffers())}
     wanted |= {f'{name}.weight' for name, _ in generated_convs(backbone)}
-    starts = (cfg.model.get('backbone') or {}).get('init_cfg') or []
-    starts = [{'checkpoint': cfg.model.get('pretrained')}, *(starts if isinstance(starts, (list, tuple)) else [starts])]
-    for start in starts:
+    for start in [{'checkpoint': cfg.model.get('pretrained')}, *_init_cfgs(cfg.model.get('backbone'))]:
         path = start.get('checkpoint')
         if not path or '://' in path:
             continue
@@ -111,6 +106,12 @@ def check_backbone(cfg: Config, model: nn.Module) -> None:
                 'network by load_from; for the backbone of a dense one, set pretrained=None and '
                 "backbone=dict(init_cfg=dict(type='Pretrained', checkpoint=..., prefix='backbone.'))"
             )
+
+
+def _init_cfgs(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """Return the ``init_cfg`` of a part of a model, which may be one dict or several."""
+    given = (part or {}).get('init_cfg') or []
+    return list(given) if isinstance(given, (list, tuple)) else [given]
 
 
 def check_scores(cfg: Config, split: str) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from csg_seg.errors import CSGError
 from csg_seg.generators.settings import read_patterns
 from csg_seg.layers.bank import bank_of, check_module, find_bank, other_network
-from csg_seg.layers.conv import check_finite, find_convs
+from csg_seg.layers.conv import check_finite, find_convs, generated_convs
+from csg_seg.layers.watch import WATCH
 from csg_seg.retrofitting.selection import Cause, Reason
-from csg_seg.retrofitting.surgery import swap_layers, warn_of_lost_weights
+from csg_seg.retrofitting.surgery import swap_layers
 from csg_seg.retrofitting.weights import dense_shapes
 from csg_seg.version import __version__
 
@@ -65,7 +66,7 @@ def save_compact(
         FileNotFoundError: there is no such base.
     """
     check_module(model, 'save_compact(model, path): the model')
-    warn_of_lost_weights(model)
+    WATCH.warn_of_lost([conv for _, conv in generated_convs(model)], stacklevel=2)
     if source is not None:
         built = build(source)
         try:

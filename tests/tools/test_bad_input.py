@@ -46,6 +46,8 @@ def files(tmp_path_factory):
     cfg.merge_from_dict(SMALL_MODEL)
     model = build_model(cfg)
     torch.save({'meta': {}, 'state_dict': model.state_dict()}, folder / 'csg.pt')
+    own = {'model': model.state_dict(), 'ema': model.state_dict(), 'optimizer': {'param_groups': []}, 'epoch': 1}
+    torch.save(own, folder / 'own.pth')
     save_compact(model, folder / 'compact.safetensors')
     torch.save({'meta': {}, 'state_dict': materialise(model).state_dict()}, folder / 'dense.pt')
     whole = (folder / 'compact.safetensors').read_bytes()
@@ -137,7 +139,6 @@ def test_csg_in_the_hook_and_in_the_model(refused, drawn):
 @pytest.mark.parametrize('name', ['csg.pt', 'compact.safetensors', 'own.pth'])
 def test_report_prints_the_csg_of_a_checkpoint(name, files):
     state_dict = torch.load(files / 'csg.pt', weights_only=True)['state_dict']
-    torch.save({'model': state_dict, 'optimizer': {'state': {}, 'param_groups': []}, 'epoch': 1}, files / 'own.pth')
     csg = json.loads(run_tool('report.py', files / name, '--json').stdout)['csg']
     cfg = read_config(CSG, {**SMALL_MODEL, 'model.csg': csg})
     build_model(cfg).load_state_dict(state_dict)

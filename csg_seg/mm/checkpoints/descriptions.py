@@ -13,6 +13,7 @@ from mmengine.registry import MODELS, TRANSFORMS, Registry, init_default_scope
 from torch import nn
 
 from csg_seg.errors import CSGError
+from csg_seg.mm.data_sets import test_pipeline
 from csg_seg.storage.builders import check_source, register_builder
 
 SCOPES = ('mmengine', 'mmcv', 'mmseg', 'mmpretrain')
@@ -40,14 +41,6 @@ def describe(cfg: Config) -> dict[str, Any]:
     check_source(source)
     _check_all(scope, model, source.get('test_pipeline'))
     return source
-
-
-def test_pipeline(cfg: Config) -> list[Mapping[str, Any]]:
-    """Return the ``test_pipeline`` of a config, or that of its test data; empty if there is neither."""
-    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
-    while 'pipeline' not in dataset and dataset.get('dataset'):  # a wrapper
-        dataset = dataset['dataset']
-    return list(cfg.get('test_pipeline') or dataset.get('pipeline') or [])
 
 
 def dense_model(cfg: Config) -> dict[str, Any]:

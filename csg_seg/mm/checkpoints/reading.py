@@ -67,26 +67,20 @@ def read_csg(path: str | os.PathLike) -> list[dict[str, Any]]:
     """
     if Path(path).suffix == '.safetensors':
         check_file(path)
-        return [brief(each, position) for position, each in enumerate(read_compact(path).settings)]
+        return [each.to_csg(position) for position, each in enumerate(read_compact(path).settings)]
     entries = read_checkpoint(path)['state_dict']
     nested = [each for each in entries.values() if isinstance(each, Mapping)]  # in a program's own checkpoint
-    states = [each[name] for each in (entries, *nested) for name in generator_names(map(str, each))]
-    if not states:
+    states = ([each[name] for name in generator_names(map(str, each))] for each in (entries, *nested))
+    first = next(filter(None, states), None)  # not those of an average too
+    if first is None:
         raise CSGError(f'{path}: not a checkpoint of a CSG network')
     found = []
-    for position, state in enumerate(states):
+    for position, state in enumerate(first):
         csg = {key: each for key, each in read_signature(state).items() if key != VALUE}
         layers = read_layers(state)
         settings = Settings.from_dict({**csg, 'include': None if layers is None else [*layers]}, position=position)
-        found.append(brief(settings, position))
+        found.append(settings.to_csg(position))
     return found
-
-
-def brief(settings: Settings, position: int) -> dict[str, Any]:
-    """Return settings as a ``csg`` dict for a position in the list, without the keys that have their defaults."""
-    required = {key: getattr(settings, key) for key in ('slice_shape', 'code_dim')}
-    defaults = Settings.from_dict(required, position=position).to_dict()
-    return required | {key: each for key, each in settings.to_dict().items() if each != defaults.get(key)}
 
 
 def generator_names(names: Iterable[str]) -> list[str]:

@@ -68,12 +68,8 @@ class CSGHook(Hook):
                 retrofitted with other settings.
         """
         bank = find_bank(model)
-        if bank is not None and is_automatic(self.csg):  # settings that were found cannot be compared
-            given = (built_from or {}).get('csg', self.csg)
-            if given != self.csg:
-                raise CSGError(f'CSGHook has csg={self.csg!r}, and the model is a CSGModel of csg={given!r}; drop one')
         if bank is not None:
-            _check_same_settings(self.csg, bank)
+            _check_same_settings(self.csg, bank, built_from or {})
             return False
         if self.csg is None:
             raise CSGError('CSGHook found a dense model and has no csg; give it csg=dict(...), or build a CSGModel')
@@ -105,8 +101,13 @@ def log_size(runner: Runner) -> None:
     runner.logger.info(f'CSG: {summarise(bare_model(runner.model)).headline()}')
 
 
-def _check_same_settings(csg: CSG | None, bank: GeneratorBank) -> None:
-    if csg is None or isinstance(csg, str) or is_automatic(csg):
+def _check_same_settings(csg: CSG | None, bank: GeneratorBank, built_from: Mapping[str, Any]) -> None:
+    if csg is None:
+        return
+    if isinstance(csg, str) or is_automatic(csg):  # what was found cannot be compared
+        given = built_from.get('csg', csg)
+        if given != csg:
+            raise CSGError(f'CSGHook has csg={csg!r}, and the model is a CSGModel of csg={given!r}; drop one')
         return
     dicts = [csg] if isinstance(csg, Mapping) else csg
     settings = [Settings.from_dict(each, position=position) for position, each in enumerate(dicts)]
