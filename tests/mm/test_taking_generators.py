@@ -111,7 +111,8 @@ def refusals():
         'half of it': (
             SMALL,
             {'csg.0.weight': weights['csg.0.weight']},
-            'the checkpoint lacks csg.0._extra_state; take the weights of a whole CSG network',
+            r'the checkpoint lacks csg.0._extra_state; a compact file is read by csg_seg.load_compact\(path, model\); '
+            'for other files, take the weights of a whole CSG network',
         ),
         'no state dict': (SMALL, {'state_dict': weights}, "give its entry 'state_dict'"),
         'a path': (SMALL, 'trained.pth', 'load_generators needs a dict of tensors'),
