@@ -23,13 +23,21 @@ from csg_seg.generators.lengths import row_length
 from csg_seg.generators.registry import KINDS, build_generator
 from csg_seg.generators.settings import Settings
 from csg_seg.mm.model import build_model
-from experiments.rivals import filter_basis, hypernetwork, manifold, random_basis  # noqa: F401 (they register kinds)
+from experiments.rivals import (  # noqa: F401 (they register kinds)
+    filter_basis,
+    hypernetwork,
+    long_rows,
+    manifold,
+    random_basis,
+)
 from experiments.rivals.manifold import REFERENCE_WIDTH
 from experiments.rivals.random_basis import seeded_normal
 from experiments.runs.table import read_table
 
 # Registered in these tests only: messages of other tests list all kinds.
-KINDS_HERE = {name: KINDS.pop(name) for name in ('filter_basis', 'hypernetwork', 'manifold', 'random_basis')}
+KINDS_HERE = {
+    name: KINDS.pop(name) for name in ('filter_basis', 'hypernetwork', 'long_rows', 'manifold', 'random_basis')
+}
 
 SQUARE = {'slice_shape': (12, 20, 3, 3)}
 HYPERNETWORK = SQUARE | {'generator': 'hypernetwork', 'code_dim': 24, 'hidden': 17}
@@ -124,6 +132,23 @@ def test_an_entry_of_a_code_moves_its_slice_as_a_linear_generators_does(csg):
     codes = draw(generator, n=16, std=math.sqrt(2 / (REFERENCE_WIDTH * kh * kw)))
     moved = torch.stack([jacrev(lambda code: generator(code[None]).flatten())(code).square().sum(0) for code in codes])
     assert moved.mean().item() == pytest.approx(row_length(generator.settings) ** 2, rel=0.15)
+
+
+def test_long_rows_begin_with_the_same_weights_and_move_them_in_other_proportions():
+    x, target = batch()
+    linear, long = (retrofit(Net(), SQUARE | {'code_dim': 24, 'generator': kind}) for kind in ('linear', 'long_rows'))
+    for model in (linear, long):
+        torch.testing.assert_close(model.widen.weight, linear.widen.weight)
+        F.cross_entropy(model(x), target).backward()
+
+    def moved(model):
+        conv, generator = model.widen, model.csg[0]
+        return conv.code.grad @ generator.weight.detach(), conv.code.detach() @ generator.weight.grad
+
+    for (before, after), factor in zip(
+        zip(moved(linear), moved(long), strict=True), (long_rows.STRETCH**2, long_rows.STRETCH**-2), strict=True
+    ):
+        torch.testing.assert_close(after, before * factor)
 
 
 @every

@@ -1,12 +1,14 @@
 """Every table of trainings is read, and its cells are networks of the sizes that their names say."""
 
 import re
+import sys
 
 import pytest
 import torch
 from conftest import ROOT
 
 from csg_seg import summarise
+from csg_seg.generators.registry import KINDS
 from csg_seg.mm.model import build_model
 from experiments.runs.table import read_table
 
@@ -14,6 +16,18 @@ TABLES = sorted((ROOT / 'experiments').rglob('tables/*.yml'))
 SLOW = ('rivals', 'peers')
 # What these networks store depends on values of weights, or their constructors read values, so they need memory.
 FROM_VALUES = ('tucker', 'cp', 'pruned', 'resnet18')
+
+
+@pytest.fixture(autouse=True)
+def _kinds(monkeypatch):
+    """Let tables register kinds of generators, in these tests only: messages of other tests list all kinds."""
+    before = dict(KINDS)
+    for name, module in [*sys.modules.items()]:
+        if name.startswith('experiments.rivals.') and 'register_generator' in vars(module):
+            monkeypatch.delitem(sys.modules, name)  # imported anew, it registers its kinds
+    yield
+    KINDS.clear()
+    KINDS.update(before)
 
 
 def test_the_tables_of_the_data_sets_are_there():
