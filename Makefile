@@ -14,7 +14,7 @@ NAME := deeplabv3_r18-d8-w32_drawn-voc-80x80.py
 .PHONY: demo test check-full docs lint clean
 
 demo: $(VENV)/mm.installed
-	$(RUN) tools/dataset_converters/draw_voc.py data/drawn --val 400
+	$(RUN) tools/dataset_converters/draw_voc.py data/drawn
 	$(RUN) tools/compare.py $(DEMO)/$(NAME) $(DEMO)/csg-s16-d128_$(NAME) --narrow $(DEMO)/$(subst w32,w13,$(NAME)) \
 		--work-dir work_dirs/demo --out work_dirs/demo/result.json --overwrite
 	$(VENV)/bin/csg-seg demo data/drawn/VOC2012/JPEGImages/val_00045.jpg work_dirs/demo/csg.safetensors \

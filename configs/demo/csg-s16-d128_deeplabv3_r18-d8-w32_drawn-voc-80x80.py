@@ -2,6 +2,4 @@
 _base_ = './deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
 custom_imports = dict(imports=['csg_seg.mm'])
 model = dict(type='CSGModel', base_type={{_base_.model.type}}, csg=dict(slice_shape=(16, 16, 3, 3), code_dim=128))
-# So short a training needs a slow generator, see docs/results.md.
-optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'csg': dict(lr_mult=0.3)}))
 default_hooks = dict(csg=dict(type='CSGHook', save_compact=True), exact_resume=dict(type='ExactResumeHook'))

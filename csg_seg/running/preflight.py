@@ -7,6 +7,7 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
+from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
 from mmengine.optim import OptimWrapperDict, build_optim_wrapper
 from mmengine.registry import DATASETS, init_default_scope
@@ -174,6 +175,9 @@ def check_optimizer(cfg: Config, model: nn.Module) -> None:
     kind = settings.get('type', 'OptimWrapper')
     if str(getattr(kind, '__name__', kind)).rpartition('.')[2] == 'AmpOptimWrapper':
         check_mixed_precision(settings.get('dtype'))
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel('WARNING')  # the run itself logs the options of paramwise_cfg
     try:
         built = build_optim_wrapper(model, deepcopy(settings))
         for _, each in built.items() if isinstance(built, OptimWrapperDict) else [('', built)]:
@@ -183,6 +187,8 @@ def check_optimizer(cfg: Config, model: nn.Module) -> None:
         optimizer = (settings.get('optimizer') or {}).get('type')
         said = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
         raise CSGError(f'optim_wrapper (optimizer {optimizer}): {said}; correct it in the config') from None
+    finally:
+        logger.setLevel(level)
 
 
 def _build_dataset(split: str, dataset: Mapping[str, Any], remedy: str) -> BaseDataset:

@@ -37,11 +37,13 @@ def runs(*tables: str, only: str = '*', costs: str = '') -> str:
     metric = cells[0]['metric']
     splits = [split for split in ('val', 'test') if any(each[split] for each in cells)]
     measured = read(costs)['networks'] if costs else {}
+    by_epochs = any(each['epochs'] for each in cells)
     rounded = any(each['int8_bytes'] for each in cells)
     rows = []
     for each in cells:
         ratio = f'{each["dense_params"] / each["stored_params"]:.1f}x'
-        row = [each['cell'], f'{each["stored_params"]:,}', ratio, each['epochs'], each['seeds']]
+        row = [each['cell'], f'{each["stored_params"]:,}', ratio]
+        row += [each['epochs'], each['seeds']] if by_epochs else [each['seeds']]
         row += [score_text(each[split]) for split in splits]
         if rounded:
             row += (
@@ -51,7 +53,8 @@ def runs(*tables: str, only: str = '*', costs: str = '') -> str:
             cost = measured.get(each['cell'])
             row += [f'{cost["flops"] / 1e9:.2f}', f'{cost["step_ratio"]:.2f}x'] if cost else ['', '']
         rows.append(row)
-    columns = ['network', 'parameters stored', 'ratio', 'epochs', 'seeds', *(f'{split} {metric}' for split in splits)]
+    columns = ['network', 'parameters stored', 'ratio', *(['epochs'] if by_epochs else []), 'seeds']
+    columns += [f'{split} {metric}' for split in splits]
     columns += ['int8 file, MB', f'test {metric} of int8'] if rounded else []
     columns += ['GFLOPs', 'step to dense'] if costs else []
     return markdown(columns, rows)
@@ -107,6 +110,7 @@ def result() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     'camvid': lambda: runs(*CAMVID, costs='peers-deeplabv3-r18'),
     'kvasir': lambda: runs('runs/tables/kvasir.yml'),
+    'drawn': lambda: runs('runs/tables/drawn.yml'),
     'camvid-auto': lambda: runs('runs/tables/camvid_auto.yml', only='csg*'),
     'headline': headline,
     'models': models,

@@ -3,14 +3,17 @@
 import re
 
 import pytest
+import torch
 from conftest import ROOT, run_experiment
 
 from csg_seg.errors import CSGError
+from csg_seg.mm.model import build_model
 from experiments import metafiles, tables
 from experiments.exchange.summary import EXCHANGED, HELD
 from experiments.markdown import read
 from experiments.runs.rows import read_rows as read_rows_of_trainings
 from experiments.runs.rows import summarise
+from experiments.runs.table import read_table
 from experiments.zoo.libraries import SCOPES
 from experiments.zoo.rows import read_rows
 
@@ -91,6 +94,32 @@ def test_trained_networks_score_as_the_results_say():
         assert len(rivals) >= 3
         assert all(each[split][0] < best[split][0] for each in rivals for split in ('val', 'test'))
     assert 'At 10x and 47x it scores higher than fewer channels' in README
+
+
+@pytest.mark.parametrize('name', ['csg-10x', 'csg-20x', 'csg-47x'])
+def test_a_step_of_the_generator_moves_weights_as_far_as_the_page_says(name):
+    assert 'about six times as far as the step on the codes' in (ROOT / 'docs' / 'how_it_works.md').read_text()
+    (cell,) = read_table(ROOT / 'experiments' / 'runs' / 'tables' / 'camvid.yml').matching([f'{name}-s0'])
+    torch.manual_seed(0)
+    model = build_model(cell.read_config()).train()
+    rng = torch.Generator().manual_seed(0)
+    scores = model._forward(torch.randn(4, 3, 90, 120, generator=rng))
+    labels = torch.randint(scores.shape[1], (4, *scores.shape[2:]), generator=rng)
+    torch.nn.functional.cross_entropy(scores, labels).backward()
+    moved = torch.zeros(2)
+    generator = model.csg[0]
+    for conv in model.csg.layers.values():
+        if conv.generator is generator and conv.code.grad is not None:  # the auxiliary head takes no part
+            by_code = conv.code.grad @ generator.weight.detach()
+            by_generator = conv.code.detach() @ generator.weight.grad
+            moved += torch.stack([by_code.square().sum(), by_generator.square().sum()])
+    assert (moved[1] / moved[0]).sqrt().item() == pytest.approx(6, abs=0.5)
+
+
+def test_long_rows_have_the_highest_mean_on_drawn_images():
+    means = {each['cell']: each['test'][0] for each in summarise(read_rows_of_trainings(ROOT / 'results/drawn.json'))}
+    assert len(means) == 4 and max(means, key=means.__getitem__) == 'csg-6x-long-rows'
+    assert '`csg-6x-long-rows` has the highest mean' in (ROOT / 'docs' / 'results.md').read_text()
 
 
 def test_networks_trained_in_float32_are_those_that_the_page_names():

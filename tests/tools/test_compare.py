@@ -24,6 +24,7 @@ def compared(drawn, tmp_path_factory):
     folder = tmp_path_factory.mktemp('compared')
     options = {f'{split}_dataloader.dataset.data_root': drawn for split in ('train', 'val', 'test')}
     options |= {'train_cfg.max_iters': 2, 'default_hooks.checkpoint.interval': 2, 'train_dataloader.batch_size': 2}
+    options['optim_wrapper.paramwise_cfg.custom_keys.csg.lr_mult'] = 0.3  # mmengine logs such settings
     files = ['--narrow', NARROW, '--work-dir', folder, '--out', folder / 'result.json']
     command = [DENSE, DEMO, *files, *cfg_options(options), '--json']
     return folder, json.loads(run_tool('compare.py', *command).stdout)
