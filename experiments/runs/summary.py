@@ -43,7 +43,8 @@ def runs(*tables: str, only: str = '*', costs: str = '') -> str:
     for each in cells:
         ratio = f'{each["dense_params"] / each["stored_params"]:.1f}x'
         row = [each['cell'], f'{each["stored_params"]:,}', ratio]
-        row += [each['epochs'], each['seeds']] if by_epochs else [each['seeds']]
+        row += [each['epochs']] if by_epochs else []
+        row.append(each['seeds'])
         row += [score_text(each[split]) for split in splits]
         if rounded:
             row += (
@@ -53,8 +54,9 @@ def runs(*tables: str, only: str = '*', costs: str = '') -> str:
             cost = measured.get(each['cell'])
             row += [f'{cost["flops"] / 1e9:.2f}', f'{cost["step_ratio"]:.2f}x'] if cost else ['', '']
         rows.append(row)
-    columns = ['network', 'parameters stored', 'ratio', *(['epochs'] if by_epochs else []), 'seeds']
-    columns += [f'{split} {metric}' for split in splits]
+    columns = ['network', 'parameters stored', 'ratio']
+    columns += ['epochs'] if by_epochs else []
+    columns += ['seeds', *(f'{split} {metric}' for split in splits)]
     columns += ['int8 file, MB', f'test {metric} of int8'] if rounded else []
     columns += ['GFLOPs', 'step to dense'] if costs else []
     return markdown(columns, rows)

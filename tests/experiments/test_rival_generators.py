@@ -137,17 +137,16 @@ def test_an_entry_of_a_code_moves_its_slice_as_a_linear_generators_does(csg):
 def test_long_rows_begin_with_the_same_weights_and_move_them_in_other_proportions():
     x, target = batch()
     linear, long = (retrofit(Net(), SQUARE | {'code_dim': 24, 'generator': kind}) for kind in ('linear', 'long_rows'))
+    torch.testing.assert_close(long.widen.weight, linear.widen.weight)
     for model in (linear, long):
-        torch.testing.assert_close(model.widen.weight, linear.widen.weight)
         F.cross_entropy(model(x), target).backward()
 
     def moved(model):
         conv, generator = model.widen, model.csg[0]
         return conv.code.grad @ generator.weight.detach(), conv.code.detach() @ generator.weight.grad
 
-    for (before, after), factor in zip(
-        zip(moved(linear), moved(long), strict=True), (long_rows.STRETCH**2, long_rows.STRETCH**-2), strict=True
-    ):
+    factors = (long_rows.STRETCH**2, long_rows.STRETCH**-2)
+    for before, after, factor in zip(moved(linear), moved(long), factors, strict=True):
         torch.testing.assert_close(after, before * factor)
 
 

@@ -44,10 +44,7 @@ def count(cell):
 
 @pytest.mark.parametrize(
     'path',
-    [
-        pytest.param(path, marks=[pytest.mark.full] * (path.parts[-3] in ('rivals', 'peers')), id=path.stem)
-        for path in TABLES
-    ],
+    [pytest.param(path, marks=[pytest.mark.full] * (path.parts[-3] in SLOW), id=path.stem) for path in TABLES],
 )
 def test_cells_store_what_their_names_say(path):
     table = read_table(path)
