@@ -127,6 +127,31 @@ def test_long_rows_have_the_highest_mean_on_drawn_images():
     )
 
 
+def test_the_learning_rate_decides_the_comparison_as_the_page_says():
+    text = (ROOT / 'docs' / 'results.md').read_text()
+    rows = read_rows_of_trainings(ROOT / 'results' / 'camvid-90x120.json')
+    scores = {row['cell']: (row['val'], row['test']) for row in rows if row['seed'] == 0}
+
+    def ahead(cell: str, other: str) -> list[float]:
+        return [mine - theirs for mine, theirs in zip(scores[cell], scores[other], strict=True)]
+
+    def points(differences: list[float]) -> str:
+        return ' and '.join(f'{each:.1f}' for each in differences)
+
+    assert f'At 0.2, dense gains {points(ahead("dense-lr-0.2", "dense"))} points' in text
+    low, middle = ahead('csg-6x', 'dense'), ahead('csg-6x-lr-0.06', 'dense-lr-0.06')
+    high = ahead('dense-lr-0.2', 'csg-6x-lr-0.2')
+    assert max(map(abs, middle)) <= 0.6
+    assert f'{points(low)} points above dense at 0.02, like dense at 0.06, and {points(high)} points below it' in text
+    narrow = ahead('dense-lr-0.2', 'narrow-6x-lr-0.2')
+    assert f'The narrow network of equal size is {points(narrow)} points below dense at 0.2' in text
+    assert min(high) > 0 and 'Higher learning rates](docs/results.md#the-learning-rate) favour dense' in README
+    log = (ROOT / 'docs' / 'research_log.md').read_text()
+    gains = [points(ahead(f'{cell}-lr-0.2', cell)) for cell in ('dense', 'csg-6x')]
+    assert 'gains {} points with 0.2 when dense, and {} with CSG at 6x'.format(*gains) in log
+    assert sum(ahead('csg-6x-long-rows', 'csg-6x')) < 0 and 'gains nothing' in text
+
+
 def test_networks_trained_in_float32_are_those_that_the_page_names():
     rows = read_rows_of_trainings(ROOT / 'results' / 'camvid.json')
     assert {row['method'] for row in rows if row.get('precision') == 'float32'} == {'tucker', 'separable'}
