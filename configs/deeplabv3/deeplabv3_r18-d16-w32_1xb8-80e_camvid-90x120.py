@@ -1,5 +1,5 @@
 # DeepLabV3, ResNet-18 of half the usual width at output stride 16, on CamVid at a quarter of its size, from scratch:
-# 3.5 M parameters.
+# 3.5 M parameters. The dilations of the head are scaled to the smaller maps.
 # The import makes 'mmseg::' resolve on both lines of mm packages, whatever program reads this.
 _base_ = __import__('csg_seg.mm') and [
     'mmseg::_base_/default_runtime.py',

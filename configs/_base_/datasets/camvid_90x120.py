@@ -1,5 +1,5 @@
 # CamVid at a quarter of its size, for many trainings to convergence on a CPU; scored at full size, as ever.
-_base_ = './camvid_half.py'
+_base_ = './camvid_180x240.py'
 crop_size = (90, 120)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -16,10 +16,6 @@ test_pipeline = [
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]
-train_dataloader = dict(
-    batch_size=8,
-    sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=dict(pipeline=train_pipeline),
-)
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
