@@ -111,7 +111,8 @@ def result() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     'camvid': lambda: runs(*CAMVID, costs='peers-deeplabv3-r18'),
-    'learning-rate': lambda: runs('runs/tables/camvid_90x120_learning_rate.yml', 'rivals/tables/camvid_90x120.yml'),
+    'camvid-90x120': lambda: runs('rivals/tables/camvid_90x120.yml'),
+    'learning-rate': lambda: runs('runs/tables/camvid_90x120_learning_rate.yml'),
     'kvasir': lambda: runs('runs/tables/kvasir.yml'),
     'drawn': lambda: runs('runs/tables/drawn.yml'),
     'camvid-auto': lambda: runs('runs/tables/camvid_auto.yml', only='csg*'),
