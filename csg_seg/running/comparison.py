@@ -25,7 +25,7 @@ from csg_seg.mm.model import build_model
 from csg_seg.report import Summary, summarise
 from csg_seg.retrofitting.surgery import materialise
 
-from .preflight import check_optimizer
+from .preflight import check_optimizer, check_starts
 from .side_by_side import train_all
 
 
@@ -40,7 +40,9 @@ class Trained:
     summary: Summary
 
 
-def compare(dense: Config, csg: Config, work_dir: str | Path, *, narrow: Config | None = None) -> dict[str, Any]:
+def compare(
+    dense: Config, csg: Config, work_dir: str | Path, *, narrow: Config | None = None, from_dense: bool = False
+) -> dict[str, Any]:
     """Train two or three configs, and write a picture, a compact and a materialised checkpoint.
 
     Args:
@@ -48,6 +50,8 @@ def compare(dense: Config, csg: Config, work_dir: str | Path, *, narrow: Config 
         csg: its CSG config.
         work_dir: folder to write to.
         narrow: a dense config with fewer channels, to compare with.
+        from_dense: whether the CSG network starts from the trained dense network, which also is its teacher if its
+            config has one.
 
     Returns:
         A dict of numbers for 'dense', 'csg' and 'narrow', ``compression_ratio``, ``step_time_ratio`` (CSG over
@@ -64,6 +68,8 @@ def compare(dense: Config, csg: Config, work_dir: str | Path, *, narrow: Config 
             raise CSGError(f'{name}: not an iteration-based segmentation config; compare works with these only')
         model = build_model(cfg)
         check_optimizer(cfg, model)
+        if not (from_dense and name == 'csg'):
+            check_starts(cfg)
         if (find_bank(model) is not None) != (name == 'csg'):
             wanted = 'a CSG config, this one is dense' if name == 'csg' else 'a dense config, this one is a CSG config'
             raise CSGError(f'{name}: give {wanted}')
@@ -72,7 +78,12 @@ def compare(dense: Config, csg: Config, work_dir: str | Path, *, narrow: Config 
     work_dir.mkdir(parents=True, exist_ok=True)
     for name, cfg in cfgs.items():
         cfg.update(work_dir=str(work_dir / name), experiment_name=f'{name}-{time.time_ns()}', log_level='ERROR')
-    train_all(cfgs)
+    if from_dense:
+        train_all({name: cfg for name, cfg in cfgs.items() if name != 'csg'})
+        _start_from(cfgs['csg'], _last_checkpoint(cfgs['dense']))
+        train_all({'csg': cfgs['csg']})
+    else:
+        train_all(cfgs)
     networks = [_evaluate(name, cfg) for name, cfg in cfgs.items()]
     files = {
         'picture': work_dir / 'predictions.png',
@@ -140,9 +151,22 @@ def draw_predictions(networks: Sequence[Trained], path: Path, *, samples: int = 
     save_figure(figure, path, dpi=110)
 
 
+def _last_checkpoint(cfg: Config) -> Path:
+    return Path(cfg.work_dir, f'iter_{cfg.train_cfg.max_iters}.pth')
+
+
+def _start_from(cfg: Config, checkpoint: Path) -> None:
+    """Let a CSG config start from a dense checkpoint, with the dense network as the teacher if it has one."""
+    teacher = cfg.model.get('teacher')
+    if teacher and not teacher.get('model'):
+        teacher.checkpoint = str(checkpoint)  # a student starts from its teacher's weights
+    else:
+        cfg.load_from = str(checkpoint)
+
+
 def _evaluate(name: str, cfg: Config) -> Trained:
     """Load the last checkpoint of a training and test it."""
-    checkpoint = Path(cfg.work_dir, f'iter_{cfg.train_cfg.max_iters}.pth')
+    checkpoint = _last_checkpoint(cfg)
     cfg = deepcopy(cfg)
     cfg.update(load_from=str(checkpoint), experiment_name=f'{cfg.experiment_name}-test')
     runner = Runner.from_cfg(cfg)
