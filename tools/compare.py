@@ -36,14 +36,14 @@ def parse_args() -> argparse.Namespace:
 
 def print_figures(result: dict) -> None:
     """Print a table of both networks, and the files that were written."""
-    columns = ('network', 'parameters stored', 'compression', 'training checkpoint', 'mIoU', 'step time')
+    columns = ('network', 'parameters stored', 'compression', 'training checkpoint', 'steps', 'mIoU', 'step time')
     rows = []
     for name in [name for name in NETWORKS if name in result]:
         each, dense = result[name], result['dense']
         ratio = dense['stored_params'] / each['stored_params']
         relative = result['step_time_ratio'] if name == 'csg' else each['step_seconds'] / dense['step_seconds']
         size, seconds = f'{each["checkpoint_bytes"]:,} bytes', f'{1000 * each["step_seconds"]:.0f} ms'
-        numbers = (f'{each["stored_params"]:,}', f'{ratio:.2f}x', size, f'{each["mIoU"]:.2f}')
+        numbers = (f'{each["stored_params"]:,}', f'{ratio:.2f}x', size, f'{each["steps"]:,}', f'{each["mIoU"]:.2f}')
         rows.append((name, *numbers, f'{seconds} ({relative:.2f}x)'))
     console.print_table(columns, rows)
     for name, file in result['files'].items():

@@ -55,7 +55,8 @@ def compare(
 
     Returns:
         A dict of numbers for 'dense', 'csg' and 'narrow', ``compression_ratio``, ``step_time_ratio`` (CSG over
-        dense, median over pairs of steps), ``files`` and ``seed``. It can be written as JSON.
+        dense, median over pairs of steps), ``files`` and ``seed``. It can be written as JSON. If CSG starts from the
+        dense network, its ``steps`` are those of both.
 
     Raises:
         CSGError: a config is not an iteration-based segmentation config, or is wrong.
@@ -79,9 +80,9 @@ def compare(
     for name, cfg in cfgs.items():
         cfg.update(work_dir=str(work_dir / name), experiment_name=f'{name}-{time.time_ns()}', log_level='ERROR')
     if from_dense:
-        train_all({name: cfg for name, cfg in cfgs.items() if name != 'csg'})
+        train_all({'dense': cfgs['dense']})
         _start_from(cfgs['csg'], _last_checkpoint(cfgs['dense']))
-        train_all({'csg': cfgs['csg']})
+        train_all({name: cfg for name, cfg in cfgs.items() if name != 'dense'})
     else:
         train_all(cfgs)
     networks = [_evaluate(name, cfg) for name, cfg in cfgs.items()]
@@ -93,8 +94,11 @@ def compare(
     draw_predictions(networks, files['picture'])
     _write_checkpoints(networks[1], files)
     seconds = step_times([each.runner for each in networks])
+    numbers = {each.name: _numbers(each, taken) for each, taken in zip(networks, seconds, strict=True)}
+    if from_dense:
+        numbers['csg']['steps'] += numbers['dense']['steps']
     return {
-        **{each.name: _numbers(each, taken) for each, taken in zip(networks, seconds, strict=True)},
+        **numbers,
         'compression_ratio': networks[1].summary.compression_ratio,
         'step_time_ratio': statistics.median(b / a for a, b in zip(*seconds[:2], strict=True)),
         'files': {name: {'path': str(path), 'bytes': path.stat().st_size} for name, path in files.items()},
@@ -195,6 +199,7 @@ def _numbers(network: Trained, seconds: Sequence[float]) -> dict[str, Any]:
     return {
         'stored_params': network.summary.stored_params,
         'checkpoint_bytes': network.checkpoint.stat().st_size,
+        'steps': network.runner.cfg.train_cfg.max_iters,
         'mIoU': network.scores['mIoU'],
         'step_seconds': statistics.median(seconds),
     }

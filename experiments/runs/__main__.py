@@ -38,7 +38,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--results', default=ROOT / 'results', help='folder of the results (default: results)')
     parser.add_argument(
         '--picture',
-        help='also draw the scores over the stored parameters, with those of other tables that trained as long (.png)',
+        help='also draw the scores over the stored parameters (.png); without --only, those of other tables that '
+        'trained as long too',
     )
     parser.add_argument('--overwrite', action='store_true', help='replace PICTURE when it exists')
     add_json(parser, 'print the rows as JSON instead of a table')
@@ -136,7 +137,8 @@ def main() -> None:
         wanted = {cell.label for cell in cells}
         rows = [row for row in read_rows(file) if label_of(row) in wanted]
         if args.picture and rows:
-            alike = [row for row in read_rows(file) if row['epochs'] == rows[0]['epochs'] and row not in rows]
+            others = [row for row in read_rows(file) if row not in rows] if args.only == ['*'] else []
+            alike = [row for row in others if row['epochs'] == rows[0]['epochs']]
             draw_scores([*rows, *alike], args.picture, network=rows[0]['network'], size=rows[0]['size'])
     print_result(rows, print_rows, as_json=args.json)
     if args.dry_run:

@@ -14,6 +14,7 @@ from conftest import ROOT, SMALL_MODEL, run_experiment
 
 from csg_seg.errors import CSGError
 from experiments import markdown
+from experiments.runs import __main__ as main
 from experiments.runs import picture, summary, training
 from experiments.runs.picture import draw_scores
 from experiments.runs.rows import add_row, read_rows, summarise
@@ -210,6 +211,21 @@ def test_the_table_and_the_picture_show_every_cell_of_a_network(tmp_path, monkey
     assert [axis.get_title() for axis in figure.axes] == ['n, 8x8, val', 'n, 8x8, test']
     names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert names == ['dense', 'csg', 'narrow']
+
+
+@pytest.mark.parametrize(('only', 'shown'), [([], ['dense', 'csg', 'other']), (['--only', 'dense'], ['dense'])])
+def test_only_chooses_what_the_picture_shows(only, shown, tmp_path, monkeypatch):
+    common = dict(network='n', size='s', metric='x', epochs=1, stored_params=1, dense_params=2, seed=0, seconds=60)
+    scores = dict(val=1.0, test=1.0)
+    rows = [dict(common, cell=name, method=name, **scores) for name in ('dense', 'csg', 'other')]
+    (tmp_path / 'drawn.json').write_text(json.dumps({'rows': rows}))
+    table = table_file(tmp_path, [DENSE_CELL, {**DENSE_CELL, 'name': 'csg'}])
+    drawn = []
+    monkeypatch.setattr(main, 'draw_scores', lambda rows, *args, **kwargs: drawn.extend(row['cell'] for row in rows))
+    arguments = [table, '--dry-run', '--results', tmp_path, '--picture', tmp_path / 'p.png', *only]
+    monkeypatch.setattr(sys, 'argv', ['experiments.runs', *map(str, arguments)])
+    main.main()
+    assert drawn == shown
 
 
 def test_rows_are_ordered_by_the_table_and_summarised_over_seeds(tmp_path):

@@ -35,6 +35,7 @@ def test_the_result_is_what_is_printed_and_every_file_is_there(compared):
     folder, printed = compared
     assert json.loads((folder / 'result.json').read_text()) == printed
     assert 1 <= printed['narrow']['stored_params'] / printed['csg']['stored_params'] < 1.04
+    assert [printed[name]['steps'] for name in ('dense', 'csg', 'narrow')] == [2, 4, 2]
     assert printed['compression_ratio'] == printed['dense']['stored_params'] / printed['csg']['stored_params']
     assert printed['files'].keys() == {'picture', 'compact checkpoint', 'materialised checkpoint'}
     for file in printed['files'].values():
