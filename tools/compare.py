@@ -23,11 +23,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--from-dense',
         action='store_true',
-        help='start CSG from the trained dense network, which also is its teacher if the CSG config has one',
+        help='start CSG from the trained dense network; if the CSG config has a teacher without a model, the dense '
+        'network is that teacher too',
     )
     parser.add_argument('--work-dir', required=True, help='folder for checkpoints, picture and logs')
     parser.add_argument('--seed', type=int, default=0, help='seed of all trainings (default: 0)')
-    options.add_cfg_options(parser, 'override settings of both: key=value ...')
+    options.add_cfg_options(parser, 'override settings of all configs: key=value ...')
     options.add_out(parser, 'also write the result to this JSON file', required=False)
     options.add_overwrite(parser)
     options.add_json(parser)
@@ -35,7 +36,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def print_figures(result: dict) -> None:
-    """Print a table of both networks, and the files that were written."""
+    """Print a table of the networks, and the files that were written."""
     columns = ('network', 'parameters stored', 'compression', 'training checkpoint', 'steps', 'mIoU', 'step time')
     rows = []
     for name in [name for name in NETWORKS if name in result]:

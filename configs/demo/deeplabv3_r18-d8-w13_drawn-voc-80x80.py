@@ -1,4 +1,4 @@
-# The demo's DeepLabV3 with 13 channels instead of 32: 0.58 M parameters, about as many as the CSG network stores.
+# The demo's DeepLabV3 with 13 channels instead of 32: 0.59 M parameters, 3.5 % more than CSG.
 _base_ = './deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
 model = dict(
     backbone=dict(stem_channels=13, base_channels=13),

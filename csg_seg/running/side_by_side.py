@@ -1,8 +1,10 @@
 """Train several configs, each in a process of its own, with a progress bar for each."""
 
 import multiprocessing
+import sys
 from collections.abc import Mapping, MutableMapping
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -51,7 +53,7 @@ def train_all(cfgs: Mapping[str, Config]) -> None:
 
 def _train(name: str, cfg: Config, done: MutableMapping[str, int], threads: int) -> None:
     torch.set_num_threads(threads)
-    with writing_into(cfg.work_dir), LabelGuardHook(cfg) as labels:
+    with redirect_stdout(sys.stderr), writing_into(cfg.work_dir), LabelGuardHook(cfg) as labels:
         runner = Runner.from_cfg(cfg)
         runner.register_hook(CountHook(done, name))
         runner.register_hook(labels)

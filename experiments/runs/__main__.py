@@ -38,8 +38,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--results', default=ROOT / 'results', help='folder of the results (default: results)')
     parser.add_argument(
         '--picture',
-        help='also draw the scores over the stored parameters (.png); without --only, those of other tables that '
-        'trained as long too',
+        help='also draw scores over stored parameters (.png); without --only, cells of other tables with as many '
+        'epochs are drawn too',
     )
     parser.add_argument('--overwrite', action='store_true', help='replace PICTURE when it exists')
     add_json(parser, 'print the rows as JSON instead of a table')

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
+from csg_seg.errors import CSGError
 from csg_seg.mm.figures import save_figure
 
 from .rows import Row, summarise
@@ -26,8 +27,13 @@ def draw_scores(rows: Sequence[Row], path: str | os.PathLike, *, network: str, s
         path: file of the picture (.png).
         network: whose cells are drawn.
         size: of the images.
+
+    Raises:
+        CSGError: the dense network is not among the rows.
     """
     cells = [each for each in summarise(rows) if each['network'] == network and each['size'] == size]
+    if not any(each['method'] == 'dense' for each in cells):
+        raise CSGError(f'{path}: the picture needs the scores of the dense network; add its cell to --only')
     splits = [split for split in SPLITS if any(each[split] for each in cells)]
     figure = Figure(figsize=(5 * len(splits), 4.2), layout='constrained')
     for axis, split in zip(figure.subplots(1, len(splits), squeeze=False)[0], splits, strict=True):

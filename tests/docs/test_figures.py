@@ -117,22 +117,27 @@ def test_a_step_of_the_generator_moves_weights_as_far_as_the_page_says(name):
     assert (moved[1] / moved[0]).sqrt().item() == pytest.approx(6, abs=0.5)
 
 
-def test_long_rows_have_the_highest_mean_on_drawn_images():
+def test_recipes_on_drawn_images_score_as_the_page_says():
     means = {each['cell']: each['test'][0] for each in summarise(read_rows_of_trainings(ROOT / 'results/drawn.json'))}
-    dense, longer = means.pop('dense'), means.pop('dense-1200')
-    trained = [means.pop(f'csg-trained-6x{each}') for each in ('', '-400', '-400-from-1200')]
-    assert len(means) == 4 and max(means, key=means.__getitem__) == 'csg-6x-long-rows'
-    assert means['csg-6x-long-rows'] == pytest.approx(dense, abs=0.1)
+    scratch = {name: mean for name, mean in means.items() if 'dense' not in name and 'trained' not in name}
+    assert len(scratch) == 4 and max(scratch, key=scratch.__getitem__) == 'csg-6x-long-rows'
+    assert means['csg-6x-long-rows'] == pytest.approx(means['dense'], abs=0.1)
     assert means['csg-auto-6x'] < means['csg-6x']
     text = (ROOT / 'docs' / 'results.md').read_text()
-    assert 'Of the CSG networks from scratch, `csg-6x-long-rows` has the highest mean, that of the dense network' in text
+    best = '`csg-6x-long-rows` has the highest mean, that of the dense network'
+    assert f'Of the CSG networks from scratch, {best}' in text
     assert 'Smaller slices (`csg-auto-6x`) gain nothing in this short training' in text
-    assert f'With 1,200 steps the dense network scores {longer:.2f} on 400 images' in text
-    assert f'continues from it for 400 steps scores {trained[-1]:.2f}' in text
-    assert abs(trained[-1] - longer) < 0.1 and dense < min(trained[:2])
-    demo = read('demo')
-    assert demo['narrow']['mIoU'] < demo['dense']['mIoU'] < demo['csg']['mIoU']
-    assert 'CSG scores higher than dense here because it is trained longer' in text
+    dense, csg, continued = (
+        means[name] for name in ('dense-1200', 'csg-trained-6x-400', 'csg-trained-6x-400-from-1200')
+    )
+    assert f'With 1,200 steps each, on 400 images, dense scores {dense:.2f} and CSG {csg:.2f}' in text
+    assert f'continues from the dense network of 1,200 steps scores {continued:.2f} after 1,600 steps' in text
+
+
+@pytest.mark.parametrize('name', ['camvid', 'camvid-90x120', 'drawn', 'kvasir'])
+def test_the_command_of_a_row_names_its_cell(name):
+    for row in read_rows_of_trainings(ROOT / 'results' / f'{name}.json'):
+        assert f'{row["command"]} '.count(f' {row["cell"]}-s{row["seed"]} ') == 1
 
 
 @pytest.fixture(scope='module')
@@ -153,7 +158,7 @@ def test_at_the_best_learning_rate_networks_score_as_the_pages_say(ahead):
     scores = {each['cell']: each for each in summarise(rows)}
     assert scores['dense']['seeds'] == scores['csg-auto-6x']['seeds'] == 3
     found = ahead('csg-auto-6x', 'dense')
-    assert min(found) > -0.5 and 'CSG in a smaller network scores like dense at 6x' in README
+    assert min(found) > -0.5 and 'in a smaller network, CSG and `separable` both score like dense at 6x' in README
     assert 'It scores like dense: the difference is {:+.1f} points on val and {:+.1f} on test'.format(*found) in text
     large = ahead('dense', 'csg-6x')
     assert f"the paper's for large networks, and is {points(large)} points below dense" in text
@@ -167,6 +172,16 @@ def test_at_the_best_learning_rate_networks_score_as_the_pages_say(ahead):
     narrow, tucker = (points(ahead('dense', cell)) for cell in ('narrow-6x', 'tucker-6x'))
     assert f'is {narrow} points below dense. Low rank (`tucker`) is {tucker} points below it, like `csg-6x`' in text
     assert ahead('tucker-6x', 'csg-6x') == pytest.approx([0, 0], abs=1)
+    separable = ahead('separable-6x', 'dense')
+    assert 'is {:+.1f} points on val and {:+.1f} on test. At 180 x 240'.format(*separable) in text
+    assert max(map(abs, separable)) < 0.5
+    pruned, csg, trained, narrow, tucker = (
+        points(ahead('dense', cell))
+        for cell in ('pruned-6x', 'csg-auto-30x', 'csg-trained-30x', 'narrow-30x', 'tucker-30x')
+    )
+    assert f'has 80 more epochs, is {pruned} points below it' in text
+    assert f'At 30x, CSG is {csg} points below dense (`csg-auto-30x`), or {trained} if it continues' in text
+    assert f'A narrow network is {narrow} points below dense, low rank {tucker}.' in text
     by_cell = [[row[split] for row in rows if row['cell'] == cell] for cell in scores for split in ('val', 'test')]
     assert max(max(each) - min(each) for each in by_cell) == pytest.approx(2, abs=0.2)
     assert 'Seeds of one network differ by up to two points' in text

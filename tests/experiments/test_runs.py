@@ -213,19 +213,29 @@ def test_the_table_and_the_picture_show_every_cell_of_a_network(tmp_path, monkey
     assert names == ['dense', 'csg', 'narrow']
 
 
-@pytest.mark.parametrize(('only', 'shown'), [([], ['dense', 'csg', 'other']), (['--only', 'dense'], ['dense'])])
-def test_only_chooses_what_the_picture_shows(only, shown, tmp_path, monkeypatch):
+@pytest.fixture
+def three_rows(tmp_path):
+    """A table of a dense and a CSG network, and a file of results with a third one."""
     common = dict(network='n', size='s', metric='x', epochs=1, stored_params=1, dense_params=2, seed=0, seconds=60)
-    scores = dict(val=1.0, test=1.0)
-    rows = [dict(common, cell=name, method=name, **scores) for name in ('dense', 'csg', 'other')]
+    rows = [dict(common, cell=name, method=name, val=1.0, test=1.0) for name in ('dense', 'csg', 'other')]
     (tmp_path / 'drawn.json').write_text(json.dumps({'rows': rows}))
-    table = table_file(tmp_path, [DENSE_CELL, {**DENSE_CELL, 'name': 'csg'}])
-    drawn = []
-    monkeypatch.setattr(main, 'draw_scores', lambda rows, *args, **kwargs: drawn.extend(row['cell'] for row in rows))
-    arguments = [table, '--dry-run', '--results', tmp_path, '--picture', tmp_path / 'p.png', *only]
+    return table_file(tmp_path, [DENSE_CELL, {**DENSE_CELL, 'name': 'csg'}])
+
+
+@pytest.mark.parametrize(('only', 'shown'), [([], ['dense', 'csg', 'other']), (['--only', 'dense'], ['dense'])])
+def test_only_chooses_what_the_picture_shows(three_rows, only, shown, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(picture, 'save_figure', lambda figure, path: figures.append(figure))
+    arguments = [three_rows, '--dry-run', '--results', tmp_path, '--picture', tmp_path / 'p.png', *only]
     monkeypatch.setattr(sys, 'argv', ['experiments.runs', *map(str, arguments)])
     main.main()
-    assert drawn == shown
+    assert [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()] == shown
+
+
+def test_a_picture_without_the_dense_network_is_refused(three_rows, tmp_path, refused):
+    arguments = ['--dry-run', '--results', tmp_path, '--picture', tmp_path / 'p.png', '--only', 'csg']
+    assert 'add its cell to --only' in refused('experiments.runs', three_rows, *arguments)
+    assert not (tmp_path / 'p.png').exists()
 
 
 def test_rows_are_ordered_by_the_table_and_summarised_over_seeds(tmp_path):

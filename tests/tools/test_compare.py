@@ -8,9 +8,11 @@ import mmcv
 import pytest
 import torch
 from conftest import ROOT, cfg_options, run_tool
+from mmengine.config import Config
 from mmseg.datasets import PascalVOCDataset
 
 from csg_seg.deploy.inference import load_network
+from csg_seg.running.comparison import _start_from
 from csg_seg.storage.format import read_compact
 
 DEMO = ROOT / 'configs' / 'demo' / 'taught-csg-6x_deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
@@ -42,23 +44,48 @@ def test_the_result_is_what_is_printed_and_every_file_is_there(compared):
         assert (folder / file['path']).stat().st_size == file['bytes'] > 0
 
 
-def test_csg_starts_from_the_dense_network(compared):
-    folder, _ = compared
-    dense, csg = (read_weights(folder / name) for name in ('dense/iter_2.pth', 'materialised.pth'))
-    for name, weight in dense.items():
-        if 'layer4' in name and weight.dim() == 4:
-            similarity = torch.cosine_similarity(weight.flatten(), csg[name].flatten(), dim=0)
-            assert similarity > 0.2, name  # of two random weights, below 0.03
-
-
 def read_weights(path):
     return torch.load(path, weights_only=True)['state_dict']
 
 
-def test_without_from_dense_a_missing_teacher_is_named(refused, tmp_path, drawn):
-    options = {f'{split}_dataloader.dataset.data_root': drawn for split in ('train', 'val', 'test')}
-    message = refused('compare.py', DENSE, DEMO, '--work-dir', tmp_path / 'out', *cfg_options(options))
-    assert 'work_dirs/demo/dense/iter_800.pth: no such file' in message
+def test_csg_starts_from_the_dense_network(compared):
+    folder, _ = compared
+    dense, csg = (read_weights(folder / name) for name in ('dense/iter_2.pth', 'materialised.pth'))
+    names = [name for name, weight in dense.items() if 'layer4' in name and weight.dim() == 4]
+    assert len(names) == 5
+    for name in names:
+        similarity = torch.cosine_similarity(dense[name].flatten(), csg[name].flatten(), dim=0)
+        assert similarity > 0.2, name  # of two random weights, below 0.03
+
+
+def test_all_networks_of_the_demo_have_as_many_steps():
+    dense, csg, narrow = (Config.fromfile(path).train_cfg.max_iters for path in (DENSE, DEMO, NARROW))
+    assert narrow == dense + csg
+
+
+def test_a_teacher_that_has_its_own_model_stays(tmp_path):
+    cfg = Config.fromfile(DEMO)
+    _start_from(cfg, 'dense.pth')
+    assert cfg.load_from == cfg.model.teacher.checkpoint == 'dense.pth'
+    cfg.model.teacher.update(model=dict(type='EncoderDecoder'), checkpoint='other.pth')
+    _start_from(cfg, 'dense.pth')
+    assert cfg.load_from == 'dense.pth' and cfg.model.teacher.checkpoint == 'other.pth'
+
+
+def test_a_wrong_start_is_refused_before_anything_is_trained(refused, tmp_path, drawn, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the demo has not been run
+    data = {f'{split}_dataloader.dataset.data_root': drawn for split in ('train', 'val', 'test')}
+
+    def refused_with(*more, csg=DEMO):
+        return refused('compare.py', DENSE, csg, '--work-dir', 'out', *cfg_options(data), *more)
+
+    assert 'work_dirs/demo/dense/iter_800.pth: no such file' in refused_with()
+    (tmp_path / 'other.py').write_text(f'_base_ = {str(DEMO)!r}\nmodel = dict(decode_head=dict(channels=32))\n')
+    assert 'another network than the dense one' in refused_with('--from-dense', csg=tmp_path / 'other.py')
+    teacher = "model = dict(teacher=dict(checkpoint='absent.pth', model=dict(type='EncoderDecoder')))"
+    (tmp_path / 'taught.py').write_text(f'_base_ = {str(DEMO)!r}\n{teacher}\n')
+    assert 'absent.pth: no such file' in refused_with('--from-dense', csg=tmp_path / 'taught.py')
+    assert not (tmp_path / 'out').exists()
 
 
 def test_the_compact_file_is_enough_to_look_at_an_image(compared, drawn):
