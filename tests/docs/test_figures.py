@@ -131,6 +131,7 @@ def test_recipes_on_drawn_images_score_as_the_page_says():
         means[name] for name in ('dense-1200', 'csg-trained-6x-400', 'csg-trained-6x-400-from-1200')
     )
     assert f'With 1,200 steps each, on 400 images, dense scores {dense:.2f} and CSG {csg:.2f}' in text
+    assert f'a step of the dense network took {read("demo")["dense"]["step_seconds"]:.2f} seconds there' in text
     assert f'continues from the dense network of 1,200 steps scores {continued:.2f} after 1,600 steps' in text
 
 
