@@ -12,6 +12,7 @@ from mmengine.config import Config
 from mmseg.datasets import PascalVOCDataset
 
 from csg_seg.deploy.inference import load_network
+from csg_seg.mm.checkpoints.reading import read_checkpoint
 from csg_seg.running.comparison import _start_from
 from csg_seg.storage.format import read_compact
 
@@ -44,13 +45,9 @@ def test_the_result_is_what_is_printed_and_every_file_is_there(compared):
         assert (folder / file['path']).stat().st_size == file['bytes'] > 0
 
 
-def read_weights(path):
-    return torch.load(path, weights_only=True)['state_dict']
-
-
 def test_csg_starts_from_the_dense_network(compared):
     folder, _ = compared
-    dense, csg = (read_weights(folder / name) for name in ('dense/iter_2.pth', 'materialised.pth'))
+    dense, csg = (read_checkpoint(folder / name)['state_dict'] for name in ('dense/iter_2.pth', 'materialised.pth'))
     names = [name for name, weight in dense.items() if 'layer4' in name and weight.dim() == 4]
     assert len(names) == 5
     for name in names:
