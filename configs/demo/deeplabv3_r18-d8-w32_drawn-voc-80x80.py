@@ -1,5 +1,5 @@
-# DeepLabV3 with a half-width ResNet-18: 3.5 M parameters, trained from scratch on two CPU cores in
-# some minutes, on the data set drawn by tools/dataset_converters/draw_voc.py.
+# DeepLabV3 with a half-width ResNet-18: 3.5 M parameters, trained from scratch on the data set drawn by
+# tools/dataset_converters/draw_voc.py.
 # The import makes 'mmseg::' resolve on both lines of mm packages, whatever program reads this.
 _base_ = __import__('csg_seg.mm') and ['mmseg::_base_/default_runtime.py']
 

@@ -60,7 +60,7 @@ def test_all_networks_of_the_demo_have_as_many_steps():
     assert narrow == dense + csg
 
 
-def test_a_teacher_that_has_its_own_model_stays(tmp_path):
+def test_a_teacher_that_has_its_own_model_stays():
     cfg = Config.fromfile(DEMO)
     _start_from(cfg, 'dense.pth')
     assert cfg.load_from == cfg.model.teacher.checkpoint == 'dense.pth'
