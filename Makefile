@@ -9,12 +9,12 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP_INSTALL := PIP_CONSTRAINT=constraints.txt $(RUN) -m pip install --disable-pip-version-check -q
 DEMO := configs/demo
-NAME := deeplabv3_r18-d8-w32_drawn-voc-80x80.py
+NAME := deeplabv3_r18-d8-w32_drawn-voc-64x64.py
 
 .PHONY: demo test check-full docs lint clean
 
 demo: $(VENV)/mm.installed
-	$(RUN) tools/dataset_converters/draw_voc.py data/drawn
+	$(RUN) tools/dataset_converters/draw_voc.py data/drawn --size 64
 	$(RUN) tools/compare.py $(DEMO)/$(NAME) $(DEMO)/taught-csg-6x_$(NAME) --narrow $(DEMO)/$(subst w32,w13,$(NAME)) \
 		--from-dense --work-dir work_dirs/demo --out work_dirs/demo/result.json --overwrite
 	$(VENV)/bin/csg-seg demo data/drawn/VOC2012/JPEGImages/val_00045.jpg work_dirs/demo/csg.safetensors \

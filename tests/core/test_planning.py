@@ -46,7 +46,7 @@ class Odd(nn.Module):
 def build(name):
     torch.manual_seed(0)
     if name == 'deeplab':
-        return build_model(read_config(str(ROOT / 'configs/demo/deeplabv3_r18-d8-w32_drawn-voc-80x80.py')))
+        return build_model(read_config(str(ROOT / 'configs/demo/deeplabv3_r18-d8-w32_drawn-voc-64x64.py')))
     builders = {'resnet20': lambda: CIFARResNet(20), 'resnet56': lambda: CIFARResNet(56), 'odd': Odd}
     return (builders | {'resnet18': models.resnet18})[name]()
 

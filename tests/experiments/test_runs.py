@@ -21,7 +21,7 @@ from experiments.runs.rows import add_row, read_rows, summarise
 from experiments.runs.table import read_table
 from experiments.runs.training import Run
 
-CONFIG = 'configs/demo/deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
+CONFIG = 'configs/demo/deeplabv3_r18-d8-w32_drawn-voc-64x64.py'
 CSG = {'slice_shape': [4, 4, 3, 3], 'code_dim': 8}
 SHORT = {
     **{key: list(value) if isinstance(value, tuple) else value for key, value in SMALL_MODEL.items()},

@@ -9,7 +9,7 @@ from mmengine.config import Config
 
 from csg_seg.mm.model import build_model
 
-DENSE = ROOT / 'configs' / 'demo' / 'deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
+DENSE = ROOT / 'configs' / 'demo' / 'deeplabv3_r18-d8-w32_drawn-voc-64x64.py'
 
 
 @pytest.mark.full

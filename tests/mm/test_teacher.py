@@ -124,7 +124,7 @@ def test_pixels_and_channels_of_a_segmentation_network(tmp_path):
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 
-    base = Config.fromfile('configs/demo/deeplabv3_r18-d8-w32_drawn-voc-80x80.py').model.to_dict()
+    base = Config.fromfile('configs/demo/deeplabv3_r18-d8-w32_drawn-voc-64x64.py').model.to_dict()
     init_default_scope('mmseg')
     dense = MODELS.build(copy.deepcopy(base))
     torch.save({'state_dict': dense.state_dict()}, tmp_path / 'dense.pth')

@@ -20,7 +20,7 @@ from csg_seg.mm.model import build_model
 from csg_seg.running.configs import read_config
 from csg_seg.storage.builders import build
 
-DEMO = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
+DEMO = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-64x64.py'
 CIFAR = ROOT / 'configs' / 'cifar10' / 'csg-s12-d72_resnet20_b64-20e_cifar10-npz.py'
 META = {'classes': ('thing', 'other'), 'palette': [[0, 0, 0], [9, 9, 9]]}
 

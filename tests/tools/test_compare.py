@@ -16,7 +16,7 @@ from csg_seg.mm.checkpoints.reading import read_checkpoint
 from csg_seg.running.comparison import _start_from
 from csg_seg.storage.format import read_compact
 
-DEMO = ROOT / 'configs' / 'demo' / 'taught-csg-6x_deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
+DEMO = ROOT / 'configs' / 'demo' / 'taught-csg-6x_deeplabv3_r18-d8-w32_drawn-voc-64x64.py'
 DENSE = DEMO.with_name(DEMO.name.removeprefix('taught-csg-6x_'))
 NARROW = DENSE.with_name(DENSE.name.replace('w32', 'w13'))
 MAKEFILE = (ROOT / 'Makefile').read_text()
@@ -37,7 +37,7 @@ def compared(drawn, tmp_path_factory):
 def test_the_result_is_what_is_printed_and_every_file_is_there(compared):
     folder, printed = compared
     assert json.loads((folder / 'result.json').read_text()) == printed
-    assert 1 <= printed['narrow']['stored_params'] / printed['csg']['stored_params'] < 1.04
+    assert 1 <= printed['narrow']['stored_params'] / printed['csg']['stored_params'] < 1.02
     assert [printed[name]['steps'] for name in ('dense', 'csg', 'narrow')] == [2, 4, 2]
     assert printed['compression_ratio'] == printed['dense']['stored_params'] / printed['csg']['stored_params']
     assert printed['files'].keys() == {'picture', 'compact checkpoint', 'materialised checkpoint'}
@@ -76,7 +76,7 @@ def test_a_wrong_start_is_refused_before_anything_is_trained(refused, tmp_path, 
     def refused_with(*more, csg=DEMO):
         return refused('compare.py', DENSE, csg, '--work-dir', 'out', *cfg_options(data), *more)
 
-    assert 'work_dirs/demo/dense/iter_800.pth: no such file' in refused_with()
+    assert 'work_dirs/demo/dense/iter_600.pth: no such file' in refused_with()
     (tmp_path / 'other.py').write_text(f'_base_ = {str(DEMO)!r}\nmodel = dict(decode_head=dict(channels=32))\n')
     assert 'another network than the dense one' in refused_with('--from-dense', csg=tmp_path / 'other.py')
     teacher = "model = dict(teacher=dict(checkpoint='absent.pth', model=dict(type='EncoderDecoder')))"

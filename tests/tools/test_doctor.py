@@ -132,7 +132,7 @@ def test_mistakes_are_one_line(args, says):
 
 
 def test_a_tool_runs_as_a_subcommand():
-    config = 'configs/demo/deeplabv3_r18-d8-w32_drawn-voc-80x80.py'
+    config = 'configs/demo/deeplabv3_r18-d8-w32_drawn-voc-64x64.py'
     by_command = csg_seg_command('report', config, '--json')
     by_file = subprocess.run(
         [sys.executable, 'tools/report.py', config, '--json'], cwd=ROOT, capture_output=True, text=True

@@ -3,7 +3,7 @@
 # The import makes 'mmseg::' resolve on both lines of mm packages, whatever program reads this.
 _base_ = __import__('csg_seg.mm') and ['mmseg::_base_/default_runtime.py']
 
-crop_size = (80, 80)
+crop_size = (64, 64)
 norm_cfg = dict(type='BN', requires_grad=True)
 # Six pixels in ten are background; unweighted, a schedule this short learns little else.
 class_weight = [0.3] + [1.0] * 20
@@ -104,7 +104,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
 
-max_iters = 800
+max_iters = 600
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.07, momentum=0.9, weight_decay=5e-4))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, begin=0, end=30, by_epoch=False),
