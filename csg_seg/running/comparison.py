@@ -27,7 +27,7 @@ from csg_seg.report import Summary, summarise
 from csg_seg.retrofitting.surgery import materialise
 
 from .preflight import check_optimizer, check_starts
-from .side_by_side import train_all
+from .side_by_side import train_all, without_library_warnings
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Trained:
     summary: Summary
 
 
+@without_library_warnings()
 def compare(
     dense: Config, csg: Config, work_dir: str | Path, *, narrow: Config | None = None, from_dense: bool = False
 ) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 import multiprocessing
 import sys
-from collections.abc import Mapping, MutableMapping
+import warnings
+from collections.abc import Iterator, Mapping, MutableMapping
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -31,6 +32,14 @@ class CountHook(Hook):
         self.done[self.name] = runner.iter + 1
 
 
+@contextmanager
+def without_library_warnings() -> Iterator[None]:
+    """Hide the Python warnings of mmengine and mmseg, which :class:`mmengine.runner.Runner` repeats for each run."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', module=r'mm(engine|seg)\.')
+        yield
+
+
 def train_all(cfgs: Mapping[str, Config]) -> None:
     """Train iteration-based configs, on a CPU at the same time and on a GPU one after the other."""
     workers = 1 if torch.cuda.is_available() else len(cfgs)
@@ -53,7 +62,8 @@ def train_all(cfgs: Mapping[str, Config]) -> None:
 
 def _train(name: str, cfg: Config, done: MutableMapping[str, int], threads: int) -> None:
     torch.set_num_threads(threads)
-    with redirect_stdout(sys.stderr), writing_into(cfg.work_dir), LabelGuardHook(cfg) as labels:
+    quiet = without_library_warnings()
+    with quiet, redirect_stdout(sys.stderr), writing_into(cfg.work_dir), LabelGuardHook(cfg) as labels:
         runner = Runner.from_cfg(cfg)
         runner.register_hook(CountHook(done, name))
         runner.register_hook(labels)

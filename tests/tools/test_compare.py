@@ -24,18 +24,19 @@ MAKEFILE = (ROOT / 'Makefile').read_text()
 
 @pytest.fixture(scope='module')
 def compared(drawn, tmp_path_factory):
-    """The folder of a comparison, and what it printed."""
+    """The folder of a comparison, what it printed, and its messages."""
     folder = tmp_path_factory.mktemp('compared')
     options = {f'{split}_dataloader.dataset.data_root': drawn for split in ('train', 'val', 'test')}
     options |= {'train_cfg.max_iters': 2, 'default_hooks.checkpoint.interval': 2, 'train_dataloader.batch_size': 2}
     options['optim_wrapper.paramwise_cfg.custom_keys.csg.lr_mult'] = 0.3  # mmengine logs such settings
     files = ['--narrow', NARROW, '--from-dense', '--work-dir', folder, '--out', folder / 'result.json']
     command = [DENSE, DEMO, *files, *cfg_options(options), '--json']
-    return folder, json.loads(run_tool('compare.py', *command).stdout)
+    done = run_tool('compare.py', *command)
+    return folder, json.loads(done.stdout), done.stderr
 
 
 def test_the_result_is_what_is_printed_and_every_file_is_there(compared):
-    folder, printed = compared
+    folder, printed, _ = compared
     assert json.loads((folder / 'result.json').read_text()) == printed
     assert 1 <= printed['narrow']['stored_params'] / printed['csg']['stored_params'] < 1.02
     assert [printed[name]['steps'] for name in ('dense', 'csg', 'narrow')] == [2, 4, 2]
@@ -45,8 +46,13 @@ def test_the_result_is_what_is_printed_and_every_file_is_there(compared):
         assert (folder / file['path']).stat().st_size == file['bytes'] > 0
 
 
+def test_no_warning_of_a_library_is_shown(compared):
+    *_, messages = compared
+    assert 'train dense' in messages and 'UserWarning' not in messages
+
+
 def test_csg_starts_from_the_dense_network(compared):
-    folder, _ = compared
+    folder, *_ = compared
     dense, csg = (read_checkpoint(folder / name)['state_dict'] for name in ('dense/iter_2.pth', 'materialised.pth'))
     names = [name for name, weight in dense.items() if 'layer4' in name and weight.dim() == 4]
     assert len(names) == 5
@@ -86,7 +92,7 @@ def test_a_wrong_start_is_refused_before_anything_is_trained(refused, tmp_path, 
 
 
 def test_the_compact_file_is_enough_to_look_at_an_image(compared, drawn):
-    folder, _ = compared
+    folder, *_ = compared
     compact = read_compact(folder / 'csg.safetensors')
     assert compact.source['builder'] == 'mmengine'
     (rule,) = re.findall(r'^demo:.*\n((?:\t.*\n)*)', MAKEFILE, flags=re.MULTILINE)
@@ -107,7 +113,7 @@ def test_the_compact_file_is_enough_to_look_at_an_image(compared, drawn):
 
 
 def test_all_files_of_a_comparison_name_the_classes(compared):
-    folder, _ = compared
+    folder, *_ = compared
     given = [(None, 'csg.safetensors'), (DEMO, 'csg/iter_2.pth'), (DENSE, 'dense/iter_2.pth')]
     given += [(DEMO, 'csg.safetensors'), (DENSE, 'materialised.pth')]
     for config, name in given:
