@@ -15,8 +15,8 @@ NAME := deeplabv3_r18-d8-w32_drawn-voc-64x64.py
 
 demo: $(VENV)/mm.installed
 	$(RUN) tools/dataset_converters/draw_voc.py data/drawn --size 64
-	$(RUN) tools/compare.py $(DEMO)/$(NAME) $(DEMO)/taught-csg-6x_$(NAME) --narrow $(DEMO)/$(subst w32,w13,$(NAME)) \
-		--from-dense --work-dir work_dirs/demo --out work_dirs/demo/result.json --overwrite
+	$(RUN) tools/compare.py $(DEMO)/$(NAME) $(DEMO)/csg-6x_$(NAME) --narrow $(DEMO)/$(subst w32,w13,$(NAME)) \
+		--work-dir work_dirs/demo --out work_dirs/demo/result.json --overwrite
 	$(VENV)/bin/csg-seg demo data/drawn/VOC2012/JPEGImages/val_00045.jpg work_dirs/demo/csg.safetensors \
 		--scale 6 --out work_dirs/demo/seen.png --overwrite
 

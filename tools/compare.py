@@ -20,12 +20,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('dense', help='dense config file that trains for iterations, not epochs')
     parser.add_argument('csg', help='CSG config file')
     parser.add_argument('--narrow', help='config file of a narrower dense network, to train too')
-    parser.add_argument(
-        '--from-dense',
-        action='store_true',
-        help='start CSG from the trained dense network; if the CSG config has a teacher without a model, the dense '
-        'network is that teacher too',
-    )
     parser.add_argument('--work-dir', required=True, help='folder for checkpoints, picture and logs')
     parser.add_argument('--seed', type=int, default=0, help='seed of all trainings (default: 0)')
     options.add_cfg_options(parser, 'override settings of all configs: key=value ...')
@@ -64,7 +58,7 @@ def main() -> None:
                 check_data(cfg, split)
         with console.notes_to_stderr(), writing_into(args.work_dir):
             narrow = configs[2] if args.narrow else None
-            figures = compare(*configs[:2], args.work_dir, narrow=narrow, from_dense=args.from_dense)
+            figures = compare(*configs[:2], args.work_dir, narrow=narrow)
         figures['made_with'] = made_with(seed=figures.pop('seed'))
         result = write_result(args.out, figures)
     console.print_result(result, print_figures, as_json=args.json)

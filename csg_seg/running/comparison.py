@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner
-from torch import nn
 
 from csg_seg.errors import CSGError
 from csg_seg.files import check_folder, write_tensors, writing
@@ -42,9 +41,7 @@ class Trained:
 
 
 @without_library_warnings()
-def compare(
-    dense: Config, csg: Config, work_dir: str | Path, *, narrow: Config | None = None, from_dense: bool = False
-) -> dict[str, Any]:
+def compare(dense: Config, csg: Config, work_dir: str | Path, *, narrow: Config | None = None) -> dict[str, Any]:
     """Train two or three configs, and write a picture, a compact and a materialised checkpoint.
 
     Args:
@@ -52,48 +49,33 @@ def compare(
         csg: its CSG config.
         work_dir: folder to write to.
         narrow: a dense config with fewer channels, to compare with.
-        from_dense: whether the CSG network starts from the trained dense network. If the CSG config has a teacher
-            without a ``model``, the dense network is that teacher too.
 
     Returns:
         A dict of numbers for 'dense', 'csg' and 'narrow', ``compression_ratio``, ``step_time_ratio`` (CSG over
-        dense, median over pairs of steps), ``files`` and ``seed``. It can be written as JSON. With
-        ``from_dense``, ``steps`` of 'csg' includes the dense network's.
+        dense, median over pairs of steps), ``files`` and ``seed``. It can be written as JSON.
 
     Raises:
-        CSGError: a config is not an iteration-based segmentation config, or is wrong; or the CSG network, without CSG,
-            is not the dense network that it is to start from.
+        CSGError: a config is not an iteration-based segmentation config, or is wrong.
         FileNotFoundError: a config names a checkpoint that does not exist.
     """
     cfgs = {'dense': deepcopy(dense), 'csg': deepcopy(csg)}
     if narrow is not None:
         cfgs['narrow'] = deepcopy(narrow)
-    models = {}
     for name, cfg in cfgs.items():
         if 'decode_head' not in cfg.model or 'max_iters' not in cfg.train_cfg:
             raise CSGError(f'{name}: not an iteration-based segmentation config; compare works with these only')
-        models[name] = model = build_model(cfg)
+        model = build_model(cfg)
         check_optimizer(cfg, model)
-        given = deepcopy(cfg)
-        if from_dense and name == 'csg':
-            _start_from(given, None)
-        check_starts(given)
+        check_starts(cfg)
         if (find_bank(model) is not None) != (name == 'csg'):
             wanted = 'a CSG config, this one is dense' if name == 'csg' else 'a dense config, this one is a CSG config'
             raise CSGError(f'{name}: give {wanted}')
-    if from_dense and _shapes(materialise(models['csg'])) != _shapes(models['dense']):
-        raise CSGError('csg: without CSG, this is another network than the dense one, and cannot start from it')
     work_dir = Path(work_dir)
     check_folder(work_dir, given=f'--work-dir {work_dir}')
     work_dir.mkdir(parents=True, exist_ok=True)
     for name, cfg in cfgs.items():
         cfg.update(work_dir=str(work_dir / name), experiment_name=f'{name}-{time.time_ns()}', log_level='ERROR')
-    if from_dense:
-        train_all({'dense': cfgs['dense']})
-        _start_from(cfgs['csg'], str(_last_checkpoint(cfgs['dense'])))
-        train_all({name: cfg for name, cfg in cfgs.items() if name != 'dense'})
-    else:
-        train_all(cfgs)
+    train_all(cfgs)
     networks = [_evaluate(name, cfg) for name, cfg in cfgs.items()]
     files = {
         'picture': work_dir / 'predictions.png',
@@ -103,11 +85,8 @@ def compare(
     draw_predictions(networks, files['picture'])
     _write_checkpoints(networks[1], files)
     seconds = step_times([each.runner for each in networks])
-    numbers = {each.name: _numbers(each, taken) for each, taken in zip(networks, seconds, strict=True)}
-    if from_dense:
-        numbers['csg']['steps'] += numbers['dense']['steps']
     return {
-        **numbers,
+        **{each.name: _numbers(each, taken) for each, taken in zip(networks, seconds, strict=True)},
         'compression_ratio': networks[1].summary.compression_ratio,
         'step_time_ratio': statistics.median(b / a for a, b in zip(*seconds[:2], strict=True)),
         'files': {name: {'path': str(path), 'bytes': path.stat().st_size} for name, path in files.items()},
@@ -164,25 +143,9 @@ def draw_predictions(networks: Sequence[Trained], path: Path, *, samples: int = 
     save_figure(figure, path, dpi=110)
 
 
-def _last_checkpoint(cfg: Config) -> Path:
-    return Path(cfg.work_dir, f'iter_{cfg.train_cfg.max_iters}.pth')
-
-
-def _start_from(cfg: Config, checkpoint: str | None) -> None:
-    """Let a CSG config start from a dense checkpoint, which is also the teacher's unless the teacher has a model."""
-    cfg.load_from = checkpoint
-    teacher = cfg.model.get('teacher')
-    if teacher and not teacher.get('model'):
-        teacher.checkpoint = checkpoint
-
-
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
-
-
 def _evaluate(name: str, cfg: Config) -> Trained:
     """Load the last checkpoint of a training and test it."""
-    checkpoint = _last_checkpoint(cfg)
+    checkpoint = Path(cfg.work_dir, f'iter_{cfg.train_cfg.max_iters}.pth')
     cfg = deepcopy(cfg)
     cfg.update(load_from=str(checkpoint), experiment_name=f'{cfg.experiment_name}-test')
     runner = Runner.from_cfg(cfg)

@@ -182,7 +182,7 @@ def test_a_compact_file_is_read_without_the_package_as_the_page_does(dtype, tmp_
 
 
 def test_the_recipe_for_other_classes_trains(drawn, tmp_path):
-    demo = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-64x64.py'
+    demo = ROOT / 'configs' / 'demo' / 'csg-6x_deeplabv3_r18-d8-w32_drawn-voc-64x64.py'
     heads = "dict(slice_shape=(16, 16, 1, 1), code_dim=16, include=['*.conv_seg'])"
     any_classes = 'dict(loss_decode=dict(class_weight=None))'
     csg = f'csg=[dict(slice_shape=(16, 16, 3, 3), code_dim=128), {heads}]'
@@ -246,7 +246,7 @@ def test_the_page_of_many_networks_is_true_of_plain_pytorch(tmp_path, monkeypatc
 
 
 def test_a_variant_that_trains_codes_differs_from_its_base_in_codes(drawn, tmp_path):
-    demo = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-64x64.py'
+    demo = ROOT / 'configs' / 'demo' / 'csg-6x_deeplabv3_r18-d8-w32_drawn-voc-64x64.py'
     (tmp_path / 'my_csg_config.py').write_text(f'_base_ = {str(demo)!r}\n')
     recipe = example('many_networks.md', "_base_ = './my_csg_config.py'")
     trained = tmp_path / 'base' / 'iter_2.pth'

@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 from csg_seg import save_compact
 from csg_seg.running.configs import read_config
 
-DEMO = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-64x64.py'
+DEMO = ROOT / 'configs' / 'demo' / 'csg-6x_deeplabv3_r18-d8-w32_drawn-voc-64x64.py'
 
 
 @pytest.fixture

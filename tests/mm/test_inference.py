@@ -21,8 +21,8 @@ from csg_seg.errors import CSGError
 from csg_seg.mm.model import build_model
 from csg_seg.running.configs import read_config
 
-DEMO = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-64x64.py'
-DENSE = DEMO.with_name(DEMO.name.removeprefix('csg-s16-d128_'))
+DEMO = ROOT / 'configs' / 'demo' / 'csg-6x_deeplabv3_r18-d8-w32_drawn-voc-64x64.py'
+DENSE = DEMO.with_name(DEMO.name.removeprefix('csg-6x_'))
 CIFAR = ROOT / 'configs' / 'cifar10' / 'csg-s12-d72_resnet20_b64-20e_cifar10-npz.py'
 META = {'classes': [f'class {index}' for index in range(21)], 'palette': [[index * 9, 0, 99] for index in range(21)]}
 

@@ -17,7 +17,7 @@ from csg_seg.mm.model import build_model
 from csg_seg.running.configs import read_config
 from csg_seg.running.preflight import check_data
 
-DEMO = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-64x64.py'
+DEMO = ROOT / 'configs' / 'demo' / 'csg-6x_deeplabv3_r18-d8-w32_drawn-voc-64x64.py'
 RESNET20 = ROOT / 'configs' / 'cifar10' / 'resnet20_b64-20e_cifar10-npz.py'
 
 

@@ -16,7 +16,7 @@ from csg_seg.mm.checkpoints.writing import write_with_config
 from csg_seg.mm.model import build_model
 from csg_seg.running.configs import read_config
 
-DEMO = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-64x64.py'
+DEMO = ROOT / 'configs' / 'demo' / 'csg-6x_deeplabv3_r18-d8-w32_drawn-voc-64x64.py'
 CIFAR = ROOT / 'configs' / 'cifar10' / 'csg-s12-d72_resnet20_b64-20e_cifar10-npz.py'
 SIZES = [(1, 80, 80), (2, 57, 131)]
 

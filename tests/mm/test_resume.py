@@ -11,7 +11,7 @@ from csg_seg.mm.checkpoints.reading import read_checkpoint
 from csg_seg.mm.model import build_model
 from csg_seg.running.configs import read_config
 
-DEMO = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-64x64.py'
+DEMO = ROOT / 'configs' / 'demo' / 'csg-6x_deeplabv3_r18-d8-w32_drawn-voc-64x64.py'
 
 
 def arguments(drawn, work_dir, **options):

@@ -23,8 +23,8 @@ from csg_seg.files import NotWrittenError, check_folder, write_tensors, write_wh
 from csg_seg.mm.model import build_model
 from csg_seg.running.configs import read_config
 
-DEMO = ROOT / 'configs' / 'demo' / 'csg-s16-d128_deeplabv3_r18-d8-w32_drawn-voc-64x64.py'
-DENSE = DEMO.with_name(DEMO.name.removeprefix('csg-s16-d128_'))
+DEMO = ROOT / 'configs' / 'demo' / 'csg-6x_deeplabv3_r18-d8-w32_drawn-voc-64x64.py'
+DENSE = DEMO.with_name(DEMO.name.removeprefix('csg-6x_'))
 TABLE = ROOT / 'experiments' / 'runs' / 'tables' / 'camvid.yml'
 RESNET20 = ROOT / 'configs' / 'cifar10' / 'resnet20_b64-20e_cifar10-npz.py'
 # A folder of Linux that not even root writes in.
