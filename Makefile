@@ -1,4 +1,4 @@
-# make demo    set up, train DeepLabV3 on drawn data: dense, CSG from it, narrow; print the comparison, look at an image
+# make demo    set up, train DeepLabV3 on drawn data: dense, with CSG and narrow; print the comparison, look at an image
 # make test    set up and run the tests; CSG_SEG_DATA=FOLDER adds those on real images
 # make check-full   the long checks too
 # make docs    build the documentation site into docs/_build/html

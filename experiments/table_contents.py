@@ -41,7 +41,7 @@ EXPERIMENTS = {
 def demo() -> str:
     """Dense and CSG in ``make demo``."""
     result = read('demo')
-    columns = ('network', 'parameters stored', 'compression', 'training checkpoint', 'steps', 'mIoU', 'step time')
+    columns = ('network', 'parameters stored', 'compression', 'training checkpoint', 'mIoU', 'step time')
     rows = []
     dense = result['dense']
     for name in ('dense', 'csg', 'narrow'):
@@ -49,7 +49,7 @@ def demo() -> str:
         ratio = dense['stored_params'] / each['stored_params']
         seconds = result['step_time_ratio'] if name == 'csg' else each['step_seconds'] / dense['step_seconds']
         size = f'{each["checkpoint_bytes"]:,} bytes'
-        numbers = (f'{each["stored_params"]:,}', f'{ratio:.2f}x', size, f'{each["steps"]:,}', f'{each["mIoU"]:.2f}')
+        numbers = (f'{each["stored_params"]:,}', f'{ratio:.2f}x', size, f'{each["mIoU"]:.2f}')
         rows.append((name, *numbers, f'{seconds:.2f}x'))
     return markdown(columns, rows)
 

@@ -44,6 +44,8 @@ class Trained:
 def compare(dense: Config, csg: Config, work_dir: str | Path, *, narrow: Config | None = None) -> dict[str, Any]:
     """Train two or three configs, and write a picture, a compact and a materialised checkpoint.
 
+    Warnings of mmengine and mmseg are hidden.
+
     Args:
         dense: an iteration-based segmentation config.
         csg: its CSG config.

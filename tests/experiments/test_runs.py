@@ -33,7 +33,7 @@ SHORT = {
 
 
 def table_file(tmp_path, cells, **changes):
-    defaults = {'network': 'deeplabv3', 'size': '80x80', 'config': CONFIG, 'options': SHORT}
+    defaults = {'network': 'deeplabv3', 'size': '64x64', 'config': CONFIG, 'options': SHORT}
     content = {'dataset': 'drawn', 'metric': 'mIoU', 'defaults': defaults, 'cells': cells, **changes}
     path = tmp_path / 'table.yml'
     path.write_text(yaml.safe_dump(content))

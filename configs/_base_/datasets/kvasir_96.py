@@ -1,4 +1,4 @@
-# Kvasir-SEG at half the size, for many trainings to convergence on a CPU; scored at full size, as ever.
+# Kvasir-SEG at half the size, for many trainings to convergence on a CPU; scored at full size, as always.
 _base_ = './kvasir_192.py'
 crop_size = (96, 96)
 train_pipeline = [
