@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -317,11 +318,12 @@ class Run:
         return [entries[step] for step in sorted(entries)]
 
     def _training_seconds(self) -> float:
-        """Return the seconds of all training iterations, those of loading data included."""
+        """Return the median seconds of a training iteration, with loading of data, times the iterations.
+
+        The median leaves out the time for which a training was suspended.
+        """
         logged = self._logged()
-        steps = [0, *(entry['step'] for entry in logged)]
-        spans = [after - before for before, after in zip(steps, steps[1:], strict=False)]
-        return sum(span * entry['time'] for span, entry in zip(spans, logged, strict=True))
+        return logged[-1]['step'] * statistics.median(entry['time'] for entry in logged)
 
     def _command(self) -> str:
         float32 = ' --float32' if self.cell.amp and not self.amp else ''

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -248,3 +249,8 @@ def test_rows_are_ordered_by_the_table_and_summarised_over_seeds(tmp_path):
     one, several = summarise(rows)
     assert one['val'] is None and one['test'] == (2.0, None)
     assert several['seeds'] == 2 and several['val'] == (2.0, 2**0.5) and several['test'] == (4.0, 2**0.5)
+
+
+def test_the_time_for_which_a_training_was_suspended_is_left_out():
+    logged = [dict(step=50, time=2.0), dict(step=100, time=500.0), dict(step=150, time=2.25)]
+    assert Run._training_seconds(SimpleNamespace(_logged=lambda: logged)) == 150 * 2.25
