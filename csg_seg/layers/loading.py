@@ -26,6 +26,8 @@ class Loading:
         fit_on_load: whether loaded dense weights are fitted; if not, they are dropped, because a training checkpoint
             follows.
         keep_generators: whether a fit keeps the generators, because they belong to another network.
+        trained: dense weights that layers had before the retrofit, by name; fitted when a trainer initialises the
+            network.
         errors: the relative error of each layer's weight at the last fit, by name.
         before_init: called with the bank when a trainer initialises the network.
         after_fit: called with the bank after a fit.
@@ -35,6 +37,7 @@ class Loading:
     reset: Reset = field(default_factory=Reset)
     fit_on_load: bool = True
     keep_generators: bool = False
+    trained: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     before_init: Callable[[Any], None] | None = None
     after_fit: Callable[[Any], None] | None = None
@@ -45,8 +48,15 @@ class Loading:
         if self.before_init is not None and self.fit_on_load:
             self.before_init(self.bank)
 
+    def end_init(self) -> None:
+        """Let layers whose weights were trained, and not loaded since, be fitted to them."""
+        for name, weight in self.trained.items():
+            if self.bank.layers[name].loaded is None:
+                self.bank.layers[name].loaded = weight
+
     def forget_loaded(self) -> None:
-        """Drop dense weights that were loaded and not fitted."""
+        """Drop dense weights that were not fitted."""
+        self.trained.clear()
         for conv in self.bank.layers.values():
             conv.loaded = None
 

@@ -193,10 +193,11 @@ def _join(prefix: str) -> str:
 
 
 def _init_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Initialise the network as its own class does, then fit dense weights loaded into parts of it."""
+    """Initialise the network as its own class does, then fit dense weights of parts of it."""
     if not getattr(self, '_is_init', False):  # mmengine initialises once
         _bank(self).loading.begin_init()
     result = super(CSGRoot, self).init_weights(*args, **kwargs)  # type: ignore[misc]
+    _bank(self).loading.end_init()
     _bank(self).fit_loaded()
     return result
 

@@ -11,7 +11,7 @@ from mmengine.dist import broadcast
 from mmengine.logging import print_log
 from mmengine.model import BaseAveragedModel, BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS, MODELS, init_default_scope
-from torch import nn
+from torch import Tensor, nn
 
 from csg_seg.errors import CSGError, abridge
 from csg_seg.generators.settings import read_patterns
@@ -20,7 +20,7 @@ from csg_seg.layers.conv import find_convs
 from csg_seg.layers.state_dict_checks import check_reset
 from csg_seg.mm.checkpoints.reading import read_checkpoint
 from csg_seg.retrofitting import freezing
-from csg_seg.retrofitting.surgery import CSG, retrofit
+from csg_seg.retrofitting.surgery import CSG, retrofit, trained_layers
 
 from .teacher import Teacher
 
@@ -115,7 +115,9 @@ def retrofit_for_runner(
                 f'{name}: a {type(module).__name__} averages the weights of other layers by name, and generated '
                 'layers have no weights; train this model dense, and retrofit the trained model'
             )
+    trained = _trained_weights(model)
     bank = bank_of(retrofit(model, csg))
+    bank.loading.trained = {name: trained[name] for name in bank.layers if name in trained}
     if generators_from is not None:
         # Read when training begins, because tests do not need the file.
         bank.loading.before_init = partial(_load_generators, path=generators_from)
@@ -154,6 +156,16 @@ def build_model(cfg: Config) -> nn.Module:
             f"csg=dict(..., include=['{part}']) of the whole model"
         )
     return model
+
+
+def _trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights, by layer, of parts of a model that loaded trained weights when they were built."""
+    weights = {}
+    for part, module in model.named_children():
+        convs = {f'{part}.{name}' if name else part: conv for name, conv in find_convs(module).items()}
+        if trained_layers(model, convs):
+            weights.update({name: conv.weight.detach() for name, conv in convs.items()})
+    return weights
 
 
 def share_fit(bank: GeneratorBank) -> None:

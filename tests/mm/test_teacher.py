@@ -2,7 +2,9 @@
 
 import copy
 
+import mmseg.models  # noqa: F401 (registers EncoderDecoder)
 import pytest
+import timm
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
@@ -190,6 +192,37 @@ def test_every_door_fits_a_dense_checkpoint(door, checkpoint, runner, tmp_path):
     for name, tensor in dense.items():
         if name.endswith('.weight') and tensor.ndim == 4:
             assert torch.allclose(plain[name], tensor, atol=1e-5), name
+
+
+def timm_segmentor(checkpoint) -> dict:
+    """Return the config of an mmseg network whose backbone's constructor loads weights."""
+    backbone = dict(type='TIMMBackbone', model_name='resnet10t', pretrained=False, checkpoint_path=str(checkpoint))
+    head = dict(type='FCNHead', in_channels=512, channels=16, in_index=4, num_classes=3, norm_cfg=dict(type='BN'))
+    return dict(type='EncoderDecoder', backbone=backbone, decode_head=head)
+
+
+@pytest.mark.parametrize('trained', [True, False])
+def test_weights_that_a_constructor_loads_are_fitted(trained, tmp_path):
+    encoder = timm.create_model('resnet10t', features_only=True)
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5 if trained else 0.5)
+    torch.save(encoder.state_dict(), tmp_path / 'encoder.pth')
+    init_default_scope('mmseg')
+    config = timm_segmentor(tmp_path / 'encoder.pth')
+    retrofitted = {**config, 'type': 'CSGModel', 'base_type': 'EncoderDecoder', 'csg': dict(ratio=2)}
+    dense, student, again = (MODELS.build(copy.deepcopy(each)) for each in (config, retrofitted, retrofitted))
+    student.init_weights()
+    errors = find_bank(student).loading.errors
+    convs = dict(generated_convs(student))
+    assert any(name.startswith('decode_head') for name in convs)
+    assert {*errors} == {name for name in convs if trained and name.startswith('backbone')}
+    for name, error in errors.items():
+        weight = dense.get_submodule(name).weight
+        assert error < 0.9 and ((convs[name].weight - weight).norm() / weight.norm()).item() == pytest.approx(error, rel=1e-4)
+    again.load_state_dict(student.state_dict())  # as a test does, without init_weights
+    assert_equal(again.state_dict(), student.state_dict())
+    assert not find_bank(student).loading.trained and not find_bank(again).loading.trained
 
 
 def test_a_run_does_not_resume_from_a_dense_checkpoint(checkpoint, runner, tmp_path):
