@@ -76,18 +76,22 @@ def runs(*tables: str, only: str = '*', costs: str = '') -> str:
 
 
 def headline() -> str:
-    """Size, operations and scores of networks on CamVid, for a first look."""
-    cells = {each['cell']: each for each in summarise_cells(read('camvid-90x120')['rows'])}
+    """Size, operations and scores of networks on two data sets, for a first look."""
+    camvid, kvasir = (
+        {each['cell']: each for each in summarise_cells(read(name)['rows'])}
+        for name in ('camvid-90x120', 'kvasir-96x96')
+    )
     costs = read('peers-deeplabv3-r18-w32')['networks']
     rows = []
     for name in HEADLINE:
-        each = cells[name]
-        row = [name, f'{each["stored_params"]:,}', f'{each["int8_bytes"] / 1e6:.2f} MB']
+        each = camvid[name]
         alike = name.replace('csg-trained', 'csg-auto')  # the same network
+        row = [name, f'{each["stored_params"]:,}', f'{each["int8_bytes"] / 1e6:.2f} MB']
         row.append(f'{costs[alike]["flops"] / 1e9:.2f}')
-        rows.append([*row, *(score_text(each[split]) for split in ('val', 'test'))])
-    columns = ('network', 'parameters stored', 'int8 file', 'GFLOPs', 'val mIoU', 'test mIoU')
-    return markdown(columns, rows)
+        scores = [cells.get(name, {}).get(split) for cells in (camvid, kvasir) for split in ('val', 'test')]
+        rows.append([*row, *map(score_text, scores)])
+    columns = [f'{data_set} {split}' for data_set in ('CamVid', 'Kvasir') for split in ('val', 'test')]
+    return markdown(('network', 'parameters stored', 'int8 file', 'GFLOPs', *columns), rows)
 
 
 def models() -> str:
