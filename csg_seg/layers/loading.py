@@ -26,7 +26,7 @@ class Loading:
         fit_on_load: whether loaded dense weights are fitted; if not, they are dropped, because a training checkpoint
             follows.
         keep_generators: whether a fit keeps the generators, because they belong to another network.
-        trained: dense weights that layers had before the retrofit, by name; fitted when a trainer initialises the
+        built_with: dense weights from before the retrofit, by layer, which are fitted when a trainer initialises the
             network.
         errors: the relative error of each layer's weight at the last fit, by name.
         before_init: called with the bank when a trainer initialises the network.
@@ -37,10 +37,14 @@ class Loading:
     reset: Reset = field(default_factory=Reset)
     fit_on_load: bool = True
     keep_generators: bool = False
-    trained: dict[str, Tensor] = field(default_factory=dict)
+    built_with: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     before_init: Callable[[Any], None] | None = None
     after_fit: Callable[[Any], None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what the network was built with: a copy, as of EMA, does not begin a training."""
+        return {**self.__dict__, 'built_with': {}}
 
     def begin_init(self) -> None:
         """Prepare for a trainer that initialises the network, and may load weights into it or its parts."""
@@ -49,14 +53,16 @@ class Loading:
             self.before_init(self.bank)
 
     def end_init(self) -> None:
-        """Let layers whose weights were trained, and not loaded since, be fitted to them."""
-        for name, weight in self.trained.items():
-            if self.bank.layers[name].loaded is None:
-                self.bank.layers[name].loaded = weight
+        """Let layers be fitted to the weights that they were built with, unless others were loaded."""
+        for name, weight in self.built_with.items():
+            conv = self.bank.layers.get(name)
+            if conv is not None and conv.loaded is None:
+                check_finite(f'{name}.weight', weight)
+                conv.loaded = weight
 
     def forget_loaded(self) -> None:
         """Drop dense weights that were not fitted."""
-        self.trained.clear()
+        self.built_with.clear()
         for conv in self.bank.layers.values():
             conv.loaded = None
 

@@ -20,7 +20,7 @@ from csg_seg.layers.conv import find_convs
 from csg_seg.layers.state_dict_checks import check_reset
 from csg_seg.mm.checkpoints.reading import read_checkpoint
 from csg_seg.retrofitting import freezing
-from csg_seg.retrofitting.surgery import CSG, retrofit, trained_layers
+from csg_seg.retrofitting.surgery import CSG, retrofit
 
 from .teacher import Teacher
 
@@ -115,9 +115,9 @@ def retrofit_for_runner(
                 f'{name}: a {type(module).__name__} averages the weights of other layers by name, and generated '
                 'layers have no weights; train this model dense, and retrofit the trained model'
             )
-    trained = _trained_weights(model)
+    built_with = _weights_built_with(model)
     bank = bank_of(retrofit(model, csg))
-    bank.loading.trained = {name: trained[name] for name in bank.layers if name in trained}
+    bank.loading.built_with = {name: built_with[name].detach() for name in bank.layers if name in built_with}
     if generators_from is not None:
         # Read when training begins, because tests do not need the file.
         bank.loading.before_init = partial(_load_generators, path=generators_from)
@@ -158,14 +158,15 @@ def build_model(cfg: Config) -> nn.Module:
     return model
 
 
-def _trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights, by layer, of parts of a model that loaded trained weights when they were built."""
-    weights = {}
-    for part, module in model.named_children():
-        convs = {f'{part}.{name}' if name else part: conv for name, conv in find_convs(module).items()}
-        if trained_layers(model, convs):
-            weights.update({name: conv.weight.detach() for name, conv in convs.items()})
-    return weights
+def _weights_built_with(model: nn.Module) -> dict[str, Tensor]:
+    """Return the conv weights, by layer, that mmengine keeps when it initialises a model: of parts marked as done.
+
+    Backbones that load trained weights when they are built mark themselves, such as ``TIMMBackbone``.
+    """
+    if getattr(model, '_is_init', False):
+        return {}
+    parts = [f'{name}.' for name, module in model.named_modules() if getattr(module, '_is_init', False)]
+    return {name: conv.weight for name, conv in find_convs(model).items() if f'{name}.'.startswith(tuple(parts))}
 
 
 def share_fit(bank: GeneratorBank) -> None:

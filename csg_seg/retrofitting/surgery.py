@@ -49,7 +49,7 @@ def retrofit(model: nn.Module, csg: CSG) -> nn.Module:
     check_root(model)
     settings = [Settings.from_dict(each, position=position) for position, each in enumerate(resolve(model, csg))]
     taken, left_dense = choose_layers(model, settings)
-    trained = trained_layers(model, taken)
+    trained = _trained_layers(model, taken)
     swap_layers(model, settings, taken, left_dense)
     WATCH.note_lost({name: cast(CSGConv, model.get_submodule(name)) for name in trained})
     growth = summarise(model).describe_growth()
@@ -134,7 +134,7 @@ def swap_layers(
     attach_bank(model, GeneratorBank(generators, left_dense).to(first))
 
 
-def trained_layers(model: nn.Module, names: Collection[str]) -> list[str]:
+def _trained_layers(model: nn.Module, names: Collection[str]) -> list[str]:
     """Return the convs beside a norm whose weights differ from one another, as they do after a training alone."""
     norms: dict[str, bool] = {}
     for name in names:

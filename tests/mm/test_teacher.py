@@ -25,6 +25,7 @@ from csg_seg.distillation import divergence
 from csg_seg.errors import CSGError
 from csg_seg.layers.bank import find_bank
 from csg_seg.layers.conv import generated_convs
+from csg_seg.mm.hooks.csg import CSGHook
 
 BLOCKS = ['backbone.layer*.*']
 
@@ -194,36 +195,89 @@ def test_every_door_fits_a_dense_checkpoint(door, checkpoint, runner, tmp_path):
             assert torch.allclose(plain[name], tensor, atol=1e-5), name
 
 
-def timm_segmentor(checkpoint) -> dict:
-    """Return the config of an mmseg network whose backbone's constructor loads weights."""
+def timm_segmentor(checkpoint='') -> dict:
+    """Return the config of an mmseg network whose backbone loads a checkpoint when it is built."""
     backbone = dict(type='TIMMBackbone', model_name='resnet10t', pretrained=False, checkpoint_path=str(checkpoint))
     head = dict(type='FCNHead', in_channels=512, channels=16, in_index=4, num_classes=3, norm_cfg=dict(type='BN'))
     return dict(type='EncoderDecoder', backbone=backbone, decode_head=head)
 
 
-@pytest.mark.parametrize('trained', [True, False])
-def test_weights_that_a_constructor_loads_are_fitted(trained, tmp_path):
-    encoder = timm.create_model('resnet10t', features_only=True)
-    for module in encoder.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5 if trained else 0.5)
-    torch.save(encoder.state_dict(), tmp_path / 'encoder.pth')
+@pytest.fixture(scope='module')
+def encoder(tmp_path_factory):
+    """Return the path of a checkpoint of the backbone of :func:`timm_segmentor`."""
+    path = tmp_path_factory.mktemp('encoder') / 'encoder.pth'
+    torch.save(timm.create_model('resnet10t', features_only=True).state_dict(), path)
+    return path
+
+
+def build_segmentor(config: dict, csg: dict | None = None, **more) -> nn.Module:
+    """Build an mmseg network, with CSG if settings are given."""
     init_default_scope('mmseg')
-    config = timm_segmentor(tmp_path / 'encoder.pth')
-    retrofitted = {**config, 'type': 'CSGModel', 'base_type': 'EncoderDecoder', 'csg': dict(ratio=2)}
-    dense, student, again = (MODELS.build(copy.deepcopy(each)) for each in (config, retrofitted, retrofitted))
+    generated = dict(type='CSGModel', base_type=config['type'], csg=csg) if csg else {}
+    return MODELS.build(copy.deepcopy({**config, **generated, **more}))
+
+
+@pytest.mark.parametrize('door', ['model', 'hook', 'frozen'])
+def test_weights_that_a_backbone_is_built_with_are_fitted(door, encoder):
+    config = timm_segmentor(encoder)
+    dense = build_segmentor(config)
+    csg = dict(ratio=2, freeze_generator=door == 'frozen')
+    student = build_segmentor(config, csg if door != 'hook' else None)
+    if door == 'hook':
+        assert CSGHook(csg).retrofit(student)
+    bank = find_bank(student)
+    start = {name: tensor.clone() for name, tensor in bank.state_dict().items() if 'extra' not in name}
     student.init_weights()
-    errors = find_bank(student).loading.errors
     convs = dict(generated_convs(student))
-    assert any(name.startswith('decode_head') for name in convs)
-    assert {*errors} == {name for name in convs if trained and name.startswith('backbone')}
-    for name, error in errors.items():
+    assert {*bank.loading.errors} == {name for name in convs if name.startswith('backbone')} != {*convs}
+    for name, error in bank.loading.errors.items():
         weight = dense.get_submodule(name).weight
-        assert error < 0.9
+        assert error < 0.95
         assert ((convs[name].weight - weight).norm() / weight.norm()).item() == pytest.approx(error, rel=1e-4)
-    again.load_state_dict(student.state_dict())  # as a test does, without init_weights
-    assert_equal(again.state_dict(), student.state_dict())
-    assert not find_bank(student).loading.trained and not find_bank(again).loading.trained
+    for name, tensor in start.items():
+        assert torch.equal(bank.state_dict()[name], tensor) == (door == 'frozen')
+    assert not bank.loading.built_with
+    fitted = student.backbone.state_dict()
+    student.init_weights()  # mmengine initialises once
+    assert_equal(student.backbone.state_dict(), fitted)
+
+
+def test_a_backbone_that_loads_nothing_is_not_fitted():
+    student = build_segmentor(timm_segmentor(), dict(ratio=2))
+    student.init_weights()
+    assert not find_bank(student).loading.errors
+
+
+def test_a_checkpoint_replaces_what_a_backbone_is_built_with(encoder, tmp_path):
+    config, csg = timm_segmentor(encoder), dict(ratio=2)
+    other = build_segmentor(timm_segmentor())
+    torch.save(other.state_dict(), tmp_path / 'other.pth')
+    student = build_segmentor(config, csg, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'other.pth')))
+    student.init_weights()
+    wanted = build_segmentor(config, csg)
+    fit(wanted, other.state_dict())
+    assert_equal(student.state_dict(), wanted.state_dict())
+
+
+def test_what_a_backbone_is_built_with_goes_if_nothing_is_fitted(encoder):
+    resumed, tested, averaged = (build_segmentor(timm_segmentor(encoder), dict(ratio=2)) for _ in range(3))
+    assert find_bank(averaged).loading.built_with and not find_bank(copy.deepcopy(averaged)).loading.built_with
+    saved = averaged.state_dict()
+    tested.load_state_dict(saved)  # as a test does, without init_weights
+    assert_equal(tested.state_dict(), saved)
+    find_bank(resumed).loading.fit_on_load = False
+    resumed.init_weights()
+    for network in (resumed, tested):
+        assert not find_bank(network).loading.built_with and not find_bank(network).loading.errors
+
+
+def test_a_backbone_is_built_with_weights_that_are_finite(encoder, tmp_path):
+    weights = torch.load(encoder)
+    weights['layer2.0.conv1.weight'][0] = torch.nan
+    torch.save(weights, tmp_path / 'broken.pth')
+    student = build_segmentor(timm_segmentor(tmp_path / 'broken.pth'), dict(ratio=2))
+    with pytest.raises(CSGError, match=r'backbone\.timm_model\.layer2\.0\.conv1\.weight'):
+        student.init_weights()
 
 
 def test_a_run_does_not_resume_from_a_dense_checkpoint(checkpoint, runner, tmp_path):
