@@ -24,6 +24,7 @@ model = dict(
     decode_head=dict(in_channels=16, channels=16, num_classes=11),
     auxiliary_head=dict(in_channels=32, channels=16, num_classes=11),
 )
+# As for DeepLabV3-R18 at this size.
 optim_wrapper = dict(optimizer=dict(lr=0.2))
 log_processor = dict(by_epoch=True)
 randomness = dict(seed=0)
