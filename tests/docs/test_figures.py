@@ -64,10 +64,11 @@ def test_figures_in_the_text_are_the_results():
 
 
 def test_int8_changes_scores_as_little_as_the_readme_says():
-    files = [ROOT / 'results' / f'{name}.json' for name in ('camvid', 'camvid-90x120')]
+    names = ('camvid', 'camvid-90x120', 'kvasir', 'kvasir-96x96')
+    files = [ROOT / 'results' / f'{name}.json' for name in names]
     rows = [row for file in files for row in read_rows_of_trainings(file) if 'int8' in row]
     changes = [abs(row['int8'][split] - row[split]) for row in rows for split in ('val', 'test')]
-    assert len(changes) >= 10 and max(changes) < 0.2 and 'less than 0.2' in README
+    assert len(changes) >= 10 and 0.2 < max(changes) < 0.3 and 'less than 0.3' in README
 
 
 def test_trained_networks_score_as_the_results_say():
@@ -135,7 +136,7 @@ def test_networks_on_drawn_images_score_as_the_page_says():
     assert 'after 900 (one seed), both score at least five points higher' in text
 
 
-@pytest.mark.parametrize('name', ['camvid', 'camvid-90x120', 'drawn', 'kvasir'])
+@pytest.mark.parametrize('name', ['camvid', 'camvid-90x120', 'cifar10', 'drawn', 'kvasir', 'kvasir-96x96'])
 def test_the_command_of_a_row_names_its_cell(name):
     for row in read_rows_of_trainings(ROOT / 'results' / f'{name}.json'):
         assert f'{row["command"]} '.count(f' {row["cell"]}-s{row["seed"]} ') == 1
@@ -180,7 +181,7 @@ def test_at_the_best_learning_rate_networks_score_as_the_pages_say(ahead):
     assert max(map(abs, separable)) < 0.5
     pruned = next(row for row in rows if row['cell'] == 'pruned-6x')
     lost = points([start[split] - pruned[split] for split in ('val', 'test')])
-    assert f'80 more epochs from the dense network of seed 0, and is {lost} points below it' in text
+    assert f'80 more epochs, at 0.2 again, from the dense network of seed 0, and is {lost} points below it' in text
     by_cell = [[row[split] for row in rows if row['cell'] == cell] for cell in scores for split in ('val', 'test')]
     most = max(max(each) - min(each) for each in by_cell)
     assert f'Seeds of one network differ by up to {most:.1f} points' in text
@@ -193,7 +194,7 @@ def test_at_30x_networks_score_as_the_pages_say(ahead):
     )
     assert f'`csg-auto-30x` is {csg} points below dense' in text
     others = f'`separable` is {separable} points below dense, a narrow network {narrow}, low rank {tucker}.'
-    assert others in text and 'At 30x, CSG scores highest of what we trained' in README
+    assert others in text
     rows = read_rows_of_trainings(ROOT / 'results' / 'camvid-90x120.json')
     rivals = {row['cell'] for row in rows if row['cell'].endswith('-30x') and not row['method'].startswith('csg')}
     assert rivals == {'separable-30x', 'narrow-30x', 'tucker-30x'}
@@ -204,7 +205,6 @@ def test_at_30x_networks_score_as_the_pages_say(ahead):
     val, test = ahead('csg-trained-30x', 'csg-auto-30x')
     assert f'It is {val:.1f} points above `csg-auto-30x` on val and {test:.1f} on test' in text
     assert val == pytest.approx(1, abs=0.3) and test == pytest.approx(1, abs=0.3)
-    assert '(`csg-trained`, one seed) gain a point' in README
     behind = points(ahead('csg-auto-30x', 'separable-30x'))
     log = (ROOT / 'docs' / 'research_log.md').read_text()
     assert f'At 30x (one seed) they score {behind} points lower than CSG' in log
@@ -257,6 +257,66 @@ def test_the_learning_rate_changes_scores_as_the_pages_say(ahead):
     ):
         assert max(ahead(other, plain)) < 0.3 and f'`{other}`' in text
     assert 'A slower [generator](how_it_works.md#start-values) gains nothing' in text
+
+
+def test_on_kvasir_networks_score_as_the_page_says():
+    text = (ROOT / 'docs' / 'results.md').read_text()
+    rows = read_rows_of_trainings(ROOT / 'results' / 'kvasir-96x96.json')
+    scores = {each['cell']: each for each in summarise(rows)}
+
+    def losses(cell):
+        return [scores['dense'][split][0] - scores[cell][split][0] for split in ('val', 'test')]
+
+    assert all(scores[cell]['seeds'] == 3 for cell in ('dense', 'csg-auto-30x', 'narrow-30x'))
+    csg, separable, narrow = (losses(f'{name}-30x') for name in ('csg-auto', 'separable', 'narrow'))
+    assert f'`csg-auto-30x` is {points(csg)} points below dense (val and test)' in text
+    assert f'of equal size are {points(separable)} points below dense, and a narrow network {points(narrow)}.' in text
+    assert f'it is {points(losses("csg-100x"))} points below dense, and scores higher than `narrow-30x`' in text
+    assert max(a - b for a, b in zip(losses('csg-100x'), narrow, strict=True)) < 0
+    assert scores['narrow-30x']['stored_params'] > 3 * scores['csg-100x']['stored_params']
+    (row,) = (row for row in rows if row['cell'] == 'narrow-100x')
+    assert all(each['mAcc'] == 50 for each in row['scores'].values())
+    assert f'at 0.06 it is {points(losses("narrow-100x-lr-0.06"))} points below dense' in text
+    assert f'At 6x, with one seed, CSG is {points(losses("csg-auto-6x"))} points below dense' in text
+    first = {row['cell']: row for row in rows if row['seed'] == 0}
+    for split in ('val', 'test'):
+        assert abs(first['dense'][split] - first['dense-lr-0.06'][split]) < 0.5
+        for cell in ('narrow-30x', 'separable-30x'):
+            assert first[f'{cell}-lr-0.06'][split] < first[cell][split]
+    assert 'dense scores about the same; separable and narrow networks score lower, except the smallest' in text
+
+
+def test_the_page_says_in_short_what_the_results_are():
+    text = (ROOT / 'docs' / 'results.md').read_text()
+    camvid, kvasir, larger = (
+        {each['cell']: each for each in summarise(read_rows_of_trainings(ROOT / 'results' / f'{name}.json'))}
+        for name in ('camvid-90x120', 'kvasir-96x96', 'camvid')
+    )
+
+    def differences(scores, cell, other):
+        return [scores[cell][split][0] - scores[other][split][0] for split in ('val', 'test')]
+
+    small, polyps = (points(differences(scores, 'dense', 'csg-auto-30x')) for scores in (camvid, kvasir))
+    assert f'At 30x, it is {small} points below dense on CamVid** (val and test), and {polyps} on' in text
+    assert f'At 47x, on larger images of CamVid, it is {points(differences(larger, "dense", "csg-47x"))} below' in text
+    separable, narrow = (
+        [each for scores in (camvid, kvasir) for each in differences(scores, 'csg-auto-30x', rival)]
+        for rival in ('separable-30x', 'narrow-30x')
+    )
+    ranges = [f'{min(each):.1f} to {max(each):.1f}' for each in (separable, narrow)]
+    assert 'convolutions {} points lower than CSG, narrow networks {}.'.format(*ranges) in text
+    lost = [each for scores in (camvid, kvasir) for each in differences(scores, 'dense', 'csg-auto-30x')]
+    said = f'At 30x, CSG loses {min(lost):.1f} to {max(lost):.1f} points and scores highest of what we trained'
+    assert min(separable) > 2 and said in README
+    assert max(map(abs, differences(camvid, 'csg-auto-6x', 'separable-6x'))) < 1.5
+
+
+def test_resnet20_scores_on_cifar10_as_the_pages_say():
+    scores = {each['cell']: each for each in summarise(read_rows_of_trainings(ROOT / 'results' / 'cifar10.json'))}
+    loss = scores['dense']['test'][0] - scores['csg-2.3x']['test'][0]
+    said = f'{loss:.1f} points below dense after 20 epochs'
+    assert f'CSG at 2.3x, with slices of 12 x 12, is {said}' in (ROOT / 'docs' / 'classification.md').read_text()
+    assert f'ResNet-20 at 2.3x is {said}' in (ROOT / 'docs' / 'results.md').read_text()
 
 
 def test_networks_trained_in_float32_are_those_that_the_page_names():
