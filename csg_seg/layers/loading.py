@@ -43,7 +43,7 @@ class Loading:
     after_fit: Callable[[Any], None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what the network was built with: a copy, as of EMA, does not begin a training."""
+        """Leave out ``built_with``: no trainer initialises a copy, such as EMA's."""
         return {**self.__dict__, 'built_with': {}}
 
     def begin_init(self) -> None:

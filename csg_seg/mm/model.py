@@ -159,9 +159,10 @@ def build_model(cfg: Config) -> nn.Module:
 
 
 def _weights_built_with(model: nn.Module) -> dict[str, Tensor]:
-    """Return the conv weights, by layer, that mmengine keeps when it initialises a model: of parts marked as done.
+    """Return, by layer, the conv weights of parts that mmengine will not initialise, because they are marked as done.
 
-    Backbones that load trained weights when they are built mark themselves, such as ``TIMMBackbone``.
+    A backbone that loads trained weights when it is built marks itself, such as ``TIMMBackbone``. A model that is
+    marked as a whole has been initialised before the retrofit, and gives none.
     """
     if getattr(model, '_is_init', False):
         return {}

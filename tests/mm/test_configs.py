@@ -22,7 +22,7 @@ def test_the_promised_configs_are_there():
     }
     names = {path.stem.removeprefix('csg-s16-d128_deeplabv3_').removesuffix('-512x512') for path in CSG}
     assert deeplab <= names
-    segmentation = {'deeplabv3', 'pspnet', 'fcn', 'upernet', 'unet', 'cgnet', 'demo'}
+    segmentation = {'deeplabv3', 'deeplabv3plus', 'pspnet', 'fcn', 'upernet', 'unet', 'cgnet', 'demo'}
     assert {path.parent.name for path in CSG} == segmentation | {'cifar10', 'imagenet'}
     assert len(BUILT) >= 35
 
