@@ -286,6 +286,9 @@ def test_on_kvasir_networks_score_as_the_page_says():
     behind = [rival - mine for rival, mine in zip([*narrow, *separable], [*csg, *csg], strict=True)]
     assert max(*csg, *losses('csg-auto-6x')) < most < min(behind)
     first = {row['cell']: row for row in rows if row['seed'] == 0}
+    pruned = points([first['dense'][split] - first['pruned-30x'][split] for split in ('val', 'test')])
+    assert f'40 more epochs from the dense network of seed 0, and is {pruned} points below it' in text
+    assert f'and `separable` {points(losses("separable-6x"))}.' in text
     for split in ('val', 'test'):
         assert abs(first['dense'][split] - first['dense-lr-0.06'][split]) < 0.5
         for cell in ('narrow-30x', 'separable-30x'):
@@ -316,6 +319,8 @@ def test_the_page_says_in_short_what_the_results_are():
     lost = [each for scores in (camvid, kvasir) for each in differences(scores, 'dense', 'csg-auto-30x')]
     said = f'At 30x, CSG loses {min(lost):.1f} to {max(lost):.1f} points and scores highest of what we trained'
     assert min(separable) > 2 and said in README
+    assert {f'{each:.1f}' for each in differences(kvasir, 'csg-auto-30x', 'pruned-30x')} == {'1.5'}
+    assert 'is the closest, 1.5 points lower on val and test' in text
     assert max(map(abs, differences(camvid, 'csg-auto-6x', 'separable-6x'))) < 1.5
 
 
