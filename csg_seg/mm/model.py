@@ -158,6 +158,12 @@ def build_model(cfg: Config) -> nn.Module:
     return model
 
 
+def share_fit(bank: GeneratorBank) -> None:
+    """Send the first rank's fit to all ranks; other machines' libraries may round differently."""
+    for tensor in [*bank.parameters(), *(each for conv in bank.layers.values() for each in conv.stored().values())]:
+        broadcast(tensor.data)
+
+
 def _weights_built_with(model: nn.Module) -> dict[str, Tensor]:
     """Return, by layer, the conv weights of parts that mmengine will not initialise, because they are marked as done.
 
@@ -168,12 +174,6 @@ def _weights_built_with(model: nn.Module) -> dict[str, Tensor]:
         return {}
     parts = [f'{name}.' for name, module in model.named_modules() if getattr(module, '_is_init', False)]
     return {name: conv.weight for name, conv in find_convs(model).items() if f'{name}.'.startswith(tuple(parts))}
-
-
-def share_fit(bank: GeneratorBank) -> None:
-    """Send the first rank's fit to all ranks; other machines' libraries may round differently."""
-    for tensor in [*bank.parameters(), *(each for conv in bank.layers.values() for each in conv.stored().values())]:
-        broadcast(tensor.data)
 
 
 def _start_from(base: dict[str, Any], teacher: Mapping[str, Any]) -> dict[str, Any]:

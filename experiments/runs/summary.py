@@ -86,7 +86,7 @@ def headline() -> str:
         each = camvid[name]
         row = [name, f'{each["stored_params"]:,}', f'{each["int8_bytes"] / 1e6:.2f} MB']
         row.append(f'{costs[name]["flops"] / 1e9:.2f}')
-        scores = [cells.get(name, {}).get(split) for cells in (camvid, kvasir) for split in ('val', 'test')]
+        scores = [cells[name][split] for cells in (camvid, kvasir) for split in ('val', 'test')]
         rows.append([*row, *map(score_text, scores)])
     columns = [f'{data_set} {split}' for data_set in ('CamVid', 'Kvasir') for split in ('val', 'test')]
     return markdown(('network', 'parameters stored', 'int8 file', 'GFLOPs', *columns), rows)
