@@ -14,8 +14,7 @@ from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, TRANSFORMS, VISUALIZERS, init_default_scope
-from mmengine.structures import BaseDataElement, PixelData
-from mmseg.structures import SegDataSample
+from mmengine.structures import BaseDataElement
 from torch import Tensor
 
 from csg_seg.errors import CSGError
@@ -28,6 +27,7 @@ from csg_seg.running.configs import read_config
 from csg_seg.storage.compact import load_compact
 
 TAB20 = colormaps['tab20']
+FONT = cv2.FONT_HERSHEY_SIMPLEX
 # Pictures with a class name are enlarged until the shorter side has this many pixels.
 SMALLEST = 224
 # Transforms that load labels, which the user's images do not have.
@@ -146,16 +146,31 @@ def draw(
         painter = VISUALIZERS.build(dict(type='mmpretrain.UniversalVisualizer', name='demo'))
         larger = max(float(scale), SMALLEST / min(height, width))  # makes the text readable
         return painter.visualize_cls(picture, prediction, classes=meta.get('classes'), rescale_factor=larger)
-    painter = VISUALIZERS.build(dict(type='mmseg.SegLocalVisualizer', name='demo', alpha=opacity))
     count = _class_count(prediction)
     colours = meta.get('palette') or []
     if len(colours) != count:
-        colours = (np.array([TAB20(index % 20)[:3] for index in range(count)]) * 255).astype(int).tolist()
-    painter.dataset_meta = {'classes': _class_names(network, count), 'palette': colours}
-    labels = _labels(prediction).repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
+        colours = [[255 * part for part in TAB20(index % 20)[:3]] for index in range(count)]
+    labels = _labels(prediction)[0].cpu().numpy().repeat(scale, axis=0).repeat(scale, axis=1)
     picture = mmcv.imresize(picture, (scale * width, scale * height))
-    painter.add_datasample('', picture, SegDataSample(pred_sem_seg=PixelData(data=labels)), draw_gt=False)
-    return painter.get_image()
+    picture = ((1 - opacity) * picture + opacity * np.array(colours)[labels]).astype(np.uint8)
+    names = _class_names(network, count)
+    for each in np.unique(labels):
+        _write_name(picture, names[each], labels == each)
+    return picture
+
+
+def _write_name(picture: np.ndarray, name: str, region: np.ndarray) -> None:
+    """Write a name into a picture where the region, a mask, is widest, or as near as the edges allow."""
+    height, width = region.shape
+    distances = cv2.distanceTransform(np.pad(region.astype(np.uint8), 1), cv2.DIST_L2, cv2.DIST_MASK_3)[1:-1, 1:-1]
+    widest = np.argwhere(distances == distances.max())
+    y, x = widest[np.square(widest - widest.mean(axis=0)).sum(axis=1).argmin()]  # the middle one
+    size = min(height, width) / 500
+    (text_width, text_height), below = cv2.getTextSize(name, FONT, size, 1)
+    left = max(0, min(int(x) - text_width // 2, width - text_width))
+    bottom = max(text_height, min(int(y) + text_height // 2, height - below))
+    for right, down, grey in ((-1, -1, 0), (-1, 1, 0), (1, -1, 0), (1, 1, 0), (0, 0, 255)):  # an outline, the letters
+        cv2.putText(picture, name, (left + right, bottom + down), FONT, size, (grey, grey, grey), 1, cv2.LINE_AA)
 
 
 def save_picture(picture: np.ndarray, path: str | os.PathLike) -> None:

@@ -16,7 +16,7 @@ from mmseg.datasets import PascalVOCDataset
 
 import csg_seg
 from csg_seg.deploy.compact_export import compact
-from csg_seg.deploy.inference import draw, inputs, load_network, name_classes, predict
+from csg_seg.deploy.inference import _write_name, draw, inputs, load_network, name_classes, predict
 from csg_seg.errors import CSGError
 from csg_seg.mm.model import build_model
 from csg_seg.running.configs import read_config
@@ -187,6 +187,19 @@ def test_names_of_other_classes_are_not_given(files):
         found = name_classes(network, prediction, most=21)
         assert [f'class {each}' for each in found] == [*named]
         assert draw(network, files / 'image.png', prediction, opacity=0.5).shape == (70, 90, 3)
+
+
+def test_names_lie_in_their_regions_and_are_never_cut_off():
+    boxes = {}
+    for name, region in {'middle': np.s_[80:120, 200:300], 'corner': np.s_[-4:, -10:], 'top': np.s_[:4, :10]}.items():
+        picture, mask = np.full((200, 500, 3), 100, np.uint8), np.zeros((200, 500), bool)
+        mask[region] = True
+        _write_name(picture, 'background', mask)
+        rows, columns = (picture == 255).all(axis=-1).nonzero()
+        boxes[name] = rows.min(), rows.max(), columns.min(), columns.max()
+    assert len({(bottom - top, right - left) for top, bottom, left, right in boxes.values()}) == 1
+    assert boxes['middle'][0] >= 80 and boxes['middle'][1] < 120
+    assert abs(boxes['middle'][2] + boxes['middle'][3] - 500) <= 4
 
 
 def test_a_file_and_its_array_are_one_image(files):
