@@ -122,6 +122,12 @@ def main() -> None:
         file = Path(args.results, f'{table.dataset}.json')
         failed = []
         if not args.dry_run:
+            if done := {cell.label for cell in cells} & {label_of(row) for row in read_rows(file)}:
+                print(
+                    f'{len(done)} of {len(cells)} cells have a row in {file}; to train them again, give another folder '
+                    'as --results',
+                    file=sys.stderr,
+                )
             with Display() as display:
                 failed = train_missing(
                     table,
@@ -143,7 +149,10 @@ def main() -> None:
     print_result(rows, print_rows, as_json=args.json)
     if args.dry_run:
         missing = [cell.label for cell in cells if cell.label not in {label_of(row) for row in rows}]
-        print(f'{len(rows)} of {len(cells)} cells are done; missing: {" ".join(missing) or "none"}', file=sys.stderr)
+        print(
+            f'{len(rows)} of {len(cells)} cells have a row in {file}; missing: {" ".join(missing) or "none"}',
+            file=sys.stderr,
+        )
     if failed:
         raise SystemExit(f'error: {len(failed)} of {len(cells)} cells failed: {" ".join(failed)}')
 

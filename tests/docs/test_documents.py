@@ -48,7 +48,7 @@ def test_three_lines_make_a_config(tmp_path):
 def test_hook_lines_make_a_config(tmp_path):
     (line,) = [block for block in blocks(MMSEG, 'python') if 'default_hooks' in block]
     (tmp_path / 'hook.py').write_text("_base_ = 'mmseg::pspnet/pspnet_r50-d8_4xb4-40k_voc12aug-512x512.py'\n" + line)
-    assert Config.fromfile(tmp_path / 'hook.py').default_hooks.csg.csg.code_dim == 128
+    assert Config.fromfile(tmp_path / 'hook.py').default_hooks.csg.csg == dict(ratio=4)
 
 
 def test_plain_pytorch_example_runs(tmp_path):

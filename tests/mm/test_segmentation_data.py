@@ -1,5 +1,7 @@
 """Segmentation data: images of various sizes are resized for the network and scored at their own size."""
 
+import json
+
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -54,3 +56,10 @@ def test_a_mask_with_another_value_is_refused(kvasir):
     Image.fromarray(np.full(SIZES[1], 2, dtype=np.uint8)).save(path)
     with pytest.raises(CSGError, match='has label 2, and the network has classes 0 to 1'):
         check_data(kvasir, 'val')
+
+
+def test_the_documents_name_the_split_of_kvasir(real_data):
+    split = json.loads((ROOT / 'docs' / 'kvasir-split.json').read_text())
+    for part, names in split.items():
+        assert {path.stem for path in (real_data / 'kvasir' / 'images' / part).iterdir()} == set(names)
+    assert {part: len(names) for part, names in split.items()} == {'val': 100, 'test': 100}
