@@ -139,6 +139,7 @@ class GeneratorBank(Generators):
     def prepare_pass(self, root: nn.Module) -> None:
         """Find new layers before a forward pass of the root, watch the first steps, and make weights ahead."""
         self.reset.is_on = False
+        drop(self.layers)  # of a pass that was interrupted
         trains = torch.is_grad_enabled()
         if WATCH.lost and not trains:
             WATCH.warn_of_lost(self.layers.values(), stacklevel=6)  # where the network is called

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, cast
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from csg_seg.errors import CSGError, CSGWarning
 from csg_seg.generators.lengths import row_length
@@ -227,6 +228,24 @@ def check_fitted(convs: Iterable[CSGConv]) -> None:
             'a dense weight was loaded into a part of the network and not fitted yet; load it into the whole '
             'network, or call model.csg.fit_loaded()'
         )
+
+
+def check_plain(convs: Mapping[str, CSGConv]) -> None:
+    """Refuse codes and generators that are computed from other parameters: a file would not hold them.
+
+    Args:
+        convs: by name.
+
+    Raises:
+        CSGError: says what to do.
+    """
+    for name, conv in convs.items():
+        for module, whose in ((conv, name), (conv.generator, f'the generator of {name}')):
+            if is_parametrized(module) or any(each.endswith('_orig') for each in module._parameters):
+                raise CSGError(
+                    f'{whose} has a parameter that is pruned or parametrised; call prune.remove or '
+                    'parametrize.remove_parametrizations first'
+                )
 
 
 _generated_kinds: dict[type, type[CSGConv]] = {}

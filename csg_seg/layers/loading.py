@@ -1,5 +1,6 @@
 """Loading weights into a retrofitted root, and the fit of dense weights afterwards."""
 
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,13 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csg_seg.errors import CSGError
+from csg_seg.errors import CSGError, CSGWarning, abridge
 from csg_seg.fitting import fit_generator
 from csg_seg.generators.linear import Generator
 
 from .conv import CSGConv, check_finite, draw_code
 from .root import BANK, Generators
 from .state_dict_checks import Reset, check_entries, check_signatures, generator_entries
+from .watch import WATCH
+
+DRAWN = (
+    'the generator was fitted to dense weights that lack those of {}: these layers were trained, and got new start '
+    'values. Load the weights of all generated layers.'
+)
 
 
 @dataclass
@@ -87,6 +94,9 @@ class Loading:
             weights = {name: dense[name] for name in convs if name in dense}
             if weights:
                 keep = self.keep_generators or generator.settings.freeze_generator
+                trained = [name for name, conv in convs.items() if name not in weights and conv in WATCH.done]
+                if trained and not keep:
+                    warnings.warn(DRAWN.format(abridge(trained)), CSGWarning, stacklevel=2)
                 self.errors |= _fit(generator, convs, weights, keep=keep)
         if self.errors and self.after_fit is not None:
             self.after_fit(self.bank)

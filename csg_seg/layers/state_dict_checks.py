@@ -192,9 +192,9 @@ class StateDictChecks:
         current values.
 
         Raises:
-            CSGError: codes or generators are missing or were made with other settings, a layer is generated in one
-                of the two and dense in the other, a weight has another shape, or a dense state dict belongs to
-                another network.
+            CSGError: codes or generators are missing, not finite or made with other settings, a layer is generated in
+                one of the two and dense in the other, or has a code and a weight, a weight has another shape, or a
+                dense state dict belongs to another network.
         """
         if not self.is_dense:
             check_signatures(self.bank, self.state_dict, self.prefix)
@@ -220,6 +220,7 @@ class StateDictChecks:
             self._check_layers()
             self._check_renamed()
             self._check_shapes()
+            self._check_values()
         self.state_dict.update({f'{self.prefix}{name}.{FROM_ROOT}': torch.empty(0) for name in self.convs})
 
     def _check_count(self) -> None:
@@ -274,6 +275,17 @@ class StateDictChecks:
                 stored = self.state_dict.get(f'{self.prefix}{entry}')
                 if own is not None and own.ndim and stored is not None:
                     _check_shape(entry, stored.shape, own.shape, OTHER_NETWORK)
+
+    def _check_values(self) -> None:
+        """Refuse codes and generators with NaN or infinity, and layers that have a code and a weight."""
+        names = [f'{name}.{key}' for name, conv in self.loaded.items() for key in conv.stored()]
+        for entry in [*self.own, *(f'{self.prefix}{name}' for name in names)]:
+            tensor = self.state_dict[entry]
+            if type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and not tensor.is_meta:
+                check_finite(entry.removeprefix(self.prefix), tensor)
+        for name in self.loaded:
+            if f'{self.prefix}{name}.weight' in self.state_dict:
+                raise CSGError(f'{name}: the checkpoint holds a code and a weight of this layer; remove one of them')
 
     def _check_dense_layers(self) -> None:
         """Refuse codes of layers that are dense in the model, whose weights would not be loaded."""

@@ -107,6 +107,8 @@ def resolve(model: nn.Module, csg: Any) -> Sequence[Mapping[str, Any]]:
         CSGError: it is neither a dict nor a list of dicts, or :func:`suggest` refuses it.
     """
     if is_automatic(csg):
+        if csg != 'auto' and csg['ratio'] is None:
+            raise CSGError("csg: ratio is None; give a number above 1, or csg='auto'")
         return suggest(model, **({} if csg == 'auto' else dict(csg)))
     dicts = [csg] if isinstance(csg, Mapping) else csg
     if isinstance(dicts, Sequence) and any(map(is_automatic, dicts)):

@@ -14,7 +14,7 @@ from csg_seg.generators.registry import build_generator
 from csg_seg.generators.settings import Settings
 from csg_seg.layers.ahead import generate_in_batches
 from csg_seg.layers.bank import GeneratorBank, attach_bank, check_root, detach_bank, find_roots
-from csg_seg.layers.conv import CSGConv, add_residual, generated_convs, swap_in, swap_out
+from csg_seg.layers.conv import CSGConv, add_residual, check_plain, generated_convs, swap_in, swap_out
 from csg_seg.layers.watch import WATCH
 from csg_seg.report import summarise
 
@@ -68,11 +68,12 @@ def materialise(model: nn.Module) -> nn.Module:
         The same model.
 
     Raises:
-        CSGError: the model has no generated layer.
+        CSGError: the model has no generated layer, or a code or generator is pruned or parametrised.
     """
     convs = dict(generated_convs(model))
     if not convs:
         raise CSGError('nothing to materialise: the model has no generated layer; retrofit it first')
+    check_plain(convs)
     roots = list(find_roots(model))
     if any(bank.accumulation.is_on for _, _, bank in roots):
         raise CSGError('gradients are being accumulated; materialise after the with block')
@@ -115,13 +116,19 @@ def swap_layers(
         left_dense: the reason, by name of each other conv.
 
     Raises:
-        CSGError: a layer cannot be generated.
+        CSGError: a layer cannot be generated, or the layers have several types or devices.
     """
     convs = {name: cast(_ConvNd, model.get_submodule(name)) for name in taken}
     obstacles = find_obstacles(model, convs)
     if obstacles:
         raise CSGError('; '.join(f'{name}: {why}' for name, why in obstacles.items()))
     first = next(iter(convs.values())).weight
+    for name, conv in convs.items():
+        if (conv.weight.dtype, conv.weight.device) != (first.dtype, first.device):
+            raise CSGError(
+                f'{name}: its weight is {conv.weight.dtype} on {conv.weight.device}, that of {next(iter(convs))} is '
+                f'{first.dtype} on {first.device}; convert the network to one type on one device before retrofit'
+            )
     # A generator and its codes share one stream of random numbers: two streams with the same seed would be equal.
     rngs = [torch.Generator().manual_seed(each.seed) for each in settings]
     generators = [build_generator(each, rng) for each, rng in zip(settings, rngs, strict=True)]

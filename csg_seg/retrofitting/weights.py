@@ -58,7 +58,7 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
 def load_state_dict(
     model: nn.Module, weights: Mapping[str, Tensor], *, reset: str | Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Load a checkpoint into a retrofitted model, in place; some layers may differ.
+    """Load a checkpoint into a retrofitted model, in place; some layers may differ. After an error, it is unchanged.
 
     A layer that matches ``reset`` and does not fit the checkpoint, such as a classifier for other classes, keeps its
     start values; if it is generated, its codes are drawn for the generator that was loaded. Everything else is loaded
@@ -76,10 +76,12 @@ def load_state_dict(
         CSGError: the model is not retrofitted, a pattern matches no layer, or the weights do not fit elsewhere.
     """
     bank = _check('load_state_dict', model, weights)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with bank.reset.allow(read_patterns('load_state_dict', 'reset', reset) or ()):
         try:
             model.load_state_dict(weights)
-        except RuntimeError as error:  # torch lists every entry that differs
+        except RuntimeError as error:  # torch copies what fits, and lists every entry that differs
+            model.load_state_dict(before)
             raise CSGError(f'the weights do not fit the model: {" ".join(str(error).split())[:300]}') from None
     return bank.reset.layers
 

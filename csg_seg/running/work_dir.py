@@ -74,6 +74,9 @@ def latest_checkpoint(work_dir: str | os.PathLike) -> str | None:
         return None
     newest = _newest(Path(work_dir))
     remedy = f'add --cfg-options load_from={newest}' if newest else 'delete it to start from the beginning'
+    compact = max(Path(work_dir).glob('*.safetensors'), key=lambda path: path.stat().st_mtime, default=None)
+    if compact and not newest:
+        remedy += f', or begin another run with the weights of {compact}: give it as load_from, and another --work-dir'
     if not note.is_file():
         raise CSGError(f'{note}: a folder, not the name of the checkpoint to resume from; {remedy}')
     try:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from csg_seg.errors import CSGError
 from csg_seg.generators.settings import read_patterns
 from csg_seg.layers.bank import bank_of, check_module, find_bank, other_network
-from csg_seg.layers.conv import check_finite, find_convs, generated_convs
+from csg_seg.layers.conv import check_finite, check_plain, find_convs, generated_convs
 from csg_seg.layers.watch import WATCH
 from csg_seg.retrofitting.selection import Cause, Reason
 from csg_seg.retrofitting.surgery import swap_layers
@@ -61,12 +61,14 @@ def save_compact(
 
     Raises:
         CSGError: the model is not retrofitted, the source builds another network, a value is not finite or does not
-            fit the dtype, the base is not a whole compact checkpoint or that of another network, or the file cannot
-            have this name.
+            fit the dtype, a code or generator is pruned or parametrised, the base is not a whole compact checkpoint or
+            that of another network, or the file cannot have this name.
         FileNotFoundError: there is no such base.
     """
     check_module(model, 'save_compact(model, path): the model')
-    WATCH.warn_of_lost([conv for _, conv in generated_convs(model)], stacklevel=2)
+    convs = dict(generated_convs(model))
+    check_plain(convs)
+    WATCH.warn_of_lost(convs.values(), stacklevel=2)
     if source is not None:
         built = build(source)
         try:

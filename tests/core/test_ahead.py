@@ -264,6 +264,20 @@ def test_a_pass_that_is_interrupted_leaves_no_weight_of_before():
         torch.testing.assert_close(model.forward(images()), model(images()))
 
 
+def test_the_next_pass_makes_all_weights_anew():
+    model = build().eval()
+    handle = model.two.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        model(images())
+    handle.remove()
+    for conv in (model.one, model.two, model.last):
+        conv.code.data.mul_(0.5)  # which changes no version counter
+    model.csg.keep_weights = False
+    with torch.no_grad():
+        first = model(images())
+        torch.testing.assert_close(first, model(images()), rtol=0, atol=0)
+
+
 def test_writes_within_a_pass_are_noticed():
     model, reference = build().eval(), build().eval()
     with torch.no_grad():

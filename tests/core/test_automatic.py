@@ -95,6 +95,7 @@ def test_other_keys_go_to_every_generator():
     ('csg', 'says'),
     [
         ({'ratio': 1}, 'ratio must be a number above 1; got 1'),
+        ({'ratio': None}, "ratio is None; give a number above 1, or csg='auto'"),
         ({'ratio': 'ten'}, "ratio must be a number above 1; got 'ten'"),
         ({'ratio': True}, 'ratio must be a number above 1'),
         ({'ratio': 5, 'code_dim': 3}, "'code_dim' does not go with 'ratio'"),

@@ -1,6 +1,7 @@
 """State dicts that do not fit are refused, whoever loads them; layers that may differ are reset."""
 
 import copy
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,17 @@ from torch import nn
 from torch.func import functional_call
 
 import csg_seg.mm  # noqa: F401 (has mmengine refuse codes for dense models)
-from csg_seg import CSGError, fit, load_compact, load_generators, load_state_dict, materialise, retrofit, save_compact
+from csg_seg import (
+    CSGError,
+    CSGWarning,
+    fit,
+    load_compact,
+    load_generators,
+    load_state_dict,
+    materialise,
+    retrofit,
+    save_compact,
+)
 from csg_seg.generators.signature import encode_signature, read_layers
 from csg_seg.layers.bank import find_bank
 from csg_seg.layers.conv import kaiming_std
@@ -213,6 +224,54 @@ def test_a_part_that_the_model_lacks_may_be_missing_as_in_dense_networks():
 def test_a_dense_model_takes_no_codes_from_mmengine():
     with pytest.raises(CSGError, match='a CSG checkpoint, and the config is dense'):
         load_by_mmengine(network(), retrofit(network(), CSG).state_dict())
+
+
+@pytest.mark.parametrize('entry', ['2.code', 'csg.0.weight'])
+@pytest.mark.parametrize('load', LOADERS)
+def test_weights_of_a_training_that_diverged_are_refused(entry, load):
+    model = retrofit(network(), CSG)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights[entry][0, 0] = torch.nan
+    with pytest.raises(CSGError, match=f'{entry} holds NaN or infinite values'):
+        load(model, weights)
+
+
+@pytest.mark.parametrize('load', LOADERS)
+def test_a_code_and_a_weight_of_one_layer_are_refused(load):
+    trained = retrofit(network(), CSG)
+    model = retrofit(network(seed=1), CSG | {'seed': 1})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for dense in (network().state_dict(), {'2.weight': network()[2].weight.detach()}):
+        with pytest.raises(CSGError, match=r'2: the checkpoint holds a code and a weight of this layer'):
+            load(model, {**dense, **trained.state_dict()})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize('is_dense', [False, True])
+def test_a_load_that_is_refused_changes_nothing(is_dense):
+    model = retrofit(network(), CSG)
+    other = network(seed=1) if is_dense else retrofit(network(seed=1), CSG | {'seed': 1})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = other.state_dict()
+    for wrong in ({**weights, '9.weight': torch.zeros(2)}, {**weights, '0.weight': torch.zeros(2, 3, 3, 3)}):
+        with pytest.raises(CSGError):
+            load_state_dict(model, wrong)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    load_state_dict(model, weights)
+    assert not torch.equal(model[2].code, before['2.code'])
+
+
+def test_trained_codes_do_not_get_new_values_in_silence():
+    dense = {'2.weight': network(seed=1)[2].weight.detach()}
+    model = retrofit(network(classes=32), CSG)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        model.load_state_dict(dense, strict=False)  # a new network
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(2, 3, 9, 9)).mean().backward()
+    optimizer.step()
+    with pytest.warns(CSGWarning, match=r'lack those of 4: these layers were trained, and got new start values'):
+        model.load_state_dict(dense, strict=False)
 
 
 def test_codes_of_a_part_are_not_left_to_a_dense_one():

@@ -6,15 +6,26 @@ import pytest
 import torch
 from odd_network import CSG, Net, assert_refused, generated, images
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from torchvision.models import resnet18, resnet50
 
-from csg_seg import materialise, retrofit, summarise
+from csg_seg import materialise, retrofit, save_compact, summarise
 from csg_seg.errors import CSGError
 from csg_seg.layers.bank import find_bank
 from csg_seg.layers.conv import CSGConv, generated_convs
 from csg_seg.retrofitting.selection import Cause
 
 RESNET_CSG = {'slice_shape': (16, 16, 3, 3), 'code_dim': 128}
+
+
+def by_pruning(module, name):
+    prune.l1_unstructured(module, name, 0.5)
+    return lambda: prune.remove(module, name)
+
+
+def by_parametrisation(module, name):
+    parametrize.register_parametrization(module, name, nn.Tanh())
+    return lambda: parametrize.remove_parametrizations(module, name)
 
 
 # --- which layers are generated ---
@@ -318,6 +329,28 @@ def test_a_frozen_model_is_refused():
 @pytest.mark.parametrize('wrap', [lambda net: net, lambda net: nn.ModuleDict({'net': net})])
 def test_a_retrofitted_model_is_refused(wrap):
     assert_refused(wrap(retrofit(Net(), CSG)), CSG, 'already retrofitted; materialise it first')
+
+
+def test_layers_of_several_types_are_refused():
+    model = Net()
+    model.head.half()
+    assert_refused(model, CSG | {'include': ['body', 'head']}, r'head: .* is torch.float16 on cpu, that of body')
+
+
+@pytest.mark.parametrize('compute', [by_pruning, by_parametrisation])
+@pytest.mark.parametrize('of_code', [True, False])
+def test_codes_and_generators_that_are_computed_are_not_stored(compute, of_code, tmp_path):
+    model = retrofit(Net(), CSG)
+    name, conv = next(generated_convs(model))
+    undo = compute(conv, 'code') if of_code else compute(conv.generator, 'weight')
+    weight = conv.weight
+    for use in (materialise, lambda model: save_compact(model, tmp_path / 'x.safetensors')):
+        with pytest.raises(CSGError, match=f'{name} has a parameter that is pruned or parametrised; call prune.remove'):
+            use(model)
+    assert not list(tmp_path.iterdir())
+    undo()
+    save_compact(model, tmp_path / 'x.safetensors')
+    assert torch.equal(materialise(model).get_submodule(name).weight, weight)
 
 
 def test_a_wrapped_model_is_refused():

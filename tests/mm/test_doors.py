@@ -90,6 +90,26 @@ def test_hook_door_resumes_and_tests(small, tmp_path):
     assert all(torch.equal(whole[name], tensor) for name, tensor in tester.model.state_dict().items())
 
 
+def test_a_run_resumes_exactly_from_a_checkpoint_that_save_best_wrote_again(small, tmp_path):
+    # In the middle of a validation, after its data loader drew random numbers.
+    checkpoint = {'interval': 2, 'max_keep_ckpts': -1, 'save_best': 'mIoU', 'rule': 'greater'}
+    options = {f'default_hooks.checkpoint.{key}': value for key, value in checkpoint.items()}
+    options |= {'train_cfg.val_interval': 2, 'custom_hooks': [dict(type='ExactResumeHook')]}
+    whole = train(small(CSG, iters=4, **options)).model.state_dict()
+    cfg = small(CSG, iters=4, **options)
+    cfg.update(resume=True, load_from=str(tmp_path / 'iter_2.pth'), work_dir=str(tmp_path / 'resumed'))
+    resumed = train(cfg).model.state_dict()
+    assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
+
+
+def test_a_compact_file_is_no_run_to_resume(small, tmp_path):
+    train(small(CSG, iters=1, **{'default_hooks.checkpoint.interval': 1}))
+    cfg = small(CSG, iters=2)
+    cfg.update(resume=True, load_from=str(tmp_path / 'iter_1.safetensors'))
+    with pytest.raises(CSGError, match=r'iter_1.safetensors holds weights and no training state to resume; begin a'):
+        train(cfg)
+
+
 def test_hook_without_settings_reports_or_refuses(small):
     cfg = small(CSG, **{'default_hooks.csg': dict(type='CSGHook')})
     before = find_bank(train(cfg).model)

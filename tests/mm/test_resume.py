@@ -70,6 +70,11 @@ def test_a_note_that_names_no_checkpoint_is_named(refused, run, content, says):
     assert message.endswith(f'; add --cfg-options load_from={run}/iter_2.pth')
     for path in run.glob('*.pth'):
         path.unlink()
+    said = refused()
+    assert 'delete it to start from the beginning, or begin another run with the weights of ' in said
+    assert said.endswith('.safetensors: give it as load_from, and another --work-dir')
+    for path in run.glob('*.safetensors'):
+        path.unlink()
     assert refused().endswith('; delete it to start from the beginning')
 
 

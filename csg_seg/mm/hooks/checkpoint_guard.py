@@ -41,13 +41,11 @@ class CheckpointGuardHook(Hook):
             check_dense(model, checkpoint.get('state_dict', checkpoint), complete=complete)
         if not runner._resume or not isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)):
             return
-        path = runner._load_from or find_latest_checkpoint(runner.work_dir)
-        anew = f'begin a new run with its weights: --cfg-options load_from={path}, without --resume'
-        if not {'epoch', 'iter'} <= {*checkpoint.get('meta', {})} or 'message_hub' not in checkpoint:
-            raise CSGError(f'{path} holds weights and no training state to resume; {anew}')
+        _check_training_state(runner, checkpoint)
         if 'optimizer' in checkpoint:
             other = _other_optimizer(runner.optim_wrapper, checkpoint['optimizer'])
             if other:
+                path, anew = _begin_anew(runner)
                 raise CSGError(f'{path} was saved by {other}; resume with the settings it was trained with, or {anew}')
 
 
@@ -55,7 +53,8 @@ def prepare_resume(runner: Runner, checkpoint: dict) -> None:
     """In a run that resumes, load all layers whatever ``reset`` says, and reorder optimizer states of csg_seg 0.1.0.
 
     Raises:
-        CSGError: the checkpoint is that of a dense network, as when ``load_from`` of the config names one.
+        CSGError: the checkpoint is that of a dense network, as when ``load_from`` of the config names one, or has no
+            training state, like a compact checkpoint.
     """
     model = bare_model(runner.model)
     bank = find_bank(model)
@@ -66,8 +65,21 @@ def prepare_resume(runner: Runner, checkpoint: dict) -> None:
                 f'{path}: the run would resume from a dense checkpoint; begin a new run with it, without --resume, or '
                 'set load_from=None to resume from the latest checkpoint'
             )
+        _check_training_state(runner, checkpoint)
         bank.reset.is_on = False
         put_generators_first(checkpoint, model)
+
+
+def _begin_anew(runner: Runner) -> tuple[str, str]:
+    """Return the checkpoint to resume from, and how to begin a new run with its weights."""
+    path = runner._load_from or find_latest_checkpoint(runner.work_dir)
+    return path, f'begin a new run with its weights: --cfg-options load_from={path}, without --resume'
+
+
+def _check_training_state(runner: Runner, checkpoint: Mapping[str, Any]) -> None:
+    if not {'epoch', 'iter'} <= {*checkpoint.get('meta', {})} or 'message_hub' not in checkpoint:
+        path, anew = _begin_anew(runner)
+        raise CSGError(f'{path} holds weights and no training state to resume; {anew}')
 
 
 def _other_optimizer(optim_wrapper: OptimWrapper | OptimWrapperDict, stored: Mapping[str, Any]) -> str:

@@ -33,8 +33,11 @@ class ExactResumeHook(Hook):
         self._before_val: Sequence[torch.Tensor] | None = None
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Store the random states of the CPU and of this process's GPU."""
-        checkpoint['random_state'] = _random_states()
+        """Store the random states of the CPU and of this process's GPU.
+
+        Within a validation, as ``save_best`` writes checkpoints, they are those from before it.
+        """
+        checkpoint['random_state'] = _random_states() if self._before_val is None else self._before_val
 
     def before_val(self, runner: Runner) -> None:
         """Remember the random states: data loaders of validation draw from them."""
@@ -44,6 +47,7 @@ class ExactResumeHook(Hook):
         """Restore the random states."""
         if self._before_val is not None:
             _set_random_states(self._before_val)
+            self._before_val = None
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Read the random states of a run that resumes."""
