@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from csg_seg.errors import CSGError, abridge
@@ -76,12 +77,14 @@ def load_state_dict(
         CSGError: the model is not retrofitted, a pattern matches no layer, or the weights do not fit elsewhere.
     """
     bank = _check('load_state_dict', model, weights)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
     with bank.reset.allow(read_patterns('load_state_dict', 'reset', reset) or ()):
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:  # torch copies what fits, and lists every entry that differs
-            model.load_state_dict(before)
+            with torch.no_grad():
+                for tensor, values in before:
+                    tensor.copy_(values)
             raise CSGError(f'the weights do not fit the model: {" ".join(str(error).split())[:300]}') from None
     return bank.reset.layers
 

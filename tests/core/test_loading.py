@@ -257,6 +257,7 @@ def test_a_load_that_is_refused_changes_nothing(is_dense):
         with pytest.raises(CSGError):
             load_state_dict(model, wrong)
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model[2].load_state_dict({'weight': network(seed=2)[2].weight})  # of a part, and not fitted
     load_state_dict(model, weights)
     assert not torch.equal(model[2].code, before['2.code'])
 
