@@ -85,7 +85,7 @@ def test_trained_networks_score_as_the_results_say():
         return [scores['dense'][split][0] - scores[cell][split][0] for split in ('val', 'test')]
 
     assert max(losses('csg-10x')) < 0.1
-    assert 'not tuned, CSG [scores like dense](docs/results.md#camvid) at 10x' in README
+    assert 'that was not tuned, CSG [scores like dense](docs/results.md#camvid) at 10x' in README
     assert losses('csg-20x') == pytest.approx([0, 1], abs=0.1)
     assert 'At 20x it loses about one point on test and nothing on val' in text
     assert losses('csg-47x') == pytest.approx([1, 1.3], abs=0.1)
