@@ -18,6 +18,8 @@ from experiments.runs.table import read_table
 from experiments.zoo.libraries import SCOPES
 from experiments.zoo.rows import read_rows
 
+# The generators of other papers that were trained on Kvasir-SEG.
+GENERATORS = ('t-basis-30x', 'hypernetwork-30x', 'filter-basis-30x', 'mcnc-30x')
 README = (ROOT / 'README.md').read_text()
 
 
@@ -73,7 +75,7 @@ def test_int8_changes_scores_as_little_as_the_readme_says():
     files = [ROOT / 'results' / f'{name}.json' for name in names]
     rows = [row for file in files for row in read_rows_of_trainings(file) if 'int8' in row]
     changes = [abs(row['int8'][split] - row[split]) for row in rows for split in ('val', 'test')]
-    assert len(changes) >= 10 and 0.2 < max(changes) < 0.3 and 'less than 0.3' in README
+    assert len(changes) >= 10 and 0.4 < max(changes) < 0.5 and 'less than 0.5 in all' in README
 
 
 def test_trained_networks_score_as_the_results_say():
@@ -294,6 +296,11 @@ def test_on_kvasir_networks_score_as_the_page_says():
     pruned = points([first['dense'][split] - first['pruned-30x'][split] for split in ('val', 'test')])
     assert f'40 more epochs from the dense network of seed 0, and is {pruned} points below it' in text
     assert f'and `separable` {points(losses("separable-6x"))}.' in text
+    val, test = zip(*(losses(name) for name in GENERATORS), strict=True)
+    assert (
+        f'are {min(val):.1f} to {max(val):.1f} points below dense on val and {min(test):.1f} to {max(test):.1f}' in text
+    )
+    assert losses('t-basis-30x') == [max(val), max(test)] and 'T-Basis scores lowest' in text
     for split in ('val', 'test'):
         assert abs(first['dense'][split] - first['dense-lr-0.06'][split]) < 0.5
         for cell in ('narrow-30x', 'separable-30x'):
@@ -319,8 +326,11 @@ def test_the_page_says_in_short_what_the_results_are():
         [each for scores in (camvid, kvasir) for each in differences(scores, 'csg-auto-30x', rival)]
         for rival in ('separable-30x', 'narrow-30x')
     )
-    ranges = [f'{min(each):.1f} to {max(each):.1f}' for each in (separable, narrow)]
-    assert 'convolutions {} points lower than CSG, narrow networks {}.'.format(*ranges) in text
+    others = [each for name in GENERATORS for each in differences(kvasir, 'csg-auto-30x', name)]
+    ranges = [f'{min(each):.1f} to {max(each):.1f}' for each in (separable, narrow, others)]
+    assert 'convolutions {} points lower than CSG, narrow networks {}, and'.format(*ranges) in text
+    assert f'#generators-from-other-papers) {ranges[-1]} (Kvasir-SEG, one seed each)' in text
+    assert f'by at least {min(others):.1f} points (one seed)' in (ROOT / 'docs' / 'research_log.md').read_text()
     lost = [each for scores in (camvid, kvasir) for each in differences(scores, 'dense', 'csg-auto-30x')]
     said = f'At 30x, CSG loses {min(lost):.1f} to {max(lost):.1f} points and scores highest of what we trained'
     assert min(separable) > 2 and said in README
