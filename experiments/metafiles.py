@@ -7,15 +7,26 @@ from typing import Any
 import yaml
 
 from csg_seg.generators.settings import Settings
+from csg_seg.retrofitting.automatic import is_automatic
 from csg_seg.running.configs import read_config
 
 from .runs.rows import read_rows, summarise
 from .runs.table import ROOT, Cell, read_table
 
-TABLES = ('camvid', 'camvid_large', 'kvasir', 'cifar10')
+TABLES = (
+    'runs/tables/camvid.yml',
+    'runs/tables/camvid_large.yml',
+    'runs/tables/camvid_90x120_imagenet.yml',
+    'runs/tables/kvasir.yml',
+    'runs/tables/cifar10.yml',
+    'rivals/tables/camvid_90x120.yml',
+    'rivals/tables/kvasir_96.yml',
+)
 DATASETS = {
     'camvid': ('Semantic Segmentation', 'CamVid'),
+    'camvid-90x120': ('Semantic Segmentation', 'CamVid'),
     'kvasir': ('Semantic Segmentation', 'Kvasir-SEG'),
+    'kvasir-96x96': ('Semantic Segmentation', 'Kvasir-SEG'),
     'cifar10': ('Image Classification', 'CIFAR-10'),
 }
 METRICS = {'mIoU': 'mIoU', 'accuracy/top1': 'Top 1 Accuracy'}
@@ -45,7 +56,7 @@ def measured_results() -> dict[str, list[dict[str, Any]]]:
     """Return the mean test score of each config that a table of trainings has trained as it is, by its name."""
     results = {}
     for name in TABLES:
-        table = read_table(ROOT / 'experiments' / 'runs' / 'tables' / f'{name}.yml')
+        table = read_table(ROOT / 'experiments' / name)
         scores = {each['cell']: each for each in summarise(read_rows(ROOT / 'results' / f'{table.dataset}.json'))}
         for cell in table.cells:
             if cell.name in scores and cell.csg is not None and not cell.options and cell.epochs is None:
@@ -64,5 +75,7 @@ def _configs_of(cell: Cell) -> list[str]:
 
 
 def _settings(csg: Any) -> list[dict[str, Any]]:
+    if is_automatic(csg):
+        return [dict(csg)]
     several = csg if isinstance(csg, list) else [csg]
     return [Settings.from_dict(each, position=position).to_dict() for position, each in enumerate(several)]
