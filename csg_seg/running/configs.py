@@ -60,6 +60,10 @@ def read_config(path: str | os.PathLike, options: Mapping[str, Any] | None = Non
         raise FileNotFoundError(f'{path}: no such config, or one of its bases is missing ({error})') from None
     except (OSError, SyntaxError) as error:
         raise CSGError(f'{path}: not a config ({error}); give a .py file such as those in configs/') from None
+    except TypeError as error:  # mmengine's, of a dict that would replace another value of a base
+        if '_delete_=True' not in str(error):
+            raise
+        raise CSGError(f'{path}: {" ".join(str(error).split())}') from None
     except KeyError as error:
         if '{{_base_.' not in re.sub(r'\s', '', Path(path).read_text()):
             raise

@@ -104,6 +104,7 @@ def test_lines_in_the_wrong_place(refused, drawn, tmp_path):
             "model.backbone is a CSGModel, and only the model as a whole can be one; .* include=['backbone']"
         ),
         f'model = dict({csg})\n': "no base config has 'model', which it takes from '_base_'; name one",
+        f'{base}test_cfg = dict(type=dict(a=1))\n': 'type is a dict in the child config .* `_delete_=True` to ignore',
     }
     for text, says in cases.items():
         config.write_text(text)
