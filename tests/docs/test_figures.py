@@ -308,6 +308,14 @@ def test_on_kvasir_networks_score_as_the_page_says():
     assert 'dense scores about the same, `narrow-30x` and `separable-30x` score lower' in text
 
 
+def test_a_trained_encoder_scores_as_the_page_says():
+    text = (ROOT / 'docs' / 'results.md').read_text()
+    scores = {each['cell']: each for each in summarise(read_rows_of_trainings(ROOT / 'results' / 'camvid-90x120.json'))}
+    dense, csg = (scores[f'efficientnet-{name}'] for name in ('dense', 'csg-auto-4x'))
+    val, test = (csg[split][0] - dense[split][0] for split in ('val', 'test'))
+    assert f'is {-val:.1f} points below dense on val and {test:.1f} above it on test' in text
+
+
 def test_the_page_says_in_short_what_the_results_are():
     text = (ROOT / 'docs' / 'results.md').read_text()
     camvid, kvasir, larger = (
