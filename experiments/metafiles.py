@@ -74,8 +74,8 @@ def _configs_of(cell: Cell) -> list[str]:
     return [path.stem for path in paths if _settings(read_config(path).model.csg) == _settings(cell.csg)]
 
 
-def _settings(csg: Any) -> list[dict[str, Any]]:
+def _settings(csg: Any) -> list[Any]:
     if is_automatic(csg):
-        return [dict(csg)]
+        return [csg if csg == 'auto' else dict(csg)]
     several = csg if isinstance(csg, list) else [csg]
     return [Settings.from_dict(each, position=position).to_dict() for position, each in enumerate(several)]

@@ -152,7 +152,7 @@ def draw(
         colours = [[255 * part for part in TAB20(index % 20)[:3]] for index in range(count)]
     labels = _labels(prediction)[0].cpu().numpy().repeat(scale, axis=0).repeat(scale, axis=1)
     picture = mmcv.imresize(picture, (scale * width, scale * height))
-    picture = ((1 - opacity) * picture + opacity * np.array(colours)[labels]).astype(np.uint8)
+    picture = cv2.addWeighted(picture, 1 - opacity, np.array(colours, np.uint8)[labels], opacity, 0)
     names = _class_names(network, count)
     for each in np.unique(labels):
         _write_name(picture, names[each], labels == each)
@@ -166,11 +166,15 @@ def _write_name(picture: np.ndarray, name: str, region: np.ndarray) -> None:
     widest = np.argwhere(distances == distances.max())
     y, x = widest[np.square(widest - widest.mean(axis=0)).sum(axis=1).argmin()]  # the middle one
     size = min(height, width) / 500
-    (text_width, text_height), below = cv2.getTextSize(name, FONT, size, 1)
-    left = max(0, min(int(x) - text_width // 2, width - text_width))
+    thickness = max(1, round(size))
+    full_width = cv2.getTextSize(name, FONT, size, thickness)[0][0]
+    size *= min(1, 0.95 * width / max(1, full_width))
+    (text_width, text_height), below = cv2.getTextSize(name, FONT, size, thickness)
+    left = max(thickness, min(int(x) - text_width // 2, width - text_width - 3 * thickness))
     bottom = max(text_height, min(int(y) + text_height // 2, height - below))
     for right, down, grey in ((-1, -1, 0), (-1, 1, 0), (1, -1, 0), (1, 1, 0), (0, 0, 255)):  # an outline, the letters
-        cv2.putText(picture, name, (left + right, bottom + down), FONT, size, (grey, grey, grey), 1, cv2.LINE_AA)
+        at = left + thickness * right, bottom + thickness * down
+        cv2.putText(picture, name, at, FONT, size, (grey, grey, grey), thickness, cv2.LINE_AA)
 
 
 def save_picture(picture: np.ndarray, path: str | os.PathLike) -> None:

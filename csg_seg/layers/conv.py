@@ -231,7 +231,9 @@ def check_fitted(convs: Iterable[CSGConv]) -> None:
 
 
 def check_plain(convs: Mapping[str, CSGConv]) -> None:
-    """Refuse codes and generators that are computed from other parameters: a file would not hold them.
+    """Refuse codes and generators that are computed from other parameters, as pruning and parametrisation do.
+
+    A compact file would not hold these parameters, and a plain conv would keep them.
 
     Args:
         convs: by name.
@@ -240,8 +242,9 @@ def check_plain(convs: Mapping[str, CSGConv]) -> None:
         CSGError: says what to do.
     """
     for name, conv in convs.items():
-        for module, whose in ((conv, name), (conv.generator, f'the generator of {name}')):
-            if is_parametrized(module) or any(each.endswith('_orig') for each in module._parameters):
+        generator = conv.generator
+        for module, needed, whose in ((conv, conv.stored(), name), (generator, ['weight'], f'the generator of {name}')):
+            if is_parametrized(module) or not {*needed} <= {*module._parameters, *module._buffers}:
                 raise CSGError(
                     f'{whose} has a parameter that is pruned or parametrised; call prune.remove or '
                     'parametrize.remove_parametrizations first'

@@ -94,9 +94,10 @@ class Loading:
             weights = {name: dense[name] for name in convs if name in dense}
             if weights:
                 keep = self.keep_generators or generator.settings.freeze_generator
-                trained = [name for name, conv in convs.items() if name not in weights and conv in WATCH.done]
-                if trained and not keep:
-                    warnings.warn(DRAWN.format(abridge(trained)), CSGWarning, stacklevel=2)
+                drawn = {} if keep else {name: conv for name, conv in convs.items() if name not in weights}
+                trained = [name for name, conv in drawn.items() if conv in WATCH.done and name not in self.reset.layers]
+                if trained:  # seen from where model.load_state_dict is called
+                    warnings.warn(DRAWN.format(abridge(trained)), CSGWarning, stacklevel=6)
                 self.errors |= _fit(generator, convs, weights, keep=keep)
         if self.errors and self.after_fit is not None:
             self.after_fit(self.bank)

@@ -116,7 +116,7 @@ def swap_layers(
         left_dense: the reason, by name of each other conv.
 
     Raises:
-        CSGError: a layer cannot be generated, or the layers have several types or devices.
+        CSGError: a layer cannot be generated, or the layers to generate have several types or devices.
     """
     convs = {name: cast(_ConvNd, model.get_submodule(name)) for name in taken}
     obstacles = find_obstacles(model, convs)
@@ -127,7 +127,7 @@ def swap_layers(
         if (conv.weight.dtype, conv.weight.device) != (first.dtype, first.device):
             raise CSGError(
                 f'{name}: its weight is {conv.weight.dtype} on {conv.weight.device}, that of {next(iter(convs))} is '
-                f'{first.dtype} on {first.device}; convert the network to one type on one device before retrofit'
+                f'{first.dtype} on {first.device}; give all one type and device before retrofit, or exclude it'
             )
     # A generator and its codes share one stream of random numbers: two streams with the same seed would be equal.
     rngs = [torch.Generator().manual_seed(each.seed) for each in settings]

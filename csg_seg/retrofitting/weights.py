@@ -1,9 +1,9 @@
 """Load weights into a retrofitted network."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from csg_seg.errors import CSGError, abridge
@@ -59,7 +59,7 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
 def load_state_dict(
     model: nn.Module, weights: Mapping[str, Tensor], *, reset: str | Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Load a checkpoint into a retrofitted model, in place; some layers may differ. After an error, it is unchanged.
+    """Load a checkpoint into a retrofitted model, in place; some layers may differ. If it is refused, nothing changes.
 
     A layer that matches ``reset`` and does not fit the checkpoint, such as a classifier for other classes, keeps its
     start values; if it is generated, its codes are drawn for the generator that was loaded. Everything else is loaded
@@ -77,16 +77,27 @@ def load_state_dict(
         CSGError: the model is not retrofitted, a pattern matches no layer, or the weights do not fit elsewhere.
     """
     bank = _check('load_state_dict', model, weights)
-    before = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
     with bank.reset.allow(read_patterns('load_state_dict', 'reset', reset) or ()):
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:  # torch copies what fits, and lists every entry that differs
-            with torch.no_grad():
-                for tensor, values in before:
-                    tensor.copy_(values)
-            raise CSGError(f'the weights do not fit the model: {" ".join(str(error).split())[:300]}') from None
+        if not _has_shapes_of(model, bank, weights):
+            # torch copies what fits before it refuses the rest, and modules may adapt what they load: let a copy try.
+            _load_strictly(copy.deepcopy(model), weights)
+        _load_strictly(model, weights)
     return bank.reset.layers
+
+
+def _has_shapes_of(model: nn.Module, bank: GeneratorBank, weights: Mapping[str, Tensor]) -> bool:
+    """Whether the weights have the names and shapes of the model, retrofitted or dense."""
+    if any(conv.loaded is not None for conv in bank.layers.values()):  # its state dict cannot be taken
+        return False
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    return given in ({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, dense_shapes(model))
+
+
+def _load_strictly(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # torch lists every entry that differs
+        raise CSGError(f'the weights do not fit the model: {" ".join(str(error).split())[:300]}') from None
 
 
 def load_generators(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -51,11 +51,14 @@ def read_config(path: str | os.PathLike, options: Mapping[str, Any] | None = Non
 
     Raises:
         FileNotFoundError: there is no such file.
-        CSGError: the file is not a config, lacks a base that it refers to, has ``csg`` outside ``model``, or replaces
-            its ``CSGModel``; or an option is misspelt.
+        CSGError: the file is not a config, lacks a base that it refers to, has a dict in place of another value of a
+            base, has ``csg`` outside ``model``, or replaces its ``CSGModel``; or an option is misspelt.
     """
     try:
         cfg = Config.fromfile(str(path))
+        _remove_scope(cfg._cfg_dict)
+        _check_options(cfg, options or {})
+        cfg.merge_from_dict(dict(options or {}))
     except FileNotFoundError as error:
         raise FileNotFoundError(f'{path}: no such config, or one of its bases is missing ({error})') from None
     except (OSError, SyntaxError) as error:
@@ -70,9 +73,6 @@ def read_config(path: str | os.PathLike, options: Mapping[str, Any] | None = Non
         raise CSGError(
             f"{path}: no base config has {error.args[0]!r}, which it takes from '_base_'; name one"
         ) from None
-    _remove_scope(cfg._cfg_dict)
-    _check_options(cfg, options or {})
-    cfg.merge_from_dict(dict(options or {}))
     if cfg.get('custom_imports'):  # the options may have added some
         import_modules_from_strings(**cfg.custom_imports)
     if 'csg' in cfg:

@@ -23,6 +23,7 @@ from csg_seg import (
     materialise,
     retrofit,
     save_compact,
+    share_generators,
 )
 from csg_seg.generators.signature import encode_signature, read_layers
 from csg_seg.layers.bank import find_bank
@@ -253,10 +254,17 @@ def test_a_load_that_is_refused_changes_nothing(is_dense):
     other = network(seed=1) if is_dense else retrofit(network(seed=1), CSG | {'seed': 1})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     weights = other.state_dict()
+    twin = retrofit(network(seed=2), CSG)
+    share_generators(model, twin)
     for wrong in ({**weights, '9.weight': torch.zeros(2)}, {**weights, '0.weight': torch.zeros(2, 3, 3, 3)}):
         with pytest.raises(CSGError):
             load_state_dict(model, wrong)
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert model.csg.is_shared and not model.csg.loading.errors
+    model[2].load_state_dict({'weight': network(seed=2)[2].weight})
+    with pytest.raises(CSGError):
+        load_state_dict(model, {**weights, '9.weight': torch.zeros(2)})
+    assert model[2].loaded is not None
     model[2].load_state_dict({'weight': network(seed=2)[2].weight})  # of a part, and not fitted
     load_state_dict(model, weights)
     assert not torch.equal(model[2].code, before['2.code'])

@@ -28,6 +28,11 @@ def by_parametrisation(module, name):
     return lambda: parametrize.remove_parametrizations(module, name)
 
 
+def by_weight_norm(module, name):
+    nn.utils.weight_norm(module, name)
+    return lambda: nn.utils.remove_weight_norm(module, name)
+
+
 # --- which layers are generated ---
 
 
@@ -335,9 +340,12 @@ def test_layers_of_several_types_are_refused():
     model = Net()
     model.head.half()
     assert_refused(model, CSG | {'include': ['body', 'head']}, r'head: .* is torch.float16 on cpu, that of body')
+    model.head.float().to('meta')
+    with pytest.raises(CSGError, match=r'head: .* is torch.float32 on meta, that of body'):
+        retrofit(model, CSG | {'include': ['body', 'head']})
 
 
-@pytest.mark.parametrize('compute', [by_pruning, by_parametrisation])
+@pytest.mark.parametrize('compute', [by_pruning, by_parametrisation, by_weight_norm])
 @pytest.mark.parametrize('of_code', [True, False])
 def test_codes_and_generators_that_are_computed_are_not_stored(compute, of_code, tmp_path):
     model = retrofit(Net(), CSG)

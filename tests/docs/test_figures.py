@@ -62,7 +62,8 @@ def test_figures_in_the_text_are_the_results():
     most = max(small['csg-6x']['step_ratio'], read('accumulation-deeplabv3-r18')['summary']['csg']['step_ratio'])
     assert f'up to {most:.1f} times with small images or batches' in README
     peers = [read(f'peers-{name}')['networks'] for name in ('deeplabv3-r18', 'resnet18-96', 'resnet18-224')]
-    ratios += [each['step_ratio'] for networks in peers for name, each in networks.items() if name.startswith('csg')]
+    measured = [each for networks in (*peers, small) for each in networks.items()]
+    ratios += [each['step_ratio'] for name, each in measured if name.startswith('csg')]
     ratios.append(read('accumulation-deeplabv3-r18')['summary']['csg']['step_ratio'])
     speed = (ROOT / 'docs' / 'speed.md').read_text()
     assert f'up to {max(ratios):.2f} times as long as a dense one' in speed
@@ -71,10 +72,12 @@ def test_figures_in_the_text_are_the_results():
 
 
 def test_int8_changes_scores_as_little_as_the_readme_says():
-    names = ('camvid', 'camvid-90x120', 'kvasir', 'kvasir-96x96')
-    files = [ROOT / 'results' / f'{name}.json' for name in names]
+    files = [path for path in (ROOT / 'results').glob('*.json') if '"int8": {"bytes"' in path.read_text()]
+    assert len(files) >= 7
     rows = [row for file in files for row in read_rows_of_trainings(file) if 'int8' in row]
-    changes = [abs(row['int8'][split] - row[split]) for row in rows for split in ('val', 'test')]
+    changes = [
+        abs(row['int8'][split] - row[split]) for row in rows for split in ('val', 'test') if split in row['int8']
+    ]
     assert len(changes) >= 10 and 0.4 < max(changes) < 0.5 and 'less than 0.5 in all' in README
 
 

@@ -189,6 +189,17 @@ def test_names_of_other_classes_are_not_given(files):
         assert draw(network, files / 'image.png', prediction, opacity=0.5).shape == (70, 90, 3)
 
 
+@pytest.mark.parametrize('scale', [1, 8])
+def test_long_names_are_made_smaller(scale):
+    name = 'chest of drawers, chest, bureau, dresser'
+    picture, mask = np.full((200 * scale, 200 * scale, 3), 100, np.uint8), np.zeros((200 * scale, 200 * scale), bool)
+    mask[100 * scale :, 150 * scale :] = True
+    _write_name(picture, name, mask)
+    columns = (picture != 100).any(axis=(0, 2)).nonzero()[0]
+    assert columns.min() > 0 and columns.max() < 200 * scale - 1
+    assert columns.max() - columns.min() > 150 * scale
+
+
 def test_names_lie_in_their_regions_and_are_never_cut_off():
     boxes = {}
     for name, region in {'middle': np.s_[80:120, 200:300], 'corner': np.s_[-4:, -10:], 'top': np.s_[:4, :10]}.items():

@@ -56,6 +56,7 @@ class ExactResumeHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Load the batches again that the run was trained on."""
+        self._before_val = None  # of a validation that was interrupted
         loop = runner.train_loop
         batches = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
         if runner.iter % batches:
