@@ -130,6 +130,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'camvid-90x120': lambda: runs('rivals/tables/camvid_90x120.yml', costs='peers-deeplabv3-r18-w32'),
     'learning-rate': lambda: runs('runs/tables/camvid_90x120_learning_rate.yml'),
     'kvasir-96x96': lambda: runs('rivals/tables/kvasir_96.yml'),
+    'travel': lambda: runs('runs/tables/camvid_90x120_travel.yml', only='csg*'),
     'imagenet-encoder': lambda: runs('runs/tables/camvid_90x120_imagenet.yml'),
     'kvasir': lambda: runs('runs/tables/kvasir.yml'),
     'drawn': lambda: runs('runs/tables/drawn.yml'),

@@ -314,6 +314,20 @@ def test_on_kvasir_networks_score_as_the_page_says():
     assert 'dense scores about the same, `narrow-30x` and `separable-30x` score lower' in text
 
 
+def test_generators_from_another_data_set_score_as_the_pages_say():
+    text, log = ((ROOT / 'docs' / f'{name}.md').read_text() for name in ('results', 'research_log'))
+    scores = {each['cell']: each for each in summarise(read_rows_of_trainings(ROOT / 'results' / 'camvid-90x120.json'))}
+
+    def ahead(cell, other):
+        return [scores[f'{cell}-30x'][split][0] - scores[f'{other}-30x'][split][0] for split in ('val', 'test')]
+
+    assert f'score like random ones, {points(ahead("csg-frozen", "csg-travelled"))} points lower' in text
+    assert max(ahead('csg-frozen', 'csg-travelled')) < 1
+    assert f'Frozen random generators lose {points(ahead("csg-auto", "csg-frozen"))} points' in text
+    assert f'still score {points(ahead("csg-frozen", "separable"))} points higher than depthwise-separable' in text
+    assert f'{points(ahead("csg-auto", "csg-travelled"))} points below networks that train their own' in log
+
+
 def test_a_trained_encoder_scores_as_the_page_says():
     text = (ROOT / 'docs' / 'results.md').read_text()
     scores = {each['cell']: each for each in summarise(read_rows_of_trainings(ROOT / 'results' / 'camvid-90x120.json'))}
