@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
@@ -15,6 +16,7 @@ from .rows import Row, summarise
 
 SPLITS = ('val', 'test')
 MARKERS = 'os^Dv*PXp<>hd'
+COLOURS = [colormaps[name](index) for name, count in (('tab10', 10), ('Dark2', 8)) for index in range(count)]
 
 
 def draw_scores(rows: Sequence[Row], path: str | os.PathLike, *, network: str, size: str) -> None:
@@ -44,6 +46,7 @@ def draw_scores(rows: Sequence[Row], path: str | os.PathLike, *, network: str, s
 
 
 def _draw_split(axis: Axes, cells: Sequence[dict[str, Any]], split: str) -> None:
+    axis.set_prop_cycle(color=COLOURS)
     epochs = next(each['epochs'] for each in cells if each['method'] == 'dense')
     series: dict[str, list[dict[str, Any]]] = {}
     for each in cells:

@@ -298,6 +298,7 @@ def test_on_kvasir_networks_score_as_the_page_says():
     first = {row['cell']: row for row in rows if row['seed'] == 0}
     pruned = points([first['dense'][split] - first['pruned-30x'][split] for split in ('val', 'test')])
     assert f'40 more epochs from the dense network of seed 0, and is {pruned} points below it' in text
+    assert f'Low rank (`tucker`, one seed) is {points(losses("tucker-30x"))} points below dense' in text
     trained = points([first['csg-trained-30x'][split] - first['dense'][split] for split in ('val', 'test')])
     assert f'It scores {trained} points higher than that network, within the noise of seeds' in text
     assert max(first['csg-trained-30x'][split] - first['dense'][split] for split in ('val', 'test')) < most
@@ -334,6 +335,8 @@ def test_a_trained_encoder_scores_as_the_page_says():
     dense, csg = (scores[f'efficientnet-{name}'] for name in ('dense', 'csg-auto-4x'))
     val, test = (csg[split][0] - dense[split][0] for split in ('val', 'test'))
     assert f'is {-val:.1f} points below dense on val and {test:.1f} above it on test' in text
+    trained = [scores['efficientnet-csg-trained-4x'][split][0] - dense[split][0] for split in ('val', 'test')]
+    assert f'It is {points(trained)} points above that network' in text
 
 
 def test_the_page_says_in_short_what_the_results_are():
