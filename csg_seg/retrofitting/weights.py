@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from csg_seg.errors import CSGError, abridge
 from csg_seg.generators.linear import Generator
 from csg_seg.generators.settings import read_patterns
-from csg_seg.layers.bank import BANK, GeneratorBank, check_module, find_bank, other_network, same_generators
+from csg_seg.layers.bank import BANK, GeneratorBank, bank_of, check_module, find_bank, other_network, same_generators
 from csg_seg.layers.conv import generated_convs
 from csg_seg.layers.state_dict_checks import describe_names
 
@@ -80,7 +80,9 @@ def load_state_dict(
     with bank.reset.allow(read_patterns('load_state_dict', 'reset', reset) or ()):
         if not _has_shapes_of(model, bank, weights):
             # torch copies what fits before it refuses the rest, and modules may adapt what they load: let a copy try.
-            _load_strictly(copy.deepcopy(model), weights)
+            trial = copy.deepcopy(model)
+            bank_of(trial).loading.fit_on_load = False  # which takes long, and refuses nothing
+            _load_strictly(trial, weights)
         _load_strictly(model, weights)
     return bank.reset.layers
 

@@ -55,24 +55,14 @@ def read_config(path: str | os.PathLike, options: Mapping[str, Any] | None = Non
             base, has ``csg`` outside ``model``, or replaces its ``CSGModel``; or an option is misspelt.
     """
     try:
-        cfg = Config.fromfile(str(path))
+        cfg = _read_file(path)
         _remove_scope(cfg._cfg_dict)
         _check_options(cfg, options or {})
         cfg.merge_from_dict(dict(options or {}))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f'{path}: no such config, or one of its bases is missing ({error})') from None
-    except (OSError, SyntaxError) as error:
-        raise CSGError(f'{path}: not a config ({error}); give a .py file such as those in configs/') from None
-    except TypeError as error:  # mmengine's, of a dict that would replace another value of a base
+    except TypeError as error:  # mmengine's, of a dict that would replace another value
         if '_delete_=True' not in str(error):
             raise
         raise CSGError(f'{path}: {" ".join(str(error).split())}') from None
-    except KeyError as error:
-        if '{{_base_.' not in re.sub(r'\s', '', Path(path).read_text()):
-            raise
-        raise CSGError(
-            f"{path}: no base config has {error.args[0]!r}, which it takes from '_base_'; name one"
-        ) from None
     if cfg.get('custom_imports'):  # the options may have added some
         import_modules_from_strings(**cfg.custom_imports)
     if 'csg' in cfg:
@@ -95,6 +85,21 @@ def _check_options(cfg: Config, options: Mapping[str, Any]) -> None:
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
         if key not in known and close:
             raise CSGError(f'option {option}: the config has no {key!r}; did you mean {close[0]!r}?')
+
+
+def _read_file(path: str | os.PathLike) -> Config:
+    try:
+        return Config.fromfile(str(path))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f'{path}: no such config, or one of its bases is missing ({error})') from None
+    except (OSError, SyntaxError) as error:
+        raise CSGError(f'{path}: not a config ({error}); give a .py file such as those in configs/') from None
+    except KeyError as error:
+        if '{{_base_.' not in re.sub(r'\s', '', Path(path).read_text()):
+            raise
+        raise CSGError(
+            f"{path}: no base config has {error.args[0]!r}, which it takes from '_base_'; name one"
+        ) from None
 
 
 def _remove_scope(node: Any) -> None:

@@ -253,23 +253,25 @@ def test_a_pass_that_fails_leaves_nothing_behind():
     assert [conv.ready for _, conv in generated_convs(model)] == [None] * 3
 
 
-def test_a_pass_that_is_interrupted_leaves_no_weight_of_before():
+def interrupted():
+    """Return a network whose last evaluation was interrupted."""
     model = build().eval()
     handle = model.two.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt), torch.no_grad():
         model(images())
     handle.remove()
+    return model
+
+
+def test_a_pass_that_is_interrupted_leaves_no_weight_of_before():
+    model = interrupted()
     model.load_state_dict(model.state_dict() | {'one.code': model.one.code * 0.5})
     with torch.no_grad():
         torch.testing.assert_close(model.forward(images()), model(images()))
 
 
 def test_the_next_pass_makes_all_weights_anew():
-    model = build().eval()
-    handle = model.two.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt), torch.no_grad():
-        model(images())
-    handle.remove()
+    model = interrupted()
     for conv in (model.one, model.two, model.last):
         conv.code.data.mul_(0.5)  # which changes no version counter
     model.csg.keep_weights = False

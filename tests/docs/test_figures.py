@@ -48,6 +48,11 @@ def test_a_table_without_a_place_is_found():
     assert tables.missing_tables({}) == list(tables.TABLES)
 
 
+def summarised(name):
+    """Return the mean scores of a file of results, by cell."""
+    return {each['cell']: each for each in summarise(read_rows_of_trainings(ROOT / 'results' / f'{name}.json'))}
+
+
 def test_the_command_checks_all_tables():
     assert run_experiment('tables', '--check').stdout == 'all tables and metafiles agree with results/\n'
 
@@ -83,7 +88,7 @@ def test_int8_changes_scores_as_little_as_the_readme_says():
 
 def test_trained_networks_score_as_the_results_say():
     text = (ROOT / 'docs' / 'results.md').read_text()
-    scores = {each['cell']: each for each in summarise(read_rows_of_trainings(ROOT / 'results' / 'camvid.json'))}
+    scores = summarised('camvid')
 
     def losses(cell: str) -> list[float]:
         assert scores[cell]['seeds'] == scores['dense']['seeds'] == 3
@@ -317,7 +322,7 @@ def test_on_kvasir_networks_score_as_the_page_says():
 
 def test_generators_from_another_data_set_score_as_the_pages_say():
     text, log = ((ROOT / 'docs' / f'{name}.md').read_text() for name in ('results', 'research_log'))
-    scores = {each['cell']: each for each in summarise(read_rows_of_trainings(ROOT / 'results' / 'camvid-90x120.json'))}
+    scores = summarised('camvid-90x120')
 
     def ahead(cell, other):
         return [scores[f'{cell}-30x'][split][0] - scores[f'{other}-30x'][split][0] for split in ('val', 'test')]
@@ -331,7 +336,7 @@ def test_generators_from_another_data_set_score_as_the_pages_say():
 
 def test_a_trained_encoder_scores_as_the_page_says():
     text = (ROOT / 'docs' / 'results.md').read_text()
-    scores = {each['cell']: each for each in summarise(read_rows_of_trainings(ROOT / 'results' / 'camvid-90x120.json'))}
+    scores = summarised('camvid-90x120')
     dense, csg = (scores[f'efficientnet-{name}'] for name in ('dense', 'csg-auto-4x'))
     val, test = (csg[split][0] - dense[split][0] for split in ('val', 'test'))
     assert f'is {-val:.1f} points below dense on val and {test:.1f} above it on test' in text
@@ -341,10 +346,7 @@ def test_a_trained_encoder_scores_as_the_page_says():
 
 def test_the_page_says_in_short_what_the_results_are():
     text = (ROOT / 'docs' / 'results.md').read_text()
-    camvid, kvasir, larger = (
-        {each['cell']: each for each in summarise(read_rows_of_trainings(ROOT / 'results' / f'{name}.json'))}
-        for name in ('camvid-90x120', 'kvasir-96x96', 'camvid')
-    )
+    camvid, kvasir, larger = (summarised(name) for name in ('camvid-90x120', 'kvasir-96x96', 'camvid'))
 
     def differences(scores, cell, other):
         return [scores[cell][split][0] - scores[other][split][0] for split in ('val', 'test')]
@@ -376,7 +378,7 @@ def test_the_page_says_in_short_what_the_results_are():
 
 
 def test_resnet20_scores_on_cifar10_as_the_pages_say():
-    scores = {each['cell']: each for each in summarise(read_rows_of_trainings(ROOT / 'results' / 'cifar10.json'))}
+    scores = summarised('cifar10')
     loss = scores['dense']['test'][0] - scores['csg-2.3x']['test'][0]
     said = f'{loss:.1f} points below dense after 20 epochs'
     assert f'CSG at 2.3x, with slices of 12 x 12, is {said}' in (ROOT / 'docs' / 'classification.md').read_text()
@@ -391,7 +393,7 @@ def test_networks_trained_in_float32_are_those_that_the_page_names():
 
 
 def test_found_settings_score_like_chosen_ones_within_the_noise():
-    scores = {each['cell']: each for each in summarise(read_rows_of_trainings(ROOT / 'results' / 'camvid.json'))}
+    scores = summarised('camvid')
     found, chosen = scores['csg-auto-47x-40e'], scores['csg-47x-40e']
     assert found['seeds'] == chosen['seeds'] == 3
     for split in ('val', 'test'):

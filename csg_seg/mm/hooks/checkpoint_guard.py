@@ -17,6 +17,8 @@ from csg_seg.mm.patches import check_kind
 # Settings that only some kinds of torch's optimizers have.
 KIND = {'momentum', 'betas', 'alpha', 'rho', 'lambd', 'etas', 'lr_decay'}
 
+ANEW = 'begin a new run with its weights: --cfg-options load_from={}, without --resume'
+
 
 class CheckpointGuardHook(Hook):
     """Refuse to resume from a checkpoint without training state, or with the state of another optimizer.
@@ -45,8 +47,10 @@ class CheckpointGuardHook(Hook):
         if 'optimizer' in checkpoint:
             other = _other_optimizer(runner.optim_wrapper, checkpoint['optimizer'])
             if other:
-                path, anew = _begin_anew(runner)
-                raise CSGError(f'{path} was saved by {other}; resume with the settings it was trained with, or {anew}')
+                path = _resumed_from(runner)
+                raise CSGError(
+                    f'{path} was saved by {other}; resume with the settings it was trained with, or {ANEW.format(path)}'
+                )
 
 
 def prepare_resume(runner: Runner, checkpoint: dict) -> None:
@@ -60,26 +64,23 @@ def prepare_resume(runner: Runner, checkpoint: dict) -> None:
     bank = find_bank(model)
     if runner._resume and bank is not None:
         if not generator_names(checkpoint.get('state_dict', checkpoint)):
-            path = runner._load_from or find_latest_checkpoint(runner.work_dir)
             raise CSGError(
-                f'{path}: the run would resume from a dense checkpoint; begin a new run with it, without --resume, or '
-                'set load_from=None to resume from the latest checkpoint'
+                f'{_resumed_from(runner)}: the run would resume from a dense checkpoint; begin a new run with it, '
+                'without --resume, or set load_from=None to resume from the latest checkpoint'
             )
         _check_training_state(runner, checkpoint)
         bank.reset.is_on = False
         put_generators_first(checkpoint, model)
 
 
-def _begin_anew(runner: Runner) -> tuple[str, str]:
-    """Return the checkpoint to resume from, and how to begin a new run with its weights."""
-    path = runner._load_from or find_latest_checkpoint(runner.work_dir)
-    return path, f'begin a new run with its weights: --cfg-options load_from={path}, without --resume'
+def _resumed_from(runner: Runner) -> str:
+    return runner._load_from or find_latest_checkpoint(runner.work_dir)
 
 
 def _check_training_state(runner: Runner, checkpoint: Mapping[str, Any]) -> None:
     if not {'epoch', 'iter'} <= {*checkpoint.get('meta', {})} or 'message_hub' not in checkpoint:
-        path, anew = _begin_anew(runner)
-        raise CSGError(f'{path} holds weights and no training state to resume; {anew}')
+        path = _resumed_from(runner)
+        raise CSGError(f'{path} holds weights and no training state to resume; {ANEW.format(path)}')
 
 
 def _other_optimizer(optim_wrapper: OptimWrapper | OptimWrapperDict, stored: Mapping[str, Any]) -> str:
