@@ -19,7 +19,7 @@ from experiments.zoo.libraries import SCOPES
 from experiments.zoo.rows import read_rows
 
 # The generators of other papers that were trained on Kvasir-SEG.
-GENERATORS = ('t-basis-30x', 'hypernetwork-30x', 'filter-basis-30x', 'mcnc-30x')
+GENERATORS = ('t-basis-30x', 'hypernetwork-30x', 'filter-basis-30x', 'random-basis-30x', 'mcnc-30x')
 README = (ROOT / 'README.md').read_text()
 
 
@@ -313,6 +313,7 @@ def test_on_kvasir_networks_score_as_the_page_says():
         f'are {min(val):.1f} to {max(val):.1f} points below dense on val and {min(test):.1f} to {max(test):.1f}' in text
     )
     assert losses('t-basis-30x') == [max(val), max(test)] and 'T-Basis scores lowest' in text
+    assert losses('random-basis-30x') == [min(val), min(test)] and 'The random basis scores highest' in text
     for split in ('val', 'test'):
         assert abs(first['dense'][split] - first['dense-lr-0.06'][split]) < 0.5
         for cell in ('narrow-30x', 'separable-30x'):
