@@ -333,6 +333,11 @@ def test_generators_from_another_data_set_score_as_the_pages_say():
     assert f'Frozen random generators lose {points(ahead("csg-auto", "csg-frozen"))} points' in text
     assert f'still score {points(ahead("csg-frozen", "separable"))} points higher than depthwise-separable' in text
     assert f'{points(ahead("csg-auto", "csg-travelled"))} points below networks that train their own' in log
+    lost = [scores['dense'][split][0] - scores['csg-binary-30x'][split][0] for split in ('val', 'test')]
+    below = points(ahead('csg-auto', 'csg-binary'))
+    assert f'It is {points(lost)} points below dense, and {below} below `csg-auto-30x`' in text
+    assert max(map(abs, ahead('csg-binary', 'csg-frozen'))) < 1
+    assert '`csg-binary-30x` [scores about the same](#camvid-at' in text
 
 
 def test_a_trained_encoder_scores_as_the_page_says():
