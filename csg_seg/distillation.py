@@ -37,7 +37,7 @@ class Teacher:
         student: the network that learns, usually retrofitted.
         network: the teacher; None if :meth:`use` names it later.
         logits: factor of the divergence of class probabilities, for each image or pixel. Hinton et al., "Distilling
-            the Knowledge in a Neural Network", 2015.
+            the Knowledge in a Neural Network", 2015. A single class score has its sigmoid as the probability.
         temperature: divides the class scores in ``logits`` and ``channels``.
         channels: factor of the divergence of each class's distribution over the pixels. Shu et al., "Channel-Wise
             Knowledge Distillation for Dense Prediction", ICCV 2021.
@@ -157,7 +157,8 @@ class Teacher:
         if factors['logits'] or factors['channels']:
             mine, wanted = self._pair(self.logits_layer, _class_scores)
             if factors['logits']:
-                yield 'logits', factors['logits'] * divergence(mine, wanted, temperature, dim=1)
+                one, other = (_with_background(each) for each in (mine, wanted))
+                yield 'logits', factors['logits'] * divergence(one, other, temperature, dim=1)
             if factors['channels']:
                 if mine.ndim < 3:
                     raise CSGError('teacher: channels compares pixels, this network classifies; set channels=0')
@@ -267,6 +268,11 @@ def _class_scores(output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise CSGError('teacher: there are no class scores in the output of the network; set logits_layer')
     return output
+
+
+def _with_background(scores: Tensor) -> Tensor:
+    """Put a score of 0 before a single class score, because softmax over both is the sigmoid of the one."""
+    return torch.cat([torch.zeros_like(scores), scores], dim=1) if scores.shape[1] == 1 else scores
 
 
 def _as_list(output: Any) -> list[Tensor]:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import get_native_id
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         NotWrittenError: the file cannot be written.
     """
-    partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
+    partial = path.with_name(f'.{path.name}.{os.getpid()}-{get_native_id()}.partial')
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

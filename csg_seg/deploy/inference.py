@@ -247,7 +247,7 @@ def channel_order(network: BaseModel) -> str:
 def _reads_files(network: BaseModel) -> bool:
     """Return whether the test pipeline reads files, as BGR; pipelines for CIFAR start from RGB arrays."""
     steps = test_pipeline(network.cfg)
-    return bool(steps) and steps[0]['type'] == 'LoadImageFromFile'
+    return bool(steps) and str(steps[0]['type']).rpartition('.')[2] == 'LoadImageFromFile'
 
 
 def _array(image: np.ndarray) -> dict[str, Any]:

@@ -35,6 +35,12 @@ class BinaryGenerator(Generator):
         """Set the signs from the settings' seed; ``rng`` is not used."""
         self._rebuild_signs()
 
+    def reset_parameters(self) -> None:
+        """Restore the signs, which ``to_empty`` discards."""
+        like = self.weight
+        self._rebuild_signs()
+        self.weight = self.weight.to(like)
+
     def _rebuild_signs(self) -> None:
         size = math.prod(self.settings.slice_shape)
         n_bits = self.settings.code_dim * size
@@ -42,7 +48,7 @@ class BinaryGenerator(Generator):
         digest = hashlib.shake_256(self.settings.seed.to_bytes(8, 'little')).digest(-(-n_bits // 8))
         packed = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
         bits = (packed[:, None] >> torch.arange(8, device='cpu')).bitwise_and(1).flatten()[:n_bits]
-        weight = (bits * 2.0 - 1.0) * _sign_size(self.settings)
+        weight = (bits.float() * 2 - 1) * _sign_size(self.settings)
         self.register_buffer('weight', weight.view(self.settings.code_dim, size), persistent=False)
 
     def set_extra_state(self, state: Tensor) -> None:

@@ -3,6 +3,7 @@
 docs/speed.md has the times with and without it.
 """
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from threading import get_ident
 from typing import Any, NamedTuple
@@ -38,22 +39,25 @@ class Ready:
     """
 
     def __init__(self, weight: Tensor, conv: CSGConv):
-        self.weight, self.generator = weight, conv.generator
-        self.inputs = (conv.code, conv.generator.weight)
+        self.weight, self.conv, self.inputs = weight, conv, _inputs(conv)
         self.thread, self.versions, self.dtype = get_ident(), _versions(self.inputs), self._autocast_dtype()
 
     def __call__(self) -> Tensor | None:
-        """Return the weight, unless another thread reads it, an input or the precision changed, or it lacks a graph."""
+        """Return the weight, unless another thread reads it, an input or the precision changed, or it lacks a graph.
+
+        ``functional_call`` within the pass replaces inputs.
+        """
         has_graph = self.weight.requires_grad or not torch.is_grad_enabled()
         is_current = torch.compiler.is_compiling() or (
             self.thread == get_ident()
+            and all(map(operator.is_, self.inputs, _inputs(self.conv)))
             and self.versions == _versions(self.inputs)
             and self.dtype == self._autocast_dtype()
         )
         return self.weight if has_graph and is_current else None
 
     def _autocast_dtype(self) -> torch.dtype | None:
-        return autocast_dtype(self.generator, self.weight.device.type)
+        return autocast_dtype(self.conv.generator, self.weight.device.type)
 
 
 class Ahead:
@@ -151,6 +155,14 @@ def _has_plain_code(conv: CSGConv) -> bool:
     code = conv.code
     is_plain = type(code) is nn.Parameter and code.dim() == 2 and not (code.is_meta or code.is_inference())
     return is_plain and conv.loaded is None
+
+
+def _inputs(conv: CSGConv) -> list[Tensor]:
+    """Return what a conv's weight is made of."""
+    inputs: list[Tensor] = [*conv.stored().values()]
+    for module in conv.generator.modules():
+        inputs += [each for each in (*module._parameters.values(), *module._buffers.values()) if each is not None]
+    return inputs
 
 
 def _versions(tensors: Iterable[Tensor]) -> list[int]:

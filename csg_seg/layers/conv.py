@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import is_pruned
 
 from csg_seg.errors import CSGError, CSGWarning
 from csg_seg.generators.lengths import row_length
@@ -244,7 +245,8 @@ def check_plain(convs: Mapping[str, CSGConv]) -> None:
     for name, conv in convs.items():
         generator = conv.generator
         for module, needed, whose in ((conv, conv.stored(), name), (generator, ['weight'], f'the generator of {name}')):
-            if is_parametrized(module) or not {*needed} <= {*module._parameters, *module._buffers}:
+            is_changed = is_parametrized(module) or is_pruned(module)
+            if is_changed or not {*needed} <= {*module._parameters, *module._buffers}:
                 raise CSGError(
                     f'{whose} has a parameter that is pruned or parametrised; call prune.remove or '
                     'parametrize.remove_parametrizations first'

@@ -205,6 +205,7 @@ class StateDictChecks:
         self._check_dense_layers()
         if self.is_dense:
             self._check_dense_network()
+            self._check_shapes()
             self.state_dict.update(self.own)
         else:
             needed = dict(self.own)
@@ -252,14 +253,15 @@ class StateDictChecks:
         """Refuse layers that are stored under other names, if no unmatched name has such a weight."""
         known = {conv for name, conv in self.loaded.items() if name in self.stored}  # under one of its names
         unknown = {conv: name for name, conv in self.loaded.items() if conv not in known}
-        unmatched = Counter(shape for name, (_, shape) in self.stored.items() if name not in self.loaded)
+        unmatched = Counter(each for name, each in self.stored.items() if name not in self.loaded)
         for conv, name in unknown.items() if self.stored else ():
+            position = next((index for index, each in enumerate(self.bank) if each is conv.generator), -1)
             shape = tuple(conv.weight_shape)
-            unmatched[shape] -= 1
-            if unmatched[shape] < 0:
+            unmatched[position, shape] -= 1
+            if unmatched[position, shape] < 0:
                 raise CSGError(
-                    f'{name}: the checkpoint has no layer of this name, and no other unmatched layer with a weight of '
-                    f'{shape}; {OTHER_NETWORK}'
+                    f'{name}: the checkpoint has no layer of this name, and no other unmatched layer of its generator '
+                    f'with a weight of {shape}; {OTHER_NETWORK}'
                 )
 
     def _check_shapes(self) -> None:

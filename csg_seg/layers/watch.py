@@ -92,7 +92,7 @@ class Watch:
 
     def note_replaced(self, weights: Iterable[Tensor]) -> None:
         """Remember parameters that a network no longer has, in case an optimizer still holds them."""
-        self.replaced += map(ref, weights)
+        self.replaced = [each for each in self.replaced if each() is not None] + [*map(ref, weights)]
         self._start(anew=True)
 
     def note_lost(self, layers: Mapping[str, CSGConv]) -> None:

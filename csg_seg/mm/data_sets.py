@@ -1,4 +1,4 @@
-"""Find the data sets of a config inside their wrappers, and the pipeline for inference."""
+"""Find the data sets of a config inside their wrappers, its hooks, and the pipeline for inference."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,6 +16,12 @@ def data_sets(dataset: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
     else:
         for each in inner if isinstance(inner, (list, tuple)) else [inner]:
             yield from data_sets(each)
+
+
+def config_hooks(cfg: Config) -> list[Mapping[str, Any]]:
+    """Return the hooks of a config, without those that are set to None."""
+    hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or [])]
+    return [each for each in hooks if each]
 
 
 def test_pipeline(cfg: Config) -> list[Mapping[str, Any]]:

@@ -19,6 +19,7 @@ from csg_seg.layers.bank import GeneratorBank, bank_of, find_bank, inner_root
 from csg_seg.layers.conv import find_convs
 from csg_seg.layers.state_dict_checks import check_reset
 from csg_seg.mm.checkpoints.reading import read_checkpoint
+from csg_seg.mm.data_sets import config_hooks
 from csg_seg.retrofitting import freezing
 from csg_seg.retrofitting.surgery import CSG, retrofit
 
@@ -146,8 +147,8 @@ def build_model(cfg: Config) -> nn.Module:
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     # Segmentors write into their config, which may be built again.
     model = MODELS.build(deepcopy(cfg.model))
-    for hook in [*cfg.get('default_hooks', {}).values(), *cfg.get('custom_hooks', [])]:
-        if hook and hook.get('type') == 'CSGHook':
+    for hook in config_hooks(cfg):
+        if hook.get('type') == 'CSGHook':
             HOOKS.build(hook).retrofit(model, cfg.model)
     part = None if find_bank(model) else inner_root(model)
     if part is not None:

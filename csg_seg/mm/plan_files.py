@@ -13,6 +13,7 @@ from torch import nn
 
 from csg_seg.errors import CSGError, abridge
 from csg_seg.mm.checkpoints.reading import load_weights, read_checkpoint
+from csg_seg.mm.data_sets import config_hooks
 from csg_seg.mm.figures import save_figure
 from csg_seg.mm.model import build_model
 from csg_seg.planning.planner import Plan, Point, predict
@@ -31,8 +32,7 @@ def build_dense(cfg: Config, checkpoint: str | os.PathLike | None) -> nn.Module:
         FileNotFoundError: there is no such checkpoint.
         CSGError: the config is a CSG config, or the checkpoint does not fit it.
     """
-    hooks = [*cfg.get('default_hooks', {}).values(), *cfg.get('custom_hooks', [])]
-    if cfg.model.type == 'CSGModel' or any(hook and hook.get('csg') for hook in hooks):
+    if cfg.model.type == 'CSGModel' or any(hook.get('csg') for hook in config_hooks(cfg)):
         raise CSGError('a plan starts from a dense network and this is a CSG config; give the dense config')
     if checkpoint is None:
         torch.manual_seed(0)  # makes a plan of untrained weights reproducible

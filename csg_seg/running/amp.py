@@ -5,6 +5,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 from csg_seg.errors import CSGError
+from csg_seg.mm.data_sets import config_hooks
 from csg_seg.mm.mixed_precision import check_mixed_precision
 
 
@@ -42,6 +43,5 @@ def prepare_cpu(cfg: Config) -> None:
         return
     check_mixed_precision()
     torch.set_flush_denormal(True)
-    hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or [])]
-    if not any(hook and hook.get('type') == 'ChannelsLastHook' for hook in hooks):
+    if not any(hook.get('type') == 'ChannelsLastHook' for hook in config_hooks(cfg)):
         cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='ChannelsLastHook')]

@@ -17,7 +17,7 @@ from csg_seg.errors import CSGError, nearest
 from csg_seg.layers.conv import generated_convs
 from csg_seg.mm.checkpoints.reading import read_checkpoint
 from csg_seg.mm.checkpoints.unpickling import check_file
-from csg_seg.mm.data_sets import data_sets
+from csg_seg.mm.data_sets import config_hooks, data_sets
 from csg_seg.mm.datasets.labels import check_labels
 from csg_seg.mm.mixed_precision import check_mixed_precision
 
@@ -69,8 +69,7 @@ def check_starts(cfg: Config) -> None:
     """
     model = cfg.model
     paths = [cfg.get('load_from'), (model.get('teacher') or {}).get('checkpoint'), model.get('pretrained')]
-    hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or [])]
-    paths += [part.get('generators_from') for part in (model, *hooks) if part]
+    paths += [part.get('generators_from') for part in (model, *config_hooks(cfg))]
     paths += [each.get('checkpoint') for part in (model, model.get('backbone')) for each in _init_cfgs(part)]
     for path in paths:
         if path and not isinstance(path, str):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from inspect import signature
-from threading import get_ident
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
@@ -132,21 +132,27 @@ def build(source: Source, *, most_values: int | None = None) -> nn.Module:
         raise CSGError(f'the builder {source["builder"]!r} cannot build the network ({what}); give the model') from None
 
 
+# Held while nn.Module is patched: another thread must not restore what this one has patched.
+_PATCH = RLock()
+
+
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Let modules that this thread builds have their parameters on the meta device; buffers stay real."""
-    register, thread = nn.Module.register_parameter, get_ident()
+    thread = get_ident()
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if type(parameter) is nn.Parameter and not parameter.is_meta and get_ident() == thread:
             parameter = nn.Parameter(parameter.to('meta'), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    with _PATCH:
+        register = nn.Module.register_parameter
+        nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 class _Limit(TorchFunctionMode):

@@ -131,6 +131,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'learning-rate': lambda: runs('runs/tables/camvid_90x120_learning_rate.yml'),
     'kvasir-96x96': lambda: runs('rivals/tables/kvasir_96.yml'),
     'travel': lambda: runs('runs/tables/camvid_90x120_travel.yml', only='csg*'),
+    'unet': lambda: runs('runs/tables/camvid_90x120_unet.yml'),
     'imagenet-encoder': lambda: runs('runs/tables/camvid_90x120_imagenet.yml'),
     'kvasir': lambda: runs('runs/tables/kvasir.yml'),
     'drawn': lambda: runs('runs/tables/drawn.yml'),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -226,6 +227,29 @@ def test_residuals_that_change_are_noticed():
         after = model(images())
         assert not torch.allclose(after, before)
         torch.testing.assert_close(after, materialise(model)(images()))
+
+
+class Adapting(nn.Sequential):
+    """Computes with other parameters than its own, as in meta-learning."""
+
+    fast: dict[str, torch.Tensor] | None = None
+
+    def forward(self, x):
+        return super().forward(x) if self.fast is None else functional_call(self[0], self.fast, (x,))
+
+
+@pytest.mark.parametrize('kind', [name for name in KINDS if name != 'two generators'])
+@pytest.mark.parametrize('mode', [torch.enable_grad, torch.no_grad])
+def test_parameters_swapped_within_a_pass_are_used(kind, mode):
+    model = retrofit(Adapting(Net()), KINDS[kind])
+    model.fast = {
+        name: 2 * each.detach() for name, each in model[0].named_parameters() if name.endswith(('code', 'residual_out'))
+    }
+    with mode():
+        expected = model.forward(images())
+        torch.testing.assert_close(model(images()), expected)
+        model.fast = None
+        assert not torch.allclose(model(images()), expected)
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torchvision import models
 
 import csg_seg
 from csg_seg.errors import CSGError
-from csg_seg.storage.builders import BUILDERS, build, decode_source, encode_source
+from csg_seg.storage.builders import BUILDERS, build, decode_source, encode_source, parameters_on_meta
 from experiments.zoo.network import settings_for
 
 CSG = dict(slice_shape=(16, 16, 3, 3), code_dim=32)
@@ -242,3 +243,25 @@ def test_a_network_within_the_limit_is_built():
     values = sum(each.numel() for each in models.resnet18().parameters())
     built = build(dict(builder='torchvision', name='resnet18'), most_values=2 * values)
     assert sum(each.numel() for each in built.parameters()) == values
+
+
+def test_threads_that_build_networks_at_once_do_not_disturb_each_other():
+    register, entered, left = nn.Module.register_parameter, threading.Event(), threading.Event()
+    devices = []
+
+    def build_inside():
+        with parameters_on_meta():
+            entered.set()
+            left.wait(1)  # the other thread cannot leave before this one does
+            devices.append(nn.Linear(2, 2).weight.device.type)
+
+    threads = [threading.Thread(target=build_inside) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert entered.wait(10)
+    assert nn.Linear(2, 2).weight.device.type == 'cpu'
+    left.set()
+    for thread in threads:
+        thread.join(10)
+    assert devices == ['meta', 'meta'] and nn.Module.register_parameter is register
+    assert nn.Linear(2, 2).weight.device.type == 'cpu'

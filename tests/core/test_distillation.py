@@ -70,6 +70,15 @@ def test_losses_are_those_of_the_definitions(returns):
     torch.testing.assert_close(teacher.loss(images()), sum(expected.values()))
 
 
+def test_one_class_score_is_compared_by_its_sigmoid():
+    student, network = (nn.Conv2d(3, 1, 1) for _ in range(2))
+    teacher = Teacher(student, deepcopy(network), temperature=3)
+    mine, wanted = (torch.sigmoid(each(images()) / 3) for each in (student, network))
+    expected = 9 * (wanted * (wanted / mine).log() + (1 - wanted) * ((1 - wanted) / (1 - mine)).log()).mean()
+    assert expected > 1e-3
+    torch.testing.assert_close(teacher.loss(images()), expected)
+
+
 def test_a_student_that_equals_its_teacher_has_nothing_to_learn():
     student = Net().eval()
     teacher = Teacher(student, Net(), **FACTORS)

@@ -345,6 +345,13 @@ def test_layers_of_several_types_are_refused():
         retrofit(model, CSG | {'include': ['body', 'head']})
 
 
+def test_a_pruned_hidden_layer_is_not_stored(tmp_path):
+    model = retrofit(Net(), CSG | {'generator': 'mlp', 'hidden': 7})
+    prune.l1_unstructured(model.csg[0], 'hidden_weight', 0.5)
+    with pytest.raises(CSGError, match='has a parameter that is pruned or parametrised'):
+        save_compact(model, tmp_path / 'x.safetensors')
+
+
 @pytest.mark.parametrize('compute', [by_pruning, by_parametrisation, by_weight_norm])
 @pytest.mark.parametrize('of_code', [True, False])
 def test_codes_and_generators_that_are_computed_are_not_stored(compute, of_code, tmp_path):

@@ -67,6 +67,24 @@ def test_reset_parameters_draws_new_start_values(kind):
     assert (kind.get('generator') == 'binary') == torch.equal(model.csg[0].weight, signs)
 
 
+def test_reset_parameters_restores_the_signs_of_a_network_without_memory():
+    model, signs = build(generator='binary'), build(generator='binary').csg[0].weight
+    model.to_empty(device='cpu').csg[0].weight.fill_(3)
+    model.csg[0].reset_parameters()
+    assert torch.equal(model.csg[0].weight, signs)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_signs_do_not_depend_on_the_default_dtype(dtype):
+    generator = build(generator='binary').csg[0]
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        assert torch.equal(type(generator)(generator.settings, torch.Generator()).weight, generator.weight)
+    finally:
+        torch.set_default_dtype(default)
+
+
 def test_reset_parameters_keeps_a_frozen_generator():
     model = build(freeze_generator=True)
     weight, code = model.csg[0].weight.clone(), model.narrow.code.clone()

@@ -294,7 +294,9 @@ def test_on_kvasir_networks_score_as_the_page_says():
     (row,) = (row for row in rows if row['cell'] == 'narrow-100x')
     assert all(each['mAcc'] == 50 for each in row['scores'].values())
     assert f'at 0.06 it is {points(losses("narrow-100x-lr-0.06"))} points below dense' in text
-    assert f'At 6x, with one seed, CSG is {points(losses("csg-auto-6x"))} points below the mean of dense' in text
+    assert scores['csg-auto-6x']['seeds'] == 3
+    assert f'At 6x, CSG is {points(losses("csg-auto-6x"))} points below dense. With one seed, a narrow' in text
+    assert f'a narrow network is {points(losses("narrow-6x"))} points below' in text
     by_cell = [[row[split] for row in rows if row['cell'] == cell] for cell in scores for split in ('val', 'test')]
     most = max(max(each) - min(each) for each in by_cell)
     assert f'Seeds of one network differ by up to {most:.1f} points. CSG at 6x and 30x differs' in text
@@ -303,7 +305,8 @@ def test_on_kvasir_networks_score_as_the_page_says():
     first = {row['cell']: row for row in rows if row['seed'] == 0}
     pruned = points([first['dense'][split] - first['pruned-30x'][split] for split in ('val', 'test')])
     assert f'40 more epochs from the dense network of seed 0, and is {pruned} points below it' in text
-    assert f'Low rank (`tucker`, one seed) is {points(losses("tucker-30x"))} points below dense' in text
+    low_rank = points(losses('tucker-30x')), points(losses('cp-30x'))
+    assert '{} points below dense as Tucker decomposition (`tucker`), and {} as `cp`'.format(*low_rank) in text
     trained = points([first['csg-trained-30x'][split] - first['dense'][split] for split in ('val', 'test')])
     assert f'It scores {trained} points higher than that network, within the noise of seeds' in text
     assert max(first['csg-trained-30x'][split] - first['dense'][split] for split in ('val', 'test')) < most
@@ -360,7 +363,7 @@ def test_the_page_says_in_short_what_the_results_are():
     small, polyps = (points(differences(scores, 'dense', 'csg-auto-30x')) for scores in (camvid, kvasir))
     assert f'At 30x, it is {small} points below dense on CamVid**, and {polyps} on Kvasir-SEG' in text
     assert f'at 10x, and is {points(differences(larger, "dense", "csg-47x"))} points below at 47x' in text
-    assert f'one seed is {points(differences(kvasir, "dense", "csg-auto-6x"))} points below (val and test)' in text
+    assert f'it is {points(differences(kvasir, "dense", "csg-auto-6x"))} points below (val and test), less' in text
     first = {
         row['cell']: row for row in read_rows_of_trainings(ROOT / 'results' / 'camvid-90x120.json') if row['seed'] == 0
     }
@@ -385,10 +388,34 @@ def test_the_page_says_in_short_what_the_results_are():
 
 def test_resnet20_scores_on_cifar10_as_the_pages_say():
     scores = summarised('cifar10')
-    loss = scores['dense']['test'][0] - scores['csg-2.3x']['test'][0]
-    said = f'{loss:.1f} points below dense after 20 epochs'
-    assert f'CSG at 2.3x, with slices of 12 x 12, is {said}' in (ROOT / 'docs' / 'classification.md').read_text()
-    assert f'ResNet-20 at 2.3x is {said}' in (ROOT / 'docs' / 'results.md').read_text()
+    paper, found = (
+        f'{scores["dense"]["test"][0] - scores[name]["test"][0]:.1f}' for name in ('csg-2.3x', 'csg-auto-2.3x')
+    )
+    text = (ROOT / 'docs' / 'classification.md').read_text()
+    assert f"is {paper} points below dense with slices of 12 x 12, the paper's, and {found} with the settings" in text
+    text = (ROOT / 'docs' / 'results.md').read_text()
+    assert (
+        f'is {found} points below dense after 20 epochs with the settings that `ratio` finds, and {paper} with' in text
+    )
+    assert f'(#image-classification) is {found} points below dense' in text
+
+
+def test_unet_scores_as_the_page_says():
+    text = (ROOT / 'docs' / 'results.md').read_text()
+    scores = summarised('camvid-90x120')
+    csg, narrow, ahead = (
+        [scores[f'unet-{one}'][split][0] - scores[f'unet-{other}'][split][0] for split in ('val', 'test')]
+        for one, other in (('dense', 'csg-auto-10x'), ('dense', 'narrow-10x'), ('csg-auto-10x', 'narrow-10x'))
+    )
+    assert f'(#unet) at 10x is {points(csg)} points below dense' in text
+    assert f'A narrow network of equal size is {points(narrow)} below.' in text
+    assert (
+        f'is {points(csg)} points below dense (val and test). A narrow network of equal size is {points(narrow)}'
+        in text
+    )
+    assert f'CSG scores {ahead[0]:.1f} points higher on val, and about the same on test' in text
+    assert abs(ahead[1]) < 0.5
+    assert round(scores['unet-csg-auto-10x']['stored_params'], -3) == 176_000 and '176 thousand parameters' in text
 
 
 def test_networks_trained_in_float32_are_those_that_the_page_names():

@@ -16,6 +16,7 @@ from csg_seg.errors import CSGError
 from csg_seg.layers.bank import find_bank
 from csg_seg.layers.conv import CSGConv
 from csg_seg.mm.checkpoints.reading import read_checkpoint
+from csg_seg.mm.model import build_model
 
 
 @pytest.fixture
@@ -31,6 +32,12 @@ def test_model_door_builds_the_inherited_type(small):
     assert model.backbone.layer1[0].conv1.code.shape == (1, 128)
     assert 'csg' in model._modules and find_bank(model) not in model.children()
     assert cfg.model.backbone.type == 'ResNetV1c'
+
+
+def test_a_config_may_have_no_hooks(small):
+    cfg = small(CSG)
+    cfg.default_hooks = cfg.custom_hooks = None
+    assert find_bank(build_model(cfg)) is not None
 
 
 def test_cfg_options_reach_the_generator(small):

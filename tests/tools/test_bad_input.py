@@ -310,8 +310,9 @@ def test_weights_under_other_names_do_not_leave_a_network_random(refused, drawn,
     assert 'is missing' in message and 'no name is the same' in message and 'rename_weights.py' in message
 
 
-def test_a_test_needs_all_weights_in_their_shapes(refused, drawn, files, tmp_path):
-    state_dict = torch.load(files / 'dense.pt')['state_dict']
+@pytest.mark.parametrize(('config', 'file'), [(DENSE, 'dense.pt'), (CSG, 'csg.pt'), (CSG, 'dense.pt')])
+def test_a_test_needs_all_weights_in_their_shapes(refused, drawn, files, tmp_path, config, file):
+    state_dict = torch.load(files / file)['state_dict']
     head = 'decode_head.conv_seg.weight'
     for change, says in (
         ({head: state_dict[head][:3]}, f'{head} is (3, 32, 1, 1) instead of (21, 32, 1, 1)'),
@@ -319,7 +320,7 @@ def test_a_test_needs_all_weights_in_their_shapes(refused, drawn, files, tmp_pat
     ):
         changed = {name: each for name, each in {**state_dict, **change}.items() if each is not None}
         torch.save({'state_dict': changed}, tmp_path / 'changed.pth')
-        message = refused('test.py', DENSE, tmp_path / 'changed.pth', *small(drawn))
+        message = refused('test.py', config, tmp_path / 'changed.pth', *small(drawn))
         assert says in message and message.endswith('use a checkpoint of this config')
 
 

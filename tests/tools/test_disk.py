@@ -1,9 +1,11 @@
 """Disks that are full, and folders that nothing can be written in: one line, and nothing half-written."""
 
 import errno
+import functools
 import os
 import pickle
 import resource
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -95,6 +97,25 @@ def test_a_place_where_nothing_can_be_written_is_named(path, says, tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(NotWrittenError, match=says):
         write_whole(Path(path.format(tmp_path)), lambda partial: partial.write_text('x'))
+
+
+def test_threads_that_write_one_file_leave_it_whole(tmp_path):
+    path, began = tmp_path / 'x', threading.Barrier(2, timeout=10)
+
+    def write(partial, letter):
+        partial.write_text(letter)
+        began.wait()
+        with partial.open('a') as file:
+            file.write(letter)
+
+    threads = [
+        threading.Thread(target=write_whole, args=(path, functools.partial(write, letter=each))) for each in 'AB'
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_text() in ('AA', 'BB') and [*tmp_path.iterdir()] == [path]
 
 
 def test_errors_that_are_not_the_disks_stay_what_they_are(tmp_path):

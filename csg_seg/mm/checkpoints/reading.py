@@ -16,7 +16,7 @@ from csg_seg.errors import CSGError, abridge
 from csg_seg.generators.settings import Settings
 from csg_seg.generators.signature import VALUE, read_layers, read_signature
 from csg_seg.layers.bank import BANK, find_bank
-from csg_seg.layers.conv import check_finite
+from csg_seg.layers.conv import check_finite, generated_convs
 from csg_seg.storage.format import read_compact
 
 from .unpickling import check_file, read_tensors
@@ -115,8 +115,10 @@ def load_weights(model: nn.Module, state_dict: dict) -> None:
         raise CSGError(f'the checkpoint does not fit the config: {" ".join(str(error).split())[:300]}') from None
 
 
-def check_dense(model: nn.Module, state_dict: Mapping[str, Any], *, complete: bool) -> None:
-    """Check that a checkpoint fits a dense model: mmengine loads what fits, and leaves the rest random.
+def check_weights(model: nn.Module, state_dict: Mapping[str, Any], *, complete: bool) -> None:
+    """Check that a checkpoint fits a model: mmengine loads what fits, and leaves the rest random.
+
+    A retrofitted model checks codes and generators itself.
 
     Args:
         model: not wrapped.
@@ -127,12 +129,20 @@ def check_dense(model: nn.Module, state_dict: Mapping[str, Any], *, complete: bo
         CSGError: weights are missing or have other shapes.
     """
     given = {name.removeprefix('module.'): each for name, each in state_dict.items()}
-    wanted = {name: each for name, each in model.state_dict().items() if each.is_floating_point()}
+    convs = dict(generated_convs(model, remove_duplicate=False))
+    own = {f'{name}.{key}' for name, conv in convs.items() for key in conv.stored()}
+    wanted = {
+        name: each.shape
+        for name, each in model.state_dict().items()
+        if each.is_floating_point() and name not in own and name.split('.')[0] != BANK
+    }
+    if not generator_names(given):
+        wanted |= {f'{name}.weight': conv.weight_shape for name, conv in convs.items()}
     wrong = [f'{name} is missing' for name in wanted if name not in given]
     wrong += [
-        f'{name} is {tuple(given[name].shape)} instead of {tuple(each.shape)}'
-        for name, each in wanted.items()
-        if name in given and given[name].shape != each.shape
+        f'{name} is {tuple(given[name].shape)} instead of {tuple(shape)}'
+        for name, shape in wanted.items()
+        if name in given and given[name].shape != shape
     ]
     if wrong and (complete or len(wrong) == len(wanted)):
         raise CSGError(f'the checkpoint does not fit the config: {abridge(wrong)}; {_hint(model, given)}')

@@ -10,7 +10,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from csg_seg.errors import CSGError
 from csg_seg.layers.bank import find_bank
 from csg_seg.mm.checkpoints.old_runs import put_generators_first
-from csg_seg.mm.checkpoints.reading import check_dense, generator_names
+from csg_seg.mm.checkpoints.reading import check_weights, generator_names
 from csg_seg.mm.model import bare_model
 from csg_seg.mm.patches import check_kind
 
@@ -23,11 +23,10 @@ ANEW = 'begin a new run with its weights: --cfg-options load_from={}, without --
 class CheckpointGuardHook(Hook):
     """Refuse to resume from a checkpoint without training state, or with the state of another optimizer.
 
-    Weights that do not fit a dense network are refused too; retrofitted ones check theirs.
+    Weights that do not fit the network are refused too; a retrofitted one checks those of its generated layers.
 
     Args:
-        complete: whether a checkpoint must have all weights of a dense network, as for a test; a resumed run needs
-            them too.
+        complete: whether a checkpoint must have all weights, as for a test; a resumed run needs them too.
     """
 
     def __init__(self, *, complete: bool = False):
@@ -37,10 +36,11 @@ class CheckpointGuardHook(Hook):
         """Compare weights with the network, and optimizer state with the config's optimizer."""
         prepare_resume(runner, checkpoint)
         model = bare_model(runner.model)
+        state_dict, complete = checkpoint.get('state_dict', checkpoint), self.complete or runner._resume
         if find_bank(model) is None:
-            check_kind(model, checkpoint.get('state_dict', checkpoint))
-            complete = self.complete or runner._resume
-            check_dense(model, checkpoint.get('state_dict', checkpoint), complete=complete)
+            check_kind(model, state_dict)
+        if complete or find_bank(model) is None:
+            check_weights(model, state_dict, complete=complete)
         if not runner._resume or not isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)):
             return
         _check_training_state(runner, checkpoint)
