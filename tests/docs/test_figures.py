@@ -393,6 +393,8 @@ def test_resnet20_scores_on_cifar10_as_the_pages_say():
     )
     text = (ROOT / 'docs' / 'classification.md').read_text()
     assert f"is {paper} points below dense with slices of 12 x 12, the paper's, and {found} with the settings" in text
+    binary = scores['dense']['test'][0] - scores['csg-binary-12x']['test'][0]
+    assert f'(`csg-binary-12x`) stores 12 times less and is {binary:.1f} points below dense' in text
     text = (ROOT / 'docs' / 'results.md').read_text()
     assert (
         f'is {found} points below dense after 20 epochs with the settings that `ratio` finds, and {paper} with' in text

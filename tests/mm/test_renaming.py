@@ -13,7 +13,7 @@ from torch import nn
 from csg_seg.deploy.inference import load_network
 from csg_seg.deploy.renaming import read_state_dict, rename_in_order
 from csg_seg.errors import CSGError
-from csg_seg.mm.checkpoints.reading import check_dense
+from csg_seg.mm.checkpoints.reading import check_weights
 
 CGNET = ROOT / 'configs' / 'cgnet' / 'cgnet_fcn_1xb8-20k_camvid-360x480.py'
 
@@ -183,9 +183,9 @@ def test_a_training_begins_with_some_fitting_weights_and_a_test_with_all():
     model = network(bias=True, **OURS)
     state = model.state_dict()
     others = {name: torch.zeros(*each.shape, 2) for name, each in state.items()}
-    check_dense(model, {**others, 'stem.weight': state['stem.weight']}, complete=False)
+    check_weights(model, {**others, 'stem.weight': state['stem.weight']}, complete=False)
     with pytest.raises(CSGError, match=r'stem.weight is \(5, 3, 3, 3, 2\) instead of \(5, 3, 3, 3\)'):
-        check_dense(model, others, complete=False)
+        check_weights(model, others, complete=False)
     with pytest.raises(CSGError, match='norm.weight is'):
-        check_dense(model, {**others, 'stem.weight': state['stem.weight']}, complete=True)
-    check_dense(model, {f'module.{name}': each for name, each in state.items()}, complete=True)
+        check_weights(model, {**others, 'stem.weight': state['stem.weight']}, complete=True)
+    check_weights(model, {f'module.{name}': each for name, each in state.items()}, complete=True)
