@@ -151,14 +151,28 @@ def test_renamed_entries_of_other_widths_are_refused():
         model.load_state_dict(codes, strict=False)
 
 
+def test_renamed_entries_of_another_generator_are_refused():
+    def build(name, first):
+        parts = nn.ModuleDict({name: nn.Sequential(*(nn.Conv2d(24, 24, 3) for _ in range(4)))})
+        return retrofit(parts, [CSG | {'include': [f'{name}.{index}' for index in range(first)]}, CSG])
+
+    trained, model = build('a', first=3), build('b', first=2)
+    renamed = {f'b{name[1:]}' if name.startswith('a') else name: each for name, each in trained.state_dict().items()}
+    with pytest.raises(CSGError, match='b.3: .* no other unmatched layer of its generator with a weight of'):
+        model.load_state_dict(renamed)
+    build('b', first=3).load_state_dict(renamed)
+
+
 @pytest.mark.parametrize('load', LOADERS)
-def test_a_dense_head_of_other_classes_is_refused_too(load):
-    def build(classes):
-        return retrofit(network().append(nn.Conv2d(5, classes, 1)), CSG | {'exclude': ['5']})
+@pytest.mark.parametrize('is_dense', [False, True])
+def test_a_dense_head_of_other_classes_is_refused_too(load, is_dense):
+    def build(classes, is_dense=False):
+        model = network().append(nn.Conv2d(5, classes, 1))
+        return model if is_dense else retrofit(model, CSG | {'exclude': ['5']})
 
     with pytest.raises(CSGError, match='5.weight: the checkpoint holds .* name the layer in reset'):
-        load(build(7), build(9).state_dict())
-    assert load_state_dict(build(7), build(9).state_dict(), reset='5') == ('5',)
+        load(build(7), build(9, is_dense).state_dict())
+    assert load_state_dict(build(7), build(9, is_dense).state_dict(), reset='5') == ('5',)
 
 
 def test_a_part_that_was_not_fitted_is_not_saved(tmp_path):
