@@ -3,7 +3,6 @@
 docs/speed.md has the times with and without it.
 """
 
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from threading import get_ident
 from typing import Any, NamedTuple
@@ -45,12 +44,12 @@ class Ready:
     def __call__(self) -> Tensor | None:
         """Return the weight, unless another thread reads it, an input or the precision changed, or it lacks a graph.
 
-        ``functional_call`` within the pass replaces inputs.
+        An input also counts as changed if ``functional_call`` replaces it.
         """
         has_graph = self.weight.requires_grad or not torch.is_grad_enabled()
         is_current = torch.compiler.is_compiling() or (
             self.thread == get_ident()
-            and all(map(operator.is_, self.inputs, _inputs(self.conv)))
+            and [*map(id, self.inputs)] == [*map(id, _inputs(self.conv))]
             and self.versions == _versions(self.inputs)
             and self.dtype == self._autocast_dtype()
         )

@@ -245,7 +245,7 @@ def check_plain(convs: Mapping[str, CSGConv]) -> None:
     for name, conv in convs.items():
         generator = conv.generator
         for module, needed, whose in ((conv, conv.stored(), name), (generator, ['weight'], f'the generator of {name}')):
-            is_changed = is_parametrized(module) or is_pruned(module)
+            is_changed = is_parametrized(module) or (module is generator and is_pruned(module))
             if is_changed or not {*needed} <= {*module._parameters, *module._buffers}:
                 raise CSGError(
                     f'{whose} has a parameter that is pruned or parametrised; call prune.remove or '

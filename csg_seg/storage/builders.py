@@ -132,7 +132,8 @@ def build(source: Source, *, most_values: int | None = None) -> nn.Module:
         raise CSGError(f'the builder {source["builder"]!r} cannot build the network ({what}); give the model') from None
 
 
-# Held while nn.Module is patched: another thread must not restore what this one has patched.
+# Held while nn.Module is patched: another thread must not restore what this one has patched. A builder must not wait
+# for a thread that loads a network.
 _PATCH = RLock()
 
 

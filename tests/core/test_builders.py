@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -246,22 +247,28 @@ def test_a_network_within_the_limit_is_built():
 
 
 def test_threads_that_build_networks_at_once_do_not_disturb_each_other():
-    register, entered, left = nn.Module.register_parameter, threading.Event(), threading.Event()
-    devices = []
+    register, devices = nn.Module.register_parameter, []
+    entered, follows = threading.Event(), threading.Event()
 
-    def build_inside():
+    def build_first():
         with parameters_on_meta():
             entered.set()
-            left.wait(1)  # the other thread cannot leave before this one does
+            follows.wait(10)
+            time.sleep(0.1)  # so that the other thread would enter before this one leaves
             devices.append(nn.Linear(2, 2).weight.device.type)
 
-    threads = [threading.Thread(target=build_inside) for _ in range(2)]
-    for thread in threads:
-        thread.start()
+    def build_second():
+        entered.wait(10)
+        follows.set()
+        with parameters_on_meta():
+            first.join(10)
+            devices.append(nn.Linear(2, 2).weight.device.type)
+
+    first, second = (threading.Thread(target=each) for each in (build_first, build_second))
+    first.start()
+    second.start()
     assert entered.wait(10)
     assert nn.Linear(2, 2).weight.device.type == 'cpu'
-    left.set()
-    for thread in threads:
-        thread.join(10)
+    second.join(20)
     assert devices == ['meta', 'meta'] and nn.Module.register_parameter is register
     assert nn.Linear(2, 2).weight.device.type == 'cpu'

@@ -136,7 +136,7 @@ def check_weights(model: nn.Module, state_dict: Mapping[str, Any], *, complete: 
         for name, each in model.state_dict().items()
         if each.is_floating_point() and name not in own and name.split('.')[0] != BANK
     }
-    if not generator_names(given):
+    if not generator_names(given) and not own & given.keys():
         wanted |= {f'{name}.weight': conv.weight_shape for name, conv in convs.items()}
     wrong = [f'{name} is missing' for name in wanted if name not in given]
     wrong += [
