@@ -21,7 +21,7 @@ from csg_seg.errors import CSGError
 from csg_seg.files import write_whole
 from csg_seg.layers.bank import find_bank
 from csg_seg.mm.checkpoints.reading import load_weights, read_checkpoint
-from csg_seg.mm.data_sets import data_sets, test_pipeline
+from csg_seg.mm.data_sets import bare_type, data_sets, test_pipeline
 from csg_seg.mm.model import build_model
 from csg_seg.running.configs import read_config
 from csg_seg.storage.compact import load_compact
@@ -103,7 +103,7 @@ def prepare(network: BaseModel, images: Sequence[str | os.PathLike | np.ndarray]
     """
     cfg = network.cfg
     init_default_scope(cfg.get('default_scope', 'mmseg'))
-    steps = [each for each in test_pipeline(cfg) if each['type'] not in LABELS]
+    steps = [each for each in test_pipeline(cfg) if bare_type(each) not in LABELS]
     if not steps:
         raise CSGError(
             'there is no test_pipeline, which prepares the images; add one to the config, and if a compact file '
@@ -247,7 +247,7 @@ def channel_order(network: BaseModel) -> str:
 def _reads_files(network: BaseModel) -> bool:
     """Return whether the test pipeline reads files, as BGR; pipelines for CIFAR start from RGB arrays."""
     steps = test_pipeline(network.cfg)
-    return bool(steps) and str(steps[0]['type']).rpartition('.')[2] == 'LoadImageFromFile'
+    return bool(steps) and bare_type(steps[0]) == 'LoadImageFromFile'
 
 
 def _array(image: np.ndarray) -> dict[str, Any]:

@@ -253,12 +253,13 @@ class StateDictChecks:
         """Refuse layers that are stored under other names, if no unmatched name has such a weight."""
         known = {conv for name, conv in self.loaded.items() if name in self.stored}  # under one of its names
         unknown = {conv: name for name, conv in self.loaded.items() if conv not in known}
+        positions = {generator: position for position, generator in enumerate(self.bank)}
         unmatched = Counter(each for name, each in self.stored.items() if name not in self.loaded)
         for conv, name in unknown.items() if self.stored else ():
-            position = next((index for index, each in enumerate(self.bank) if each is conv.generator), -1)
             shape = tuple(conv.weight_shape)
-            unmatched[position, shape] -= 1
-            if unmatched[position, shape] < 0:
+            needed = positions[conv.generator], shape
+            unmatched[needed] -= 1
+            if unmatched[needed] < 0:
                 raise CSGError(
                     f'{name}: the checkpoint has no layer of this name, and no other unmatched layer of its generator '
                     f'with a weight of {shape}; {OTHER_NETWORK}'

@@ -18,6 +18,11 @@ def data_sets(dataset: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
             yield from data_sets(each)
 
 
+def bare_type(part: Mapping[str, Any]) -> str:
+    """Return the type of a part of a config, without the scope of its registry."""
+    return str(part['type']).rpartition('.')[2]
+
+
 def config_hooks(cfg: Config) -> list[Mapping[str, Any]]:
     """Return the hooks of a config, without those that are set to None."""
     hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or [])]

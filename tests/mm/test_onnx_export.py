@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, run_tool
 
 import csg_seg
+from csg_seg.deploy.inference import channel_order
 from csg_seg.deploy.onnx_export import Scores, export_onnx, max_difference
 from csg_seg.errors import CSGError
 from csg_seg.mm.checkpoints.writing import write_with_config
@@ -68,6 +69,15 @@ def test_the_file_says_how_images_are_prepared(exported):
     assert says['channels'] == 'RGB' and says['classes'] == ['one', 'two']
     preprocessor = read_config(str(DEMO)).model.data_preprocessor
     assert says['mean'] == pytest.approx(preprocessor.mean) and says['std'] == pytest.approx(preprocessor.std)
+
+
+def test_the_order_of_channels_does_not_depend_on_scopes():
+    network = build_model(read_config(str(DEMO)))
+    network.cfg = read_config(str(DEMO))
+    (loader, *others) = network.cfg.test_pipeline
+    assert loader.type == 'LoadImageFromFile' and channel_order(network) == 'RGB'
+    network.cfg.test_pipeline = [{**loader, 'type': 'mmcv.LoadImageFromFile'}, *others]
+    assert channel_order(network) == 'RGB'
 
 
 def test_the_file_does_not_name_code_of_this_machine(exported):

@@ -10,6 +10,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import TRANSFORMS
 
 from csg_seg.errors import CSGError
+from csg_seg.mm.data_sets import bare_type
 
 # Number of masks to check before a run, spread over the data set; checking all would take too long.
 MASKS = 16
@@ -42,7 +43,7 @@ def check_labels(cfg: Config, split: str, dataset: BaseDataset, pipeline: list[M
                     f'model.head.num_classes is {classes} (0 to {classes - 1}); correct one of the two'
                 )
         return
-    steps = [each for each in pipeline if str(each['type']).rpartition('.')[2] == 'LoadAnnotations']
+    steps = [each for each in pipeline if bare_type(each) == 'LoadAnnotations']
     if not steps or not all(_is_known(each['type']) for each in pipeline):
         return  # LabelGuardHook checks the masks during the run
     load = TRANSFORMS.build(steps[0])
