@@ -1,6 +1,7 @@
 """Options that several tools have (--out, --overwrite, --json, --cfg-options), and the check of files to write."""
 
 import os
+import re
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
 from importlib import import_module
@@ -31,6 +32,12 @@ def add_cfg_options(parser: ArgumentParser, text: str = 'override settings: key=
 def _key_and_value(text: str) -> str:
     if '=' not in text:
         raise ArgumentTypeError(f'{text!r} is not key=value')
+    if re.search(r'\bdict\(|\{\s*[\'"]', text):
+        raise ArgumentTypeError(
+            f'{text!r} holds a dict; give its keys one by one, as in model.csg.ratio=4, or write a config'
+        )
+    if any(text.count(opened) != text.count(closed) for opened, closed in ('[]', '()')):
+        raise ArgumentTypeError(f'{text!r} has a bracket that is not closed; quote a value with spaces')
     return text
 
 

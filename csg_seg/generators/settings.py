@@ -117,7 +117,7 @@ class Settings:
 
 def matches(name: str, pattern: str) -> bool:
     """Say whether a shell-style pattern matches a module's name or an ancestor's."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f'{pattern}.*')
+    return name == pattern or fnmatchcase(name, pattern) or fnmatchcase(name, f'{pattern}.*')
 
 
 def _own_keys() -> list[str]:

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.parameter import UninitializedParameter
+from torch.utils.hooks import RemovableHandle
 
 from csg_seg.errors import CSGError
 from csg_seg.generators.linear import Generator
@@ -17,7 +19,7 @@ from .accumulation import Accumulation
 from .ahead import Ahead, drop
 from .conv import DENSE_KINDS, CSGConv, check_fitted, generated_convs
 from .loading import Loading
-from .root import BANK, CSGRoot, Generators, check_rootable, enroot, uproot
+from .root import BANK, Generators, check_rootable, enroot, uproot
 from .state_dict_checks import StateDictChecks
 from .watch import WATCH
 
@@ -32,6 +34,7 @@ class GeneratorBank(Generators):
         loading: fits weights that were loaded, and holds the settings of loading.
         reset: which layers the last load reset, as ``reset.layers``.
         accumulation: weights made once for several batches, in :meth:`accumulate`.
+        hook_handles: of the bank's hooks on the root.
         keep_weights: whether weights are kept from one evaluation to the next. If False, memory holds one generated
             weight at a time, and each evaluation takes longer.
     """
@@ -44,6 +47,7 @@ class GeneratorBank(Generators):
         self.accumulation = Accumulation()
         self.loading = Loading(self)
         self.reset = self.loading.reset
+        self.hook_handles: list[RemovableHandle] = []
         self._keep_weights = True
         self._changes = CSGConv.changes
         self._watched: tuple[bool, ...] | None = None  # which codes trained when the watch began
@@ -71,8 +75,9 @@ class GeneratorBank(Generators):
         return input
 
     def __getstate__(self) -> dict[str, Any]:
-        """Watch copies like any new network."""
-        return {**self.__dict__, '_watched': None}
+        """Watch copies like any new network; a copy of a slice has generators of its own."""
+        state = {name: each for name, each in self.__dict__.items() if name != 'whole'}
+        return {**state, '_watched': None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -86,6 +91,7 @@ class GeneratorBank(Generators):
         Raises:
             CSGError: a layer's generator is not in the bank.
         """
+        self.follow()
         self._changes = CSGConv.changes
         layers = dict(generated_convs(root))
         for name, conv in layers.items():
@@ -133,6 +139,7 @@ class GeneratorBank(Generators):
     def share_with(self, root: nn.Module) -> None:
         """Give the generators to a second root too, such as a slice of a container."""
         bank = GeneratorBank(self, {})
+        bank.whole = ref(self)
         bank.loading.keep_generators = True  # a fit of the part must not change the rest
         attach_bank(root, bank)
 
@@ -272,7 +279,7 @@ def attach_bank(root: nn.Module, bank: GeneratorBank) -> None:
     """Register the bank and its hooks on the root."""
     enroot(root, bank)
     bank.refresh(root)
-    cast(CSGRoot, root).hook_handles = [
+    bank.hook_handles = [
         root.register_state_dict_pre_hook(refresh_before_save),
         root._register_load_state_dict_pre_hook(check_before_load, with_module=True),
         root.register_load_state_dict_post_hook(fit_after_load),
@@ -284,7 +291,7 @@ def attach_bank(root: nn.Module, bank: GeneratorBank) -> None:
 
 def detach_bank(root: nn.Module) -> None:
     """Undo :func:`attach_bank`."""
-    for handle in cast(CSGRoot, root).hook_handles:
+    for handle in bank_of(root).hook_handles:
         handle.remove()
     uproot(root)
 

@@ -63,13 +63,13 @@ class CSGConv(_ConvNd):
     channels_last: bool = False
     dense_kind: type[_ConvNd]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep classes made at run time out of a registry that the dense class may fill."""
+
     @property
     def weight_shape(self) -> torch.Size:
         """``(out, in / groups, *kernel)`` of the generated weight, ``(in, out / groups, *kernel)`` if transposed."""
-        first, second = self.out_channels, self.in_channels
-        if self.transposed:
-            first, second = second, first
-        return torch.Size((first, second // self.groups, *self.kernel_size))
+        return weight_shape(self)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -194,6 +194,18 @@ class CSGConv(_ConvNd):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and copy by the dense class, because the generated class is created at run time."""
         return _blank, (self.dense_kind,), {key: each for key, each in self.__dict__.items() if key != 'ready'}
+
+
+# Names of attributes that no class of dense convs may have.
+RESERVED = {*CSGConv.__annotations__, *vars(CSGConv)} - {*dir(_ConvNd), 'weight'}
+
+
+def weight_shape(conv: _ConvNd) -> torch.Size:
+    """Return the shape of a conv's weight according to its channels and kernel."""
+    first, second = conv.out_channels, conv.in_channels
+    if conv.transposed:
+        first, second = second, first
+    return torch.Size((first, second // conv.groups, *conv.kernel_size))
 
 
 def generate_weights(convs: Sequence[CSGConv]) -> list[Tensor]:

@@ -16,7 +16,6 @@ from copy import deepcopy
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from csg_seg.errors import CSGError
 from csg_seg.generators.linear import Generator
@@ -34,10 +33,12 @@ class Generators(nn.ModuleList):
     Attributes:
         layers: the layers by name.
         is_shared: whether other networks hold the generators too, see :func:`csg_seg.share_generators`.
+        whole: returns the bank of the network that this one is a slice of, None if there is none.
     """
 
     layers: dict[str, CSGConv]
     is_shared: bool = False
+    whole: Callable[[], 'Generators | None'] = staticmethod(lambda: None)
 
     def __iter__(self) -> Iterator[Generator]:
         return cast(Iterator[Generator], super().__iter__())
@@ -50,8 +51,21 @@ class Generators(nn.ModuleList):
                     object.__setattr__(conv, 'generator', other)
             self[position] = other
 
+    def follow(self) -> None:
+        """Take the generators of the network that this one is a slice of, which may have taken others."""
+        whole = self.whole()
+        if whole is not None:
+            whole.follow()
+            self.is_shared = whole.is_shared
+            for position, generator in enumerate(whole):
+                self[position] = generator
+
     def unshare(self) -> None:
         """Take copies of generators that other networks hold too, before they change."""
+        whole = self.whole()
+        if whole is not None:
+            whole.unshare()
+            self.follow()
         if self.is_shared:
             self.take_generators([deepcopy(each) for each in self])
             self.is_shared = False
@@ -61,12 +75,13 @@ class CSGRoot(nn.Module):
     """Mixin placed before a root's class when the network is retrofitted.
 
     Attributes:
-        bare_kind: the class that the root had.
-        hook_handles: of the bank's hooks on the root.
+        _bare_kind: the class that the root had.
     """
 
-    bare_kind: type[nn.Module]
-    hook_handles: list[RemovableHandle]
+    _bare_kind: type[nn.Module]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep classes made at run time out of a registry that the root's class may fill."""
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the children of the dense network; ``children()`` does so too."""
@@ -109,16 +124,11 @@ class CSGRoot(nn.Module):
         _bank(self)._apply(fn)
         return super()._apply(fn)
 
-    def refresh(self) -> Mapping[str, CSGConv]:
-        """Look up the generated layers, and return them by name."""
-        _bank(self).refresh(self)
-        return _bank(self).layers
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy by the class that the root had, because its own is created at run time."""
         make, arguments, *rest = cast(tuple, super().__reduce_ex__(protocol))
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
-            arguments = (self.bare_kind, *arguments[1:])
+            arguments = (self._bare_kind, *arguments[1:])
         return _make_root, (make, arguments), *rest
 
 
@@ -147,11 +157,16 @@ def check_rootable(model: nn.Module) -> None:
         ) from None
 
 
+def refreshed_layers(root: CSGRoot) -> Mapping[str, CSGConv]:
+    """Look up a root's generated layers, and return them by name."""
+    _bank(root).refresh(root)
+    return _bank(root).layers
+
+
 def uproot(root: nn.Module) -> None:
     """Undo :func:`enroot`."""
     root._modules.pop(BANK)
-    del root.__dict__['hook_handles']
-    root.__class__ = root.bare_kind  # type: ignore[assignment]
+    root.__class__ = root._bare_kind  # type: ignore[assignment]
 
 
 _kinds: dict[type[nn.Module], type[nn.Module]] = {}
@@ -161,7 +176,7 @@ def rooted_kind(kind: type[nn.Module]) -> type[nn.Module]:
     """Return the class of roots that otherwise behave like the given class, and have its name."""
     if kind not in _kinds:
         body: dict[str, Any] = {key: getattr(kind, key) for key in ('__module__', '__qualname__', '__doc__')}
-        body['bare_kind'] = kind
+        body['_bare_kind'] = kind
         if hasattr(kind, 'init_weights'):
             body['init_weights'] = _init_weights
         for container in CONTAINERS:
@@ -214,7 +229,7 @@ def _without_bank(name: str) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         bank = _bank(self)
         items = {key: each for key, each in self._modules.items() if key != BANK}
-        dense = object.__new__(self.bare_kind)
+        dense = object.__new__(self._bare_kind)
         dense.__dict__.update(self.__dict__, _modules=dict(items))
         result = getattr(dense, name)(*args, **kwargs)
         left = dense.__dict__.pop('_modules')

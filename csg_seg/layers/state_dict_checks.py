@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -254,7 +255,9 @@ class StateDictChecks:
         known = {conv for name, conv in self.loaded.items() if name in self.stored}  # under one of its names
         unknown = {conv: name for name, conv in self.loaded.items() if conv not in known}
         positions = {generator: position for position, generator in enumerate(self.bank)}
-        unmatched = Counter(each for name, each in self.stored.items() if name not in self.loaded)
+        others = {name: each for name, each in self.stored.items() if name not in self.convs}
+        unmatched = Counter(others.values())
+        before, after = _prefix(others), _prefix(unknown.values())
         for conv, name in unknown.items() if self.stored else ():
             shape = tuple(conv.weight_shape)
             needed = positions[conv.generator], shape
@@ -263,6 +266,12 @@ class StateDictChecks:
                 raise CSGError(
                     f'{name}: the checkpoint has no layer of this name, and no other unmatched layer of its generator '
                     f'with a weight of {shape}; {OTHER_NETWORK}'
+                )
+            origin = f'{before}{name.removeprefix(after)}'
+            if len({each for each in others.values() if each[1] == shape}) > 1 and others.get(origin) != needed:
+                raise CSGError(
+                    f'{name}: the checkpoint has no layer of this name, and layers with a weight of {shape} from '
+                    'several generators; rename the layers of the network that it was saved from, and save it again'
                 )
 
     def _check_shapes(self) -> None:
@@ -363,6 +372,11 @@ class StateDictChecks:
         wanted.pop('num_batches_tracked', None)  # files of old PyTorch versions lack it
         given.pop('num_batches_tracked', None)
         return wanted == given
+
+
+def _prefix(names: Iterable[str]) -> str:
+    """Return the common beginning of some names, in whole parts."""
+    return '.'.join(commonprefix([name.split('.') for name in names]))
 
 
 def _part(name: str) -> str:

@@ -22,7 +22,7 @@ from csg_seg.errors import CSGWarning, abridge
 from csg_seg.generators.linear import Generator
 
 from .conv import CSGConv
-from .root import CSGRoot
+from .root import CSGRoot, refreshed_layers
 
 # A network without a gradient is no longer watched after this many steps of any optimizer.
 STEPS = 100
@@ -129,7 +129,7 @@ class Watch:
         """Look up the layers of all roots before a step changes generators: copied layers may be new."""
         for root in [*self.roots]:
             if isinstance(root, CSGRoot) and not self.is_over:
-                layers = root.refresh()
+                layers = refreshed_layers(root)
                 generators = {conv.generator for conv in layers.values()}
                 for conv in [*self.layers]:
                     if isinstance(conv, CSGConv) and conv.generator in generators and conv not in layers.values():

@@ -3,6 +3,7 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from glob import escape
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -145,7 +146,7 @@ def _groups(model: nn.Module, others: Mapping[str, Any]) -> list[Group]:
         if count >= SMALLEST_SHARE * total:
             weights[kernel] += count
         else:
-            small[kernel].append(name)
+            small[kernel].append(escape(name))
     if not weights:
         left = _left_dense(model, include, exclude)
         raise CSGError(f'csg: there is no conv to generate; those that stay dense: {left or "none"}')

@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from csg_seg.errors import CSGError, nearest
 from csg_seg.layers.bank import find_roots
 
-# Set on a model that has the hook.
-MARK = 'evaluates_frozen_norms'
+# On a model that has the hook, the norms that the hook evaluates although the model trains.
+MARK = '_norms_that_csg_seg_evaluates'
 
 
 def train_only(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
@@ -45,9 +45,12 @@ def train_only(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(id(parameter) not in frozen and any(fnmatchcase(name, each) for each in wanted))
         trained += [name] if parameter.requires_grad else []
-    if not vars(model).get(MARK):
-        vars(model)[MARK] = True
+    if MARK not in vars(model):
+        vars(model)[MARK] = []
         model.register_forward_pre_hook(_evaluate_frozen_norms)
+    for norm in vars(model)[MARK]:
+        norm.train(model.training)
+    vars(model)[MARK] = []
     return trained
 
 
@@ -60,5 +63,6 @@ def _evaluate_frozen_norms(model: nn.Module, inputs: Any) -> None:
     for module in model.modules():
         if isinstance(module, _NormBase) and module.running_mean is not None:
             own = [each.requires_grad for each in module.parameters()]
-            if not (any(own) if own else everything_trains):
+            if module.training and not (any(own) if own else everything_trains):
                 module.eval()
+                vars(model)[MARK].append(module)

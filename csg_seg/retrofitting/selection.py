@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from csg_seg.errors import CSGError, abridge, nearest
 from csg_seg.generators.settings import Settings, matches
 from csg_seg.generators.slices import grid
-from csg_seg.layers.conv import find_convs, find_others
+from csg_seg.layers.conv import RESERVED, find_convs, find_others, weight_shape
 
 
 class Cause(Enum):
@@ -31,6 +31,9 @@ class Cause(Enum):
     COMPUTED = 'its parameters are computed (weight norm, spectral norm, pruning or similar)'
     COMPLEX = 'its weight is complex'
     SHARED = 'its weight is also used elsewhere'
+    HOOKED = 'its weight has a hook on its gradient'
+    OTHER_SHAPE = 'its weight has another shape than its channels and kernel say'
+    NAME_TAKEN = 'its class has an attribute that generated convs need'
     DENSE_IN_FILE = 'dense in the compact checkpoint'
 
 
@@ -150,6 +153,12 @@ def find_obstacles(model: nn.Module, convs: Mapping[str, _ConvNd]) -> dict[str, 
             obstacles[name] = Reason(Cause.COMPLEX)
         elif others:
             obstacles[name] = Reason(Cause.SHARED, others[0])
+        elif weight._backward_hooks or weight._post_accumulate_grad_hooks:
+            obstacles[name] = Reason(Cause.HOOKED)
+        elif weight.shape != weight_shape(conv):
+            obstacles[name] = Reason(Cause.OTHER_SHAPE, f'{tuple(weight.shape)}, not {tuple(weight_shape(conv))}')
+        elif taken := RESERVED & {*dir(conv)}:
+            obstacles[name] = Reason(Cause.NAME_TAKEN, min(taken))
     return obstacles
 
 

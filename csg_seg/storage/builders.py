@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from csg_seg.errors import CSGError
 
@@ -141,10 +142,13 @@ _PATCH = RLock()
 def parameters_on_meta() -> Iterator[None]:
     """Let modules that this thread builds have their parameters on the meta device; buffers stay real."""
     thread = get_ident()
+    moved = WeakIdKeyDictionary()  # a parameter that is registered twice stays one
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if type(parameter) is nn.Parameter and not parameter.is_meta and get_ident() == thread:
-            parameter = nn.Parameter(parameter.to('meta'), requires_grad=parameter.requires_grad)
+            if parameter not in moved:
+                moved[parameter] = nn.Parameter(parameter.to('meta'), requires_grad=parameter.requires_grad)
+            parameter = moved[parameter]
         register(module, name, parameter)
 
     with _PATCH:

@@ -242,7 +242,10 @@ def _source_of(base: Content, model: nn.Module) -> Source | None:
     compact = parse(base.name, base)
     if compact.source is None:
         return None
-    with parameters_on_meta():
+    try:
+        with parameters_on_meta():
+            built = _build(compact)
+    except CSGError:  # a network may compute with its parameters while it is built
         built = _build(compact)
     try:
         check_shapes(shapes_of(built.state_dict()), dense_shapes(model))

@@ -83,14 +83,16 @@ def load_values(model: nn.Module, compact: Compact, reset: Sequence[str]) -> Non
         for name, tensor in compact.tensors.items():
             if name in own and not is_setting(name):
                 state_dict[name] = tensor.to(own[name].dtype)
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            tied[id(parameter)].append(name)
+        for tensors in (model.named_parameters, model.named_buffers):
+            for name, tensor in tensors(remove_duplicate=False):
+                tied[id(tensor)].append(name)
     with bank_of(model).reset.allow(reset):
         model.load_state_dict(state_dict, assign=is_meta)
     for first, *others in tied.values():
         for name in others:
             layer, _, key = name.rpartition('.')
-            setattr(model.get_submodule(layer), key, model.get_parameter(first))
+            first_layer, _, first_key = first.rpartition('.')
+            setattr(model.get_submodule(layer), key, getattr(model.get_submodule(first_layer), first_key))
 
 
 def shapes_of(state_dict: Mapping[str, Tensor]) -> dict[str, Shape]:

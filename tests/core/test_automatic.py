@@ -1,5 +1,6 @@
 """Settings by themselves: the ratio asked for, with the settings one would choose."""
 
+import copy
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from two_convs import Net, build
 
 from csg_seg import CSGError, plan, retrofit, suggest, summarise
+from csg_seg.layers.conv import generated_convs
 
 
 def on_meta(function, **options):
@@ -141,6 +143,18 @@ def test_a_conv_that_cannot_be_generated_may_be_excluded_and_the_first_be_includ
     assert summarise(model).compression_ratio == pytest.approx(3, rel=0.05)
     wide = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3))
     assert [*retrofit(wide, {'ratio': 1.5, 'include': ['0']}).csg.layers] == ['0']
+
+
+def test_names_with_brackets_are_names():
+    net = nn.Sequential()
+    for index, width in enumerate((3, 64, 64, 64)):
+        net.add_module(f'conv[{index}]', nn.Conv2d(width, 64, 3))
+    net.add_module('class[x]', nn.Conv2d(64, 1, 1))
+    net.add_module('classx', nn.Conv2d(64, 64, 1))
+    model = retrofit(copy.deepcopy(net), {'ratio': 10})
+    assert [name for name, _ in generated_convs(model)] == ['conv[1]', 'conv[2]', 'conv[3]', 'classx']
+    model = retrofit(copy.deepcopy(net), {'ratio': 1.3, 'include': ['conv[0]', 'conv[2]']})
+    assert [name for name, _ in generated_convs(model)] == ['conv[0]', 'conv[2]']
 
 
 def test_networks_with_nothing_to_compress_are_refused():

@@ -162,6 +162,19 @@ def test_a_registered_builder_builds_the_network_of_a_file(tmp_path, monkeypatch
     assert csg_seg.load_compact(path)[1].code.shape == (9, 32)
 
 
+def test_a_parameter_in_two_places_stays_one(tmp_path, monkeypatch):
+    monkeypatch.setattr('csg_seg.storage.builders.BUILDERS', dict(BUILDERS))
+
+    @csg_seg.register_builder('tied')
+    def build_tied():
+        net, weight = nn.Sequential(*(nn.Conv2d(40, 40, 3) for _ in range(4))), nn.Parameter(torch.ones(40, 40, 3, 3))
+        net[2].weight = net[3].weight = weight
+        return net
+
+    loaded = csg_seg.load_compact(saved(tmp_path, build_tied(), dict(builder='tied')))
+    assert loaded[2].weight is loaded[3].weight and loaded[2].weight.eq(1).all()
+
+
 def test_the_file_holds_source_versions_and_dtype(tmp_path):
     source = dict(builder='torchvision', name='resnet18')
     path = saved(tmp_path, models.resnet18(), source, dtype='int8')

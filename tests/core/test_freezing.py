@@ -112,6 +112,22 @@ def test_what_was_frozen_can_train_again():
     assert not changes(model, snapshot(twin))
 
 
+def test_norms_that_train_again_do_so_without_another_call_of_train():
+    model, twin = build().train(), build().train()
+    train_only(model, '*.code')
+    model(batch()[0])
+    assert not model.norm.training
+    model.load_state_dict(twin.state_dict())
+    train_only(model, '*')
+    for each in (model, twin):
+        each(batch()[0])
+    assert model.norm.training and torch.equal(model.norm.running_mean, twin.norm.running_mean)
+    train_only(model, '*.code')
+    model(batch()[0])
+    train_only(model.eval(), '*')
+    assert not model.norm.training
+
+
 @pytest.mark.parametrize('norm', [nn.BatchNorm2d(16, affine=False), nn.InstanceNorm2d(16, track_running_stats=True)])
 def test_norms_without_parameters_train_only_if_everything_does(norm):
     for patterns, moves in (('0.*', False), ('*', True)):

@@ -158,9 +158,24 @@ def test_renamed_entries_of_another_generator_are_refused():
 
     trained, model = build('a', first=3), build('b', first=2)
     renamed = {f'b{name[1:]}' if name.startswith('a') else name: each for name, each in trained.state_dict().items()}
-    with pytest.raises(CSGError, match='b.3: .* no other unmatched layer of its generator with a weight of'):
+    with pytest.raises(
+        CSGError, match='b.2: .* from several generators; rename the layers of the network'
+    ):
         model.load_state_dict(renamed)
     build('b', first=3).load_state_dict(renamed)
+
+
+def test_renamed_entries_that_would_change_generators_are_refused():
+    def build(first, *others):
+        parts = nn.ModuleDict({name: nn.Sequential(nn.Conv2d(24, 24, 3)) for name in (first, *others)})
+        return retrofit(parts, [CSG | {'include': [f'{first}.0']}, CSG])
+
+    trained = build('a', 'b')
+    exchanged = {'a': 'd', 'b': 'c'}
+    renamed = {exchanged.get(name[0], name[0]) + name[1:]: each for name, each in trained.state_dict().items()}
+    renamed |= {name: each for name, each in trained.state_dict().items() if name.startswith('csg')}
+    with pytest.raises(CSGError, match='several generators; rename the layers of the network that it was saved from'):
+        build('c', 'd').load_state_dict(renamed)
 
 
 @pytest.mark.parametrize('load', LOADERS)
@@ -588,6 +603,20 @@ def test_tied_weights_stay_tied(tmp_path):
         model = build()
     loaded = load_compact(tmp_path / 'tied.safetensors', model)
     assert loaded[6].weight is loaded[5].weight and not loaded[6].weight.is_meta
+
+
+def test_a_buffer_in_two_places_stays_one(tmp_path):
+    def build():
+        net = network()
+        net.register_buffer('mask', torch.ones(3))
+        net[0].register_buffer('mask', net.mask)
+        return net
+
+    save_compact(retrofit(build(), CSG), tmp_path / 'x.safetensors')
+    with torch.device('meta'):
+        model = build()
+    loaded = load_compact(tmp_path / 'x.safetensors', model)
+    assert loaded.mask is loaded[0].mask and not loaded.mask.is_meta
 
 
 def test_what_the_file_does_not_hold_is_named(tmp_path):

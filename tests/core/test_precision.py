@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from csg_seg import load_compact, retrofit, save_compact
 from csg_seg.errors import CSGError
 from csg_seg.storage.format import read_compact
-from csg_seg.storage.precision import SCALE, lower, matrices, restore
+from csg_seg.storage.precision import DTYPES, SCALE, lower, matrices, restore
 
 CSG = dict(slice_shape=(12, 20, 3, 3), code_dim=9)
 KINDS = [{}, {'generator': 'binary'}, {'generator': 'mlp', 'hidden': 5}, {'residual': 2}]
@@ -127,6 +128,25 @@ def test_what_a_precision_cannot_hold_is_refused(tmp_path, value, dtype, says):
     with pytest.raises(CSGError, match=says):
         save_compact(model, tmp_path / 'x', dtype=dtype)
     assert not list(tmp_path.iterdir())
+
+
+def test_values_that_half_floats_round_to_nothing_are_refused(tmp_path):
+    model = build()
+    with torch.no_grad():
+        model.narrow.code.mul_(1e-8)
+    with pytest.raises(CSGError, match='narrow.code: the values are too small for float16; use bfloat16'):
+        save_compact(model, tmp_path / 'x', dtype='float16')
+    save_compact(model, tmp_path / 'x', dtype='bfloat16')
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'int8'])
+def test_a_layer_in_two_places_is_rounded_in_both(tmp_path, dtype):
+    model = Net()
+    model.alias = model.narrow
+    retrofit(model, CSG)
+    save_compact(model, tmp_path / 'x', dtype=dtype)
+    with safe_open(tmp_path / 'x', 'pt') as file:
+        assert {file.get_tensor(name).dtype for name in ('narrow.code', 'alias.code')} == {DTYPES[dtype]}
 
 
 @pytest.mark.parametrize('scale', [torch.ones(2), torch.ones(3, 1), None])

@@ -389,11 +389,16 @@ def test_a_weight_taken_away_while_it_is_read_is_made_again():
 
 
 def test_classes_that_cannot_be_subclassed_are_refused_in_a_line():
-    class Fixed(nn.Sequential):
-        def __init_subclass__(cls, *, name):
-            """Ask for what nobody gives."""
+    class Final(type):
+        def __new__(cls, name, bases, body):
+            if any(isinstance(base, Final) for base in bases):
+                raise KeyError(name)
+            return super().__new__(cls, name, bases, body)
 
-    with pytest.raises(CSGError, match='Fixed'):
+    class Fixed(nn.Sequential, metaclass=Final):
+        pass
+
+    with pytest.raises(CSGError, match='Fixed cannot be extended at run time'):
         retrofit(Fixed(*layers()), CSG)
 
 
@@ -425,15 +430,40 @@ def test_methods_of_earlier_signatures_are_called_as_they_were():
     assert names(net) == names(dense) == ['Conv2d', 'Conv2d', 'Conv2d', 'ReLU', 'Conv2d']
 
 
-def test_a_class_that_registers_its_subclasses_is_refused_in_a_line():
+def test_a_class_that_registers_its_subclasses_does_not_hear_of_those_made_at_run_time():
+    known = []
+
     class Registered(nn.Sequential):
-        known = {'Registered': 1}
+        def __init_subclass__(cls, *, key):
+            known.append(key)
 
-        def __init_subclass__(cls):
-            raise KeyError(cls.__name__)
+    class RegisteredConv(nn.Conv2d):
+        def __init_subclass__(cls, *, key):
+            known.append(key)
 
-    with pytest.raises(CSGError, match='Registered cannot be extended at run time'):
-        retrofit(Registered(*layers()), CSG)
+    net = Registered(*layers())
+    net[2] = RegisteredConv(17, 17, 3)
+    retrofit(net, CSG)
+    assert [name for name, _ in generated_convs(net)] == ['2', '3'] and not known
+    with torch.no_grad():
+        expected = net(image())
+        assert torch.equal(materialise(net)(image()), expected)
+    assert type(net) is Registered and type(net[2]) is RegisteredConv
+
+
+def test_attributes_of_a_roots_own_class_stay():
+    class Own(nn.Sequential):
+        hook_handles, bare_kind = 'hooks', 'kind'
+
+        def refresh(self):
+            return 'fresh'
+
+        def follow(self):
+            return 'followed'
+
+    net = build(kind=Own)
+    for own in (net, copy.deepcopy(net), materialise(copy.deepcopy(net))):
+        assert (own.hook_handles, own.bare_kind, own.refresh(), own.follow()) == ('hooks', 'kind', 'fresh', 'followed')
 
 
 def test_every_modules_own_parameters_are_each_parameter_once():

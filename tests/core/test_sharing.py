@@ -1,5 +1,7 @@
 """Networks that share generators hold them once and compute what they did before."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,14 @@ KINDS = {
     'binary': {'generator': 'binary'},
     'mlp': {'generator': 'mlp', 'hidden': 5},
 }
+
+
+CHAIN = CSG | {'include': ['1', '2']}
+
+
+def chain(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 31, 3), nn.Conv2d(31, 31, 3), nn.Conv2d(31, 31, 3))
 
 
 def with_other_codes(model, seed):
@@ -108,6 +118,48 @@ def test_a_network_that_changes_takes_generators_of_its_own(change):
         assert torch.equal(model(images), outputs)
     change(first)
     assert torch.equal(third(images), wanted[1])
+
+
+@pytest.mark.parametrize('is_alive', [True, False])
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda part: part.load_state_dict(retrofit(chain(9), CHAIN)[:2].state_dict()),
+        lambda part: part.double(),
+        lambda part: part[:].double(),
+    ],
+    ids=['load', 'double', 'double a slice'],
+)
+def test_a_slice_of_a_network_that_shares_leaves_the_others(change, is_alive):
+    first, second = (retrofit(chain(), CHAIN) for _ in range(2))
+    image = torch.ones(1, 3, 9, 9)
+    expected = first(image)
+    share_generators(first, second)
+    part = second[:2]
+    assert part.csg[0] is first.csg[0]
+    if not is_alive:
+        del second
+    change(part)
+    assert torch.equal(first(image), expected)
+    assert part.csg[0] is not first.csg[0]
+    if is_alive:
+        assert second.csg[0] is part[1].generator
+        second.double()(image.double())
+        second.state_dict()
+
+
+def test_a_slice_follows_its_network():
+    first, second = (retrofit(chain(), CHAIN) for _ in range(2))
+    share_generators(first, second)
+    part, image = second[:2], torch.ones(1, 3, 9, 9)
+    second.load_state_dict(retrofit(chain(9), CHAIN).state_dict())
+    expected = chain(9)[:1](image)
+    assert part.state_dict()['csg.0.weight'] is not first.csg[0].weight
+    assert torch.equal(part.state_dict()['csg.0.weight'], second.csg[0].weight)
+    assert torch.equal(part[:1](image), expected)
+    copied = copy.deepcopy(part)
+    copied.load_state_dict(first[:2].state_dict())
+    assert torch.equal(copied(image), first[:2](image)) and not torch.equal(copied(image), part(image))
 
 
 def test_generators_of_another_dtype_are_refused():

@@ -174,6 +174,34 @@ def test_a_weight_held_twice_is_left_dense():
     assert_left_dense(model, Reason(Cause.SHARED, 'anchor'))
 
 
+@pytest.mark.parametrize('register', ['register_hook', 'register_post_accumulate_grad_hook'])
+def test_a_weight_with_a_hook_on_its_gradient_is_left_dense(register):
+    model = Net()
+    getattr(model.head.weight, register)(lambda gradient: None)
+    assert_left_dense(model, Reason(Cause.HOOKED))
+
+
+def test_a_weight_of_another_shape_than_its_conv_says_is_left_dense():
+    model = Net()
+    model.head.out_channels = 34
+    assert_left_dense(model, Reason(Cause.OTHER_SHAPE, '(17, 31, 3, 3), not (34, 31, 3, 3)'))
+
+
+def test_a_conv_with_an_attribute_that_generated_convs_need_is_left_dense():
+    class Ready(nn.Conv2d):
+        def ready(self):
+            return True
+
+    for name, head in (('ready', Ready(31, 17, 3)), ('code', nn.Conv2d(31, 17, 3)), ('stored', nn.Conv2d(31, 17, 3))):
+        model = Net()
+        model.head = head
+        if name == 'code':
+            head.register_buffer('code', torch.ones(3))
+        elif name == 'stored':
+            head.stored = True
+        assert_left_dense(model, Reason(Cause.NAME_TAKEN, name))
+
+
 def test_one_module_in_two_places_stays_one():
     model = Net()
     model.alias = model.head

@@ -109,6 +109,20 @@ def test_the_base_may_be_elsewhere_if_it_is_given(base, tmp_path):
     assert_same(load_compact(update, base=elsewhere).state_dict(), model.state_dict())
 
 
+def test_a_network_that_computes_with_its_parameters_while_it_is_built_has_updates(tmp_path):
+    @register_builder('two convs')
+    def build_scaled(classes):
+        model = Net()
+        model.scale = model.head.weight.abs().max().item()
+        return model
+
+    base, path = tmp_path / 'base.safetensors', tmp_path / 'update.safetensors'
+    save_compact(build(), base, source=SOURCE)
+    model = changed(build(), ['code'])
+    save_compact(model, path, base=base)
+    assert_same(load_compact(path).state_dict(), model.state_dict())
+
+
 def test_another_base_is_refused(base, tmp_path):
     update, other = tmp_path / 'update.safetensors', tmp_path / 'other.safetensors'
     save_compact(changed(build(), ['code']), update, base=base)

@@ -232,12 +232,23 @@ def test_materialise_writes_no_other_kind_of_file_and_needs_a_csg_config(refused
     assert 'a dense config; give the CSG config' in message
 
 
-def test_an_option_without_a_value_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['report.py', str(CSG), '--cfg-options', 'model.csg.code_dim'])
+@pytest.mark.parametrize(
+    ('option', 'says'),
+    [
+        ('model.csg.code_dim', "'model.csg.code_dim' is not key=value"),
+        ('model.csg=dict(ratio=4, include=[backbone])', 'holds a dict; give its keys one by one'),
+        ('custom_hooks=[dict(type=EMAHook)]', 'holds a dict; give its keys one by one'),
+        ("model.csg={'ratio': 4}", 'holds a dict; give its keys one by one'),
+        ('model.csg.include=[backbone,', 'has a bracket that is not closed'),
+    ],
+)
+def test_an_option_that_cannot_be_read_is_named(option, says, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['report.py', str(CSG), '--cfg-options', option])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / 'tools' / 'report.py'), run_name='__main__')
     assert end.value.code == 2
-    assert "--cfg-options: 'model.csg.code_dim' is not key=value" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert '--cfg-options: ' in message and says in message
 
 
 def test_materialise_does_not_overwrite_unasked(drawn, files, tmp_path):
