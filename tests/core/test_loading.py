@@ -158,9 +158,7 @@ def test_renamed_entries_of_another_generator_are_refused():
 
     trained, model = build('a', first=3), build('b', first=2)
     renamed = {f'b{name[1:]}' if name.startswith('a') else name: each for name, each in trained.state_dict().items()}
-    with pytest.raises(
-        CSGError, match='b.2: .* from several generators; rename the layers of the network'
-    ):
+    with pytest.raises(CSGError, match='b.2: .* from several generators; rename the layers of the network'):
         model.load_state_dict(renamed)
     build('b', first=3).load_state_dict(renamed)
 
