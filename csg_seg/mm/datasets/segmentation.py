@@ -1,7 +1,5 @@
 """Segmentation data sets that mmsegmentation lacks."""
 
-from typing import Any
-
 from mmseg.datasets import BaseSegDataset, PascalVOCDataset
 from mmseg.registry import DATASETS
 
@@ -27,9 +25,6 @@ class CamVidDataset(BaseSegDataset):
         ],
     }  # fmt: skip
 
-    def __init__(self, img_suffix: str = '.jpg', seg_map_suffix: str = '.png', **kwargs: Any):
-        super().__init__(img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, **kwargs)
-
 
 @DATASETS.register_module()
 class KvasirDataset(BaseSegDataset):
@@ -41,9 +36,6 @@ class KvasirDataset(BaseSegDataset):
     """
 
     METAINFO = {'classes': ('background', 'polyp'), 'palette': [[0, 0, 0], [255, 255, 255]]}
-
-    def __init__(self, img_suffix: str = '.jpg', seg_map_suffix: str = '.png', **kwargs: Any):
-        super().__init__(img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, **kwargs)
 
 
 @DATASETS.register_module()
@@ -57,6 +49,3 @@ class COCOVOCDataset(BaseSegDataset):
     """
 
     METAINFO = PascalVOCDataset.METAINFO
-
-    def __init__(self, img_suffix: str = '.jpg', seg_map_suffix: str = '.png', **kwargs: Any):
-        super().__init__(img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, **kwargs)
