@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,15 @@ class BinaryGenerator(Generator):
         like = self.weight
         self._rebuild_signs()
         self.weight = self.weight.to(like)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move or cast the signs; after a cast they have the exact size again, as they would be loaded."""
+        before = self.weight.dtype
+        result = super()._apply(fn, recurse)
+        if self.weight.dtype != before:
+            size = torch.tensor(_sign_size(self.settings), dtype=torch.float32, device='cpu').item()
+            self.weight = torch.full_like(self.weight, size).copysign(self.weight)
+        return result
 
     def _rebuild_signs(self) -> None:
         size = math.prod(self.settings.slice_shape)

@@ -167,6 +167,14 @@ def test_loading_a_linear_generator_takes_its_weight_whatever_its_seed():
     assert torch.equal(stored.weight, loaded.weight)
 
 
+def test_signs_that_were_cast_and_cast_back_are_those_of_the_seed():
+    generator = build(generator='binary', seed=5)
+    exact = generator.weight.clone()
+    assert torch.equal(generator.bfloat16().weight, exact.bfloat16())
+    assert torch.equal(generator.float().weight, exact)
+    assert torch.equal(generator.half().double().weight.float(), exact)
+
+
 def test_a_loaded_binary_generator_keeps_its_dtype():
     loaded = build(generator='binary', seed=8).half()
     loaded.load_state_dict(build(generator='binary', seed=5).state_dict())
