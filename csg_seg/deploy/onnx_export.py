@@ -163,12 +163,15 @@ def _exported(scores: Scores, image: Tensor) -> onnx.ModelProto:
 
 
 def _metadata(network: BaseModel) -> list[onnx.StringStringEntryProto]:
-    """Return the normalisation of images and the classes, to store in the file."""
+    """Return the normalisation and padding of images and the classes, to store in the file."""
     preprocessor = network.data_preprocessor
     metadata: dict[str, Any] = {'csg_seg': __version__, 'channels': channel_order(network)}
     for key in ('mean', 'std'):
         if getattr(preprocessor, key, None) is not None:
             metadata[key] = getattr(preprocessor, key).flatten().tolist()
+    padding = {key: value for key, value in (getattr(preprocessor, 'test_cfg', None) or {}).items() if value}
+    if padding:
+        metadata['padding'] = {**padding, 'value': preprocessor.pad_val}
     for key, value in network.dataset_meta.items():
         if key in ('classes', 'palette') and value is not None:
             metadata[key] = value

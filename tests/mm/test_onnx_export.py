@@ -46,6 +46,7 @@ def exported(tmp_path_factory):
     with torch.no_grad():
         wanted = [Scores(model)(image) for image in images()]
     found = {'generated': export_onnx(model, folder / 'generated', images())}
+    model.data_preprocessor.test_cfg = {'size_divisor': 32}
     found['plain'] = export_onnx(csg_seg.materialise(model), folder / 'plain', images())
     return wanted, folder, found
 
@@ -69,6 +70,12 @@ def test_the_file_says_how_images_are_prepared(exported):
     assert says['channels'] == 'RGB' and says['classes'] == ['one', 'two']
     preprocessor = read_config(str(DEMO)).model.data_preprocessor
     assert says['mean'] == pytest.approx(preprocessor.mean) and says['std'] == pytest.approx(preprocessor.std)
+
+
+def test_the_file_says_how_images_are_padded(exported):
+    _, folder, _ = exported
+    assert 'padding' not in metadata(folder / 'generated')
+    assert metadata(folder / 'plain')['padding'] == {'size_divisor': 32, 'value': 0}
 
 
 def test_the_order_of_channels_does_not_depend_on_scopes():
