@@ -14,7 +14,7 @@ from csg_seg.errors import CSGError
 from csg_seg.generators.linear import Generator
 
 from .ahead import drop, generate_in_batches
-from .conv import CSGConv
+from .conv import CSGConv, autocast_dtype
 
 
 class Accumulation:
@@ -25,6 +25,7 @@ class Accumulation:
         made: the weights by layer, with the graph of their generation; empty until the first forward pass.
         leaves: copies without a graph, which the layers compute with and which collect the gradients.
         inputs: the parameters that each was made of.
+        dtypes: in which autocast made them, None where it had no effect.
     """
 
     def __init__(self) -> None:
@@ -35,6 +36,7 @@ class Accumulation:
         self.made: dict[CSGConv, Tensor] = {}
         self.leaves: dict[CSGConv, Tensor] = {}
         self.inputs: dict[CSGConv, list[nn.Parameter]] = {}
+        self.dtypes: set[torch.dtype | None] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle without what is going on."""
@@ -69,9 +71,19 @@ class Accumulation:
         """Give the layers their weights, for the forward pass that begins and for recomputing it.
 
         They are made in the first pass, because autocast may be on in passes alone.
+
+        Raises:
+            CSGError: autocast was on in the first pass and is off now, or the reverse.
         """
+        dtypes = {autocast_dtype(conv.generator, conv.code.device.type) for conv in layers.values()}
         if not self.made:
             self._make(generators, layers)
+            self.dtypes = dtypes
+        elif dtypes != self.dtypes:
+            raise CSGError(
+                'autocast differs between the batches in csg.accumulate(); use it for all of them, or leave the block '
+                'in between'
+            )
         for conv, leaf in self.leaves.items():
             conv.__dict__['ready'] = partial(_if_learning, leaf, conv, self.inputs[conv])
 

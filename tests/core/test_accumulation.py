@@ -124,6 +124,16 @@ def test_weights_are_generated_once():
     assert operations(build(), True, 5) == 5 * one_batch + generation
 
 
+@pytest.mark.parametrize('first', [True, False])
+def test_autocast_for_some_batches_only_is_refused(first):
+    model = build(CSG | {'precision': 'autocast'}).float()
+    one, other, _ = batches()
+    with pytest.raises(CSGError, match='autocast differs between the batches'), model.csg.accumulate():
+        for images, enabled in ((one, first), (other, not first)):
+            with torch.autocast('cpu', dtype=torch.bfloat16, enabled=enabled):
+                model(images.float()).backward()
+
+
 def test_mixed_precision_sums_in_the_precision_of_the_parameters():
     model, twin = (build(CSG | {'precision': 'autocast'}).float() for _ in range(2))
     with torch.autocast('cpu', dtype=torch.bfloat16):
