@@ -215,6 +215,10 @@ def test_at_30x_networks_score_as_the_pages_say(ahead):
     rivals = {row['cell'] for row in rows if row['cell'].endswith('-30x') and not row['method'].startswith('csg')}
     assert rivals == {'separable-30x', 'narrow-30x', 'tucker-30x'}
     assert all(min(ahead('csg-auto-30x', cell)) > 2 for cell in rivals)
+    small = points(ahead('dense', 'csg-100x'))
+    both = 'the difference is {:+.1f} points on val and {:+.1f} on test.'.format(*ahead('csg-100x', 'separable-30x'))
+    assert f'It is {small} points below dense, and scores like `separable-30x`' in text
+    assert f'{both} `narrow-100x` is {points(ahead("dense", "narrow-100x"))} points below dense' in text
     start, trained = (next(row for row in rows if row['cell'] == cell) for cell in ('dense', 'csg-trained-30x'))
     lost = points([start[split] - trained[split] for split in ('val', 'test')])
     assert f'with it as the teacher, and is {lost} points below it' in text
@@ -353,6 +357,8 @@ def test_a_trained_encoder_scores_as_the_page_says():
     dense, csg = (scores[f'efficientnet-{name}'] for name in ('dense', 'csg-auto-4x'))
     val, test = (csg[split][0] - dense[split][0] for split in ('val', 'test'))
     assert f'is {-val:.1f} points below dense on val and {test:.1f} above it on test' in text
+    scratch = points([dense[split][0] - scores['efficientnet-dense-scratch'][split][0] for split in ('val', 'test')])
+    assert f'(`efficientnet-dense-scratch`), dense is {scratch} points lower' in text
     trained = [scores['efficientnet-csg-trained-4x'][split][0] - dense[split][0] for split in ('val', 'test')]
     assert f'It is {points(trained)} points above that network' in text
 
