@@ -117,7 +117,9 @@ class Settings:
 
 def matches(name: str, pattern: str) -> bool:
     """Say whether a shell-style pattern matches a module's name or an ancestor's."""
-    return name == pattern or fnmatchcase(name, pattern) or fnmatchcase(name, f'{pattern}.*')
+    # As it is written, too: a name may have brackets.
+    is_written = name == pattern or name.startswith(f'{pattern}.')
+    return is_written or fnmatchcase(name, pattern) or fnmatchcase(name, f'{pattern}.*')
 
 
 def _own_keys() -> list[str]:

@@ -46,11 +46,11 @@ def train_only(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
         parameter.requires_grad_(id(parameter) not in frozen and any(fnmatchcase(name, each) for each in wanted))
         trained += [name] if parameter.requires_grad else []
     if MARK not in vars(model):
-        vars(model)[MARK] = []
+        vars(model)[MARK] = set()
         model.register_forward_pre_hook(_evaluate_frozen_norms)
     for norm in vars(model)[MARK]:
         norm.train(model.training)
-    vars(model)[MARK] = []
+    vars(model)[MARK] = set()
     return trained
 
 
@@ -65,4 +65,4 @@ def _evaluate_frozen_norms(model: nn.Module, inputs: Any) -> None:
             own = [each.requires_grad for each in module.parameters()]
             if module.training and not (any(own) if own else everything_trains):
                 module.eval()
-                vars(model)[MARK].append(module)
+                vars(model)[MARK].add(module)

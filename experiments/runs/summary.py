@@ -132,6 +132,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'kvasir-96x96': lambda: runs('rivals/tables/kvasir_96.yml'),
     'travel': lambda: runs('runs/tables/camvid_90x120_travel.yml', only='csg*'),
     'unet': lambda: runs('runs/tables/camvid_90x120_unet.yml'),
+    'unet-kvasir': lambda: runs('runs/tables/kvasir_96_unet.yml'),
     'imagenet-encoder': lambda: runs('runs/tables/camvid_90x120_imagenet.yml'),
     'kvasir': lambda: runs('runs/tables/kvasir.yml'),
     'drawn': lambda: runs('runs/tables/drawn.yml'),

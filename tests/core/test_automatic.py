@@ -155,6 +155,10 @@ def test_names_with_brackets_are_names():
     assert [name for name, _ in generated_convs(model)] == ['conv[1]', 'conv[2]', 'conv[3]', 'classx']
     model = retrofit(copy.deepcopy(net), {'ratio': 1.3, 'include': ['conv[0]', 'conv[2]']})
     assert [name for name, _ in generated_convs(model)] == ['conv[0]', 'conv[2]']
+    nested = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Module())
+    nested[1].add_module('part[1]', copy.deepcopy(net))
+    model = retrofit(nested, {'ratio': 1.3, 'include': ['1.part[1]'], 'exclude': ['1.part[1].conv[3]', '*.class*']})
+    assert [name for name, _ in generated_convs(model)] == [f'1.part[1].conv[{index}]' for index in range(3)]
 
 
 def test_networks_with_nothing_to_compress_are_refused():
