@@ -30,7 +30,7 @@ def add_cfg_options(parser: ArgumentParser, text: str = 'override settings: key=
 
 
 def _key_and_value(text: str) -> str:
-    if '=' not in text:
+    if '=' not in text.lstrip('='):
         raise ArgumentTypeError(f'{text!r} is not key=value')
     if re.search(r'\bdict\(|\{\s*[\'"]', text):
         raise ArgumentTypeError(

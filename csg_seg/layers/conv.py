@@ -63,6 +63,10 @@ class CSGConv(_ConvNd):
     channels_last: bool = False
     dense_kind: type[_ConvNd]
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make a dense conv, for code that asks a generated one for its class."""
+        return cls.dense_kind(*args, **kwargs)
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Keep classes made at run time out of a registry that the dense class may fill."""
 
@@ -193,7 +197,10 @@ class CSGConv(_ConvNd):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and copy by the dense class, because the generated class is created at run time."""
-        return _blank, (self.dense_kind,), {key: each for key, each in self.__dict__.items() if key != 'ready'}
+        state = super().__reduce_ex__(protocol)[2]  # of the class's own __getstate__, if it has one
+        if isinstance(state, dict):
+            state = {key: each for key, each in state.items() if key != 'ready'}
+        return _blank, (self.dense_kind,), state
 
 
 # Names of attributes that no class of dense convs may have.
@@ -205,7 +212,8 @@ def weight_shape(conv: _ConvNd) -> torch.Size:
     first, second = conv.out_channels, conv.in_channels
     if conv.transposed:
         first, second = second, first
-    return torch.Size((first, second // conv.groups, *conv.kernel_size))
+    kernel = conv.kernel_size if isinstance(conv.kernel_size, tuple) else ()  # a subclass may have set another value
+    return torch.Size((first, second // conv.groups, *kernel))
 
 
 def generate_weights(convs: Sequence[CSGConv]) -> list[Tensor]:
@@ -278,8 +286,7 @@ def generated_kind(kind: type) -> type[CSGConv]:
 
 def _blank(kind: type[_ConvNd]) -> CSGConv:
     CSGConv.changes += 1
-    made = generated_kind(kind)
-    return made.__new__(made)
+    return object.__new__(generated_kind(kind))
 
 
 def kaiming_std(conv: _ConvNd) -> float:
@@ -305,6 +312,7 @@ def swap_in(conv: _ConvNd, generator: Generator, rng: torch.Generator) -> None:
     generated.channels_last = not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous()
     code = draw_code(generated, rng)
     generated.code = nn.Parameter(code.to(weight), requires_grad=weight.requires_grad)
+    vars(generated.code).update(vars(weight))  # such as a factor of the learning rate
 
 
 def draw_code(conv: CSGConv, rng: torch.Generator) -> Tensor:
@@ -347,6 +355,7 @@ def swap_out(conv: CSGConv, weight: Tensor) -> None:
     """
     weight = in_memory_order(weight.detach().clone(), channels_last=conv.channels_last)
     dense = nn.Parameter(weight, requires_grad=conv.code.requires_grad)
+    vars(dense).update(vars(conv.code))
     for name in conv.stored():
         delattr(conv, name)
     object.__delattr__(conv, 'generator')

@@ -257,7 +257,6 @@ class StateDictChecks:
         positions = {generator: position for position, generator in enumerate(self.bank)}
         others = {name: each for name, each in self.stored.items() if name not in self.convs}
         unmatched = Counter(others.values())
-        before, after = _prefix(others), _prefix(unknown.values())
         for conv, name in unknown.items() if self.stored else ():
             shape = tuple(conv.weight_shape)
             needed = positions[conv.generator], shape
@@ -267,8 +266,8 @@ class StateDictChecks:
                     f'{name}: the checkpoint has no layer of this name, and no other unmatched layer of its generator '
                     f'with a weight of {shape}; {OTHER_NETWORK}'
                 )
-            origin = f'{before}{name.removeprefix(after)}'
-            if len({each for each in others.values() if each[1] == shape}) > 1 and others.get(origin) != needed:
+            alike = {other: each for other, each in others.items() if each[1] == shape}
+            if {alike[other] for other in _same_end(name, alike)} != {needed}:
                 raise CSGError(
                     f'{name}: the checkpoint has no layer of this name, and layers with a weight of {shape} from '
                     'several generators; rename the layers of the network that it was saved from, and save it again'
@@ -315,6 +314,11 @@ class StateDictChecks:
 
     def _check_dense_network(self) -> None:
         """Refuse weights of another network; a part that only one of the two has, such as a head, may differ."""
+        if any(conv.code.is_meta for conv in self.loaded.values()):
+            raise CSGError(
+                'a dense state dict cannot be fitted to a network on the meta device, which has no values; build the '
+                'network elsewhere'
+            )
         stored = {name.removeprefix(self.prefix): tensor for name, tensor in self.state_dict.items()}
         known, parts = self.root.state_dict().keys(), set(map(_part, stored))
         wrong = [
@@ -374,9 +378,10 @@ class StateDictChecks:
         return wanted == given
 
 
-def _prefix(names: Iterable[str]) -> str:
-    """Return the common beginning of some names, in whole parts."""
-    return '.'.join(commonprefix([name.split('.') for name in names]))
+def _same_end(name: str, others: Iterable[str]) -> list[str]:
+    """Return the names that share the most last parts with a name, such as 'net.conv' with 'model.net.conv'."""
+    shared = {other: len(commonprefix([name.split('.')[::-1], other.split('.')[::-1]])) for other in others}
+    return [other for other, count in shared.items() if count == max(shared.values())]
 
 
 def _part(name: str) -> str:

@@ -73,7 +73,7 @@ def suggest(model: nn.Module, ratio: float | None = None, **others: Any) -> list
                 'slice_shape and code_dim instead of ratio; to replace the csg of a base config, add _delete_=True'
             )
     seed = others.pop('seed', None)
-    if seed is not None and not (isinstance(seed, int) and seed >= 0):
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         raise CSGError(f'csg: seed must be an integer from 0; got {seed!r}')
     groups = _groups(model, others)
     total = sum(parameter.numel() for parameter in model.parameters())

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from csg_seg.errors import CSGError, nearest
-from csg_seg.layers.bank import find_roots
+from csg_seg.layers.bank import check_module, find_roots
 
 # On a model that has the hook, the norms that the hook evaluates although the model trains.
 MARK = '_norms_that_csg_seg_evaluates'
@@ -32,18 +32,21 @@ def train_only(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
     Raises:
         CSGError: there is no pattern, or one matches no parameter.
     """
+    check_module(model, 'train_only(model, patterns): the model')
     wanted = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(wanted, Sequence) or not wanted or not all(isinstance(each, str) for each in wanted):
         raise CSGError(f"train_only: give patterns of parameter names, such as ['*.code']; got {patterns!r}")
-    names = [name for name, _ in model.named_parameters()]
+    everywhere = [*model.named_parameters(remove_duplicate=False)]  # a tied parameter has several names
+    names = [name for name, _ in everywhere]
     for pattern in wanted:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise CSGError(f'train_only: {pattern!r} matches no parameter; {nearest(pattern, names)}')
     generators = [generator for _, _, bank in find_roots(model) for generator in bank]
     frozen = {id(each) for one in generators if one.settings.freeze_generator for each in one.parameters()}
+    chosen = {id(each) for name, each in everywhere if any(fnmatchcase(name, pattern) for pattern in wanted)}
     trained = []
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(id(parameter) not in frozen and any(fnmatchcase(name, each) for each in wanted))
+        parameter.requires_grad_(id(parameter) in chosen - frozen)
         trained += [name] if parameter.requires_grad else []
     if MARK not in vars(model):
         vars(model)[MARK] = set()

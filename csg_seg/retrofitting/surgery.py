@@ -13,7 +13,7 @@ from csg_seg.errors import CSGError, CSGWarning
 from csg_seg.generators.registry import build_generator
 from csg_seg.generators.settings import Settings
 from csg_seg.layers.ahead import generate_in_batches
-from csg_seg.layers.bank import GeneratorBank, attach_bank, check_root, detach_bank, find_roots
+from csg_seg.layers.bank import GeneratorBank, attach_bank, check_module, check_root, detach_bank, find_roots
 from csg_seg.layers.conv import CSGConv, add_residual, check_plain, generated_convs, swap_in, swap_out
 from csg_seg.layers.watch import WATCH
 from csg_seg.report import summarise
@@ -70,6 +70,7 @@ def materialise(model: nn.Module) -> nn.Module:
     Raises:
         CSGError: the model has no generated layer, or a code or generator is pruned or parametrised.
     """
+    check_module(model, 'materialise(model): the model')
     convs = dict(generated_convs(model))
     if not convs:
         raise CSGError('nothing to materialise: the model has no generated layer; retrofit it first')

@@ -171,11 +171,13 @@ def _check(caller: str, model: nn.Module, weights: Any) -> GeneratorBank:
     if bank is None:
         said = other_network(model) or 'the model is not retrofitted; call csg_seg.retrofit on it first'
         raise CSGError(f'{caller}: {said}')
-    if not isinstance(weights, Mapping) or not all(isinstance(each, Tensor) for each in weights.values()):
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(name, str) and isinstance(each, Tensor) for name, each in weights.items()
+    ):
         entries = weights.items() if isinstance(weights, Mapping) else ()
         nested = [key for key, each in entries if isinstance(each, Mapping) and 'param_groups' not in each]
         wanted = f'its entry {nested[0]!r}' if nested else 'a state dict'
-        raise CSGError(f'{caller} needs a dict of tensors, not this {type(weights).__name__}; give {wanted}')
+        raise CSGError(f'{caller} needs a dict of tensors by name, not this {type(weights).__name__}; give {wanted}')
     return bank
 
 

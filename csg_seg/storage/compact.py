@@ -3,8 +3,10 @@
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from sys import getrefcount
 
 import torch
 from torch import Tensor, nn
@@ -146,19 +148,38 @@ def _build_and_fill(compact: Compact, reset: Sequence[str]) -> nn.Module | None:
     """Build a file's network with parameters on the meta device, where they take no memory or time, and fill it.
 
     Returns:
-        the network on the CPU; None if some of its parameters are not in the file, or are used in another way than as
-        parameters, or if another device is the default one.
+        the network on the CPU; None if some of its parameters are not in the file, have attributes or hooks, are
+        used in another way than as parameters, or if another device is the default one.
     """
     if torch.get_default_device().type != 'cpu':
         return None
     try:
         with parameters_on_meta():
             model = _build(compact)
+        if _are_marked(model):
+            return None
         _fill(model, compact, reset)
     except CSGError:
         return None
     is_whole = not any(each.is_meta for each in (*model.parameters(), *model.buffers()))
     return model if is_whole and not any(map(_holds_parameters, model.modules())) else None
+
+
+def _are_marked(model: nn.Module) -> bool:
+    """Whether a parameter has a class, a hook or an attribute that the loaded one would lack, or is referred to."""
+    probe = nn.Parameter(torch.empty(0))
+    counted_twice = getrefcount(probe)  # by the variable and the call
+    places = Counter(id(each) for module in model.modules() for each in module._parameters.values())
+    for module in model.modules():
+        for name in module._parameters:
+            parameter = module._parameters[name]
+            if parameter is None:
+                continue
+            others = getrefcount(parameter) - counted_twice - places[id(parameter)]
+            hooks = parameter._backward_hooks or parameter._post_accumulate_grad_hooks
+            if type(parameter) is not nn.Parameter or hooks or vars(parameter) or others > 0:
+                return True
+    return False
 
 
 def _holds_parameters(module: nn.Module) -> bool:

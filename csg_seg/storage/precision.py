@@ -26,7 +26,10 @@ def matrices(model: nn.Module) -> set[str]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (*DENSE_KINDS, nn.Linear)) and 'weight' in module._parameters:
             names.add(f'{name}.weight' if name else 'weight')
-    return names
+    parameters = [*model.named_parameters(remove_duplicate=False)]
+    lowered = {id(parameter) for name, parameter in parameters if name in names}
+    # A tied parameter has one precision under all its names.
+    return names | {name for name, parameter in parameters if id(parameter) in lowered}
 
 
 def lower(tensors: Mapping[str, Tensor], names: Collection[str], dtype: str) -> dict[str, Tensor]:

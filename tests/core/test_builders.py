@@ -175,6 +175,45 @@ def test_a_parameter_in_two_places_stays_one(tmp_path, monkeypatch):
     assert loaded[2].weight is loaded[3].weight and loaded[2].weight.eq(1).all()
 
 
+class Marked(nn.Sequential):
+    """Something that a constructor may attach to a parameter, or keep one in."""
+
+    def __init__(self, what):
+        torch.manual_seed(0)
+        super().__init__(*(nn.Conv2d(3 if index == 0 else 40, 40, 3) for index in range(3)), nn.Linear(40, 40))
+        weight = self[3].weight
+        if what == 'hook':
+            weight.register_hook(lambda gradient: gradient * 0)
+        elif what == 'attribute':
+            weight.factor = 10
+        elif what == 'dict':
+            self.groups = {'fast': [weight]}
+        elif what == 'closure':
+            self[2].register_forward_hook(lambda module, inputs, output: output + weight.mean())
+        elif what == 'class':
+            self[3].weight = type('Own', (nn.Parameter,), {})(weight.detach())
+
+    def forward(self, x):
+        return self[3](self[2](self[1](self[0](x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize('what', ['hook', 'attribute', 'dict', 'closure', 'class', 'nothing'])
+def test_what_a_constructor_does_with_parameters_stays(what, tmp_path, monkeypatch):
+    monkeypatch.setattr('csg_seg.storage.builders.BUILDERS', dict(BUILDERS))
+    csg_seg.register_builder('marked')(Marked)
+    path = saved(tmp_path, Marked(what), dict(builder='marked', what=what))
+    loaded, given = csg_seg.load_compact(path), csg_seg.load_compact(path, Marked(what))
+    images = torch.ones(2, 3, 9, 9)
+    assert torch.equal(loaded(images), given(images))
+    for each in (loaded, given):
+        each(images).sum().backward()
+        weight = each[3].weight
+        assert weight.grad.any() != (what == 'hook')
+        assert vars(weight) == ({'factor': 10} if what == 'attribute' else {})
+        assert what != 'dict' or each.groups['fast'][0] is weight
+        assert (type(weight) is nn.Parameter) != (what == 'class')
+
+
 def test_the_file_holds_source_versions_and_dtype(tmp_path):
     source = dict(builder='torchvision', name='resnet18')
     path = saved(tmp_path, models.resnet18(), source, dtype='int8')

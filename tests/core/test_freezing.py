@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from two_convs import Net, batch, build
 
-from csg_seg import CSGError, save_compact, train_only
+from csg_seg import CSGError, materialise, save_compact, train_only
 
 
 def step(model):
@@ -63,6 +63,15 @@ def test_an_update_holds_what_trained(tmp_path):
     save_compact(model, update, base=base)
     with safe_open(str(update), framework='pt') as file:
         assert set(file.keys()) == CODES
+
+
+def test_a_tied_parameter_has_several_names():
+    model = build()
+    model.aux = nn.Linear(31, 4)
+    model.aux.weight = model.head.weight
+    model.again = model.norm
+    assert train_only(model, 'aux.*') == ['head.weight', 'aux.bias']
+    assert train_only(model, 'again.*') == ['norm.weight', 'norm.bias']
 
 
 def test_frozen_generators_stay_frozen():
@@ -136,6 +145,13 @@ def test_norms_without_parameters_train_only_if_everything_does(norm):
         before = norm.running_mean.clone()
         model.train()(batch()[0])
         assert torch.equal(norm.running_mean, before) != moves
+
+
+def test_what_is_no_network_is_named():
+    with pytest.raises(CSGError, match='train_only.*: the model is an object of type str, not a module'):
+        train_only('net', '*')
+    with pytest.raises(CSGError, match='materialise.*: the model is an object of type int, not a module'):
+        materialise(5)
 
 
 @pytest.mark.parametrize(

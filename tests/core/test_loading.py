@@ -163,6 +163,22 @@ def test_renamed_entries_of_another_generator_are_refused():
     build('b', first=3).load_state_dict(renamed)
 
 
+@pytest.mark.parametrize('own', [True, False])
+def test_a_prefix_may_be_added_and_removed_with_several_generators(own):
+    def build(prefix):
+        csg = [CSG | {'include': [f'{prefix}2']}, CSG | {'include': [f'{prefix}4']}]
+        return retrofit(nn.ModuleDict({'net': network(seed=1)}) if prefix else network(), csg)
+
+    trained, model = (build(prefix) for prefix in (('', 'net.') if own else ('net.', '')))
+    renamed = {
+        name if name.startswith('csg.') else f'net.{name}' if own else name.removeprefix('net.'): each
+        for name, each in trained.state_dict().items()
+    }
+    model.load_state_dict(renamed)
+    nets = [each['net'] if isinstance(each, nn.ModuleDict) else each for each in (trained, model)]
+    assert torch.equal(*(net(torch.ones(1, 3, 9, 9)) for net in nets))
+
+
 def test_renamed_entries_that_would_change_generators_are_refused():
     def build(first, *others):
         parts = nn.ModuleDict({name: nn.Sequential(nn.Conv2d(24, 24, 3)) for name in (first, *others)})
@@ -635,6 +651,8 @@ def test_nothing_is_computed_from_no_values():
     model = on_meta(CSG)
     with pytest.raises(CSGError, match='fit: .* on the meta device and has no values'):
         fit(model, network().state_dict())
+    with pytest.raises(CSGError, match='a dense state dict cannot be fitted to a network on the meta device'):
+        model.load_state_dict(network().state_dict(), assign=True)
     with pytest.raises(CSGError, match='load_generators: .* on the meta device'):
         load_generators(model, retrofit(network(), CSG).state_dict())
     with pytest.raises(CSGError, match='meta device'):

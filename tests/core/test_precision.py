@@ -139,6 +139,15 @@ def test_values_that_half_floats_round_to_nothing_are_refused(tmp_path):
     save_compact(model, tmp_path / 'x', dtype='bfloat16')
 
 
+def test_a_tied_weight_has_one_precision(tmp_path):
+    model = Net()
+    model.embedding = nn.Embedding(4, 5)
+    model.head.weight = model.embedding.weight
+    save_compact(retrofit(model, CSG), tmp_path / 'x', dtype='int8')
+    with safe_open(tmp_path / 'x', 'pt') as file:
+        assert {file.get_tensor(f'{name}.weight').dtype for name in ('embedding', 'head')} == {torch.int8}
+
+
 @pytest.mark.parametrize('dtype', ['float16', 'int8'])
 def test_a_layer_in_two_places_is_rounded_in_both(tmp_path, dtype):
     model = Net()

@@ -451,6 +451,29 @@ def test_a_class_that_registers_its_subclasses_does_not_hear_of_those_made_at_ru
     assert type(net) is Registered and type(net[2]) is RegisteredConv
 
 
+def test_the_class_of_a_network_or_layer_makes_dense_ones():
+    net = build(kind=Chain)
+    for made in (type(net)(*layers()), type(net[2])(17, 17, 3)):
+        assert type(made) in (Chain, nn.Conv2d) and made.double() is made
+        pickle.loads(pickle.dumps(made.train()))
+
+
+class Cached(nn.Conv2d):
+    """A conv that does not copy what it caches, as a lambda cannot be pickled."""
+
+    def __getstate__(self):
+        return {name: each for name, each in vars(self).items() if name != 'cache'}
+
+
+def test_the_state_of_a_convs_own_class_is_copied():
+    net = layers()
+    net[2] = Cached(17, 17, 3)
+    net = retrofit(nn.Sequential(*net), CSG)
+    net[2].cache = lambda: None
+    for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert not hasattr(copied[2], 'cache') and torch.equal(copied(image()), net(image()))
+
+
 def test_attributes_of_a_roots_own_class_stay():
     class Own(nn.Sequential):
         hook_handles, bare_kind = 'hooks', 'kind'

@@ -187,6 +187,20 @@ def test_a_weight_of_another_shape_than_its_conv_says_is_left_dense():
     assert_left_dense(model, Reason(Cause.OTHER_SHAPE, '(17, 31, 3, 3), not (34, 31, 3, 3)'))
 
 
+def test_a_conv_with_a_kernel_size_that_is_no_tuple_is_left_dense():
+    model = Net()
+    model.head.kernel_size = 3
+    assert_left_dense(model, Reason(Cause.OTHER_SHAPE, '(17, 31, 3, 3), not (17, 31)'))
+
+
+def test_attributes_of_a_weight_go_to_its_code_and_back():
+    model = Net()
+    model.head.weight.lr_mult = 0.1
+    retrofit(model, CSG)
+    assert model.head.code.lr_mult == 0.1 and not hasattr(model.body[0].code, 'lr_mult')
+    assert materialise(model).head.weight.lr_mult == 0.1
+
+
 def test_a_conv_with_an_attribute_that_generated_convs_need_is_left_dense():
     class Ready(nn.Conv2d):
         def ready(self):

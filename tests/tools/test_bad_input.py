@@ -236,6 +236,7 @@ def test_materialise_writes_no_other_kind_of_file_and_needs_a_csg_config(refused
     ('option', 'says'),
     [
         ('model.csg.code_dim', "'model.csg.code_dim' is not key=value"),
+        ('=4', "'=4' is not key=value"),
         ('model.csg=dict(ratio=4, include=[backbone])', 'holds a dict; give its keys one by one'),
         ('custom_hooks=[dict(type=EMAHook)]', 'holds a dict; give its keys one by one'),
         ("model.csg={'ratio': 4}", 'holds a dict; give its keys one by one'),
