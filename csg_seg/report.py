@@ -209,7 +209,8 @@ def _numel(parameters: Iterable[Tensor]) -> int:
 
 def _bytes(module: nn.Module) -> int:
     """Return the bytes of a state dict, without extra states that are not tensors."""
-    return sum(each.nbytes for each in module.state_dict().values() if isinstance(each, Tensor))
+    tensors = [each for each in module.state_dict().values() if isinstance(each, Tensor)]
+    return sum(each.numel() * each.element_size() for each in tensors)
 
 
 def _by(shape: Sequence[int]) -> str:

@@ -32,12 +32,12 @@ def add_cfg_options(parser: ArgumentParser, text: str = 'override settings: key=
 def _key_and_value(text: str) -> str:
     if '=' not in text.lstrip('='):
         raise ArgumentTypeError(f'{text!r} is not key=value')
-    if re.search(r'\bdict\(|\{\s*[\'"]', text):
+    if re.search(r'[=\[(,]\s*(dict\(|\{\s*[\'"\d])', text):
         raise ArgumentTypeError(
             f'{text!r} holds a dict; give its keys one by one, as in model.csg.ratio=4, or write a config'
         )
-    if any(text.count(opened) != text.count(closed) for opened, closed in ('[]', '()')):
-        raise ArgumentTypeError(f'{text!r} has a bracket that is not closed; quote a value with spaces')
+    if re.search(r'=\s*[\[(]', text) and any(text.count(left) != text.count(right) for left, right in ('[]', '()')):
+        raise ArgumentTypeError(f'{text!r} has brackets that do not match; quote a value with spaces')
     return text
 
 

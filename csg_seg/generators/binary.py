@@ -43,12 +43,11 @@ class BinaryGenerator(Generator):
         self.weight = self.weight.to(like)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move or cast the signs; after a cast they have the exact size again, as they would be loaded."""
+        """Move or cast the signs; after a cast, rebuild them, so that rounding errors do not remain."""
         before = self.weight.dtype
         result = super()._apply(fn, recurse)
         if self.weight.dtype != before:
-            size = torch.tensor(_sign_size(self.settings), dtype=torch.float32, device='cpu').item()
-            self.weight = torch.full_like(self.weight, size).copysign(self.weight)
+            self.reset_parameters()
         return result
 
     def _rebuild_signs(self) -> None:

@@ -25,7 +25,7 @@ class Accumulation:
         made: the weights by layer, with the graph of their generation; empty until the first forward pass.
         leaves: copies without a graph, which the layers compute with and which collect the gradients.
         inputs: the parameters that each was made of.
-        dtypes: in which autocast made them, None where it had no effect.
+        dtypes: of autocast when the weights were made; None for layers that it does not affect.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Accumulation:
         They are made in the first pass, because autocast may be on in passes alone.
 
         Raises:
-            CSGError: autocast was on in the first pass and is off now, or the reverse.
+            CSGError: autocast is not as it was in the first pass.
         """
         dtypes = {autocast_dtype(conv.generator, conv.code.device.type) for conv in layers.values()}
         if not self.made:

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, cast
-from weakref import ref
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
 from csg_seg.errors import CSGError
@@ -48,6 +49,7 @@ class GeneratorBank(Generators):
         self.loading = Loading(self)
         self.reset = self.loading.reset
         self.hook_handles: list[RemovableHandle] = []
+        self.parts: WeakSet[Generators] = WeakSet()
         self._keep_weights = True
         self._changes = CSGConv.changes
         self._watched: tuple[bool, ...] | None = None  # which codes trained when the watch began
@@ -75,12 +77,12 @@ class GeneratorBank(Generators):
         return input
 
     def __getstate__(self) -> dict[str, Any]:
-        """Watch copies like any new network; a copy of a slice has generators of its own."""
-        state = {name: each for name, each in self.__dict__.items() if name != 'whole'}
-        return {**state, '_watched': None}
+        """Leave out the networks that this one is a slice of or was cut into: a copy has generators of its own."""
+        return {**self.__dict__, '_watched': None, '_whole': None, 'parts': None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.parts = WeakSet()
         WATCH.begin(self.layers)
 
     def refresh(self, root: nn.Module) -> None:
@@ -91,7 +93,6 @@ class GeneratorBank(Generators):
         Raises:
             CSGError: a layer's generator is not in the bank.
         """
-        self.follow()
         self._changes = CSGConv.changes
         layers = dict(generated_convs(root))
         for name, conv in layers.items():
@@ -131,15 +132,23 @@ class GeneratorBank(Generators):
         in its backward pass; run the others in ``no_sync()`` as well.
 
         Raises:
-            CSGError: an optimizer steps inside the block, a backward pass is missing in it, blocks are nested, or the
-                parameters are sharded.
+            CSGError: an optimizer steps inside the block, a backward pass is missing in it, autocast differs between
+                batches, blocks are nested, or the parameters are sharded.
         """
         return self.accumulation.block(self, self.layers)
+
+    def take_generators(self, generators: Iterable[Generator]) -> None:
+        """Use other generators, and watch again: an optimizer may hold the earlier ones."""
+        super().take_generators(generators)
+        self._watched = ()
 
     def share_with(self, root: nn.Module) -> None:
         """Give the generators to a second root too, such as a slice of a container."""
         bank = GeneratorBank(self, {})
-        bank.whole = ref(self)
+        whole = self.whole()
+        whole = self if whole is None else whole
+        bank._whole = ref(whole)
+        whole.parts.add(bank)
         bank.loading.keep_generators = True  # a fit of the part must not change the rest
         attach_bank(root, bank)
 
@@ -264,14 +273,18 @@ def check_root(model: nn.Module) -> None:
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         kind = type(model).__name__
         raise CSGError(f'the model is already wrapped in {kind}; give the network inside, model.module, and wrap again')
-    if hasattr(model, '_orig_mod'):
+    if getattr(model, '_orig_mod', None) is not None:
         raise CSGError('the model is already compiled; give the network inside, model._orig_mod, and compile it again')
     if find_bank(model) is not None or any(generated_convs(model)):
         if not any(find_roots(model)):
             raise CSGError(f'this {type(model).__name__} is a part of a retrofitted network; materialise that first')
         raise CSGError('the model is already retrofitted; materialise it first')
-    if hasattr(model, BANK):
+    if BANK in dir(model):  # also where __getattr__ answers for every name
         raise CSGError(f'the model has an attribute named {BANK!r}, which the generators need; rename that attribute')
+    if is_parametrized(model):
+        raise CSGError(
+            f'a parameter of this {type(model).__name__} itself is parametrised; retrofit a module that holds it'
+        )
     check_rootable(model)
 
 
@@ -287,6 +300,16 @@ def attach_bank(root: nn.Module, bank: GeneratorBank) -> None:
         root.register_forward_hook(end_pass, always_call=True),
     ]
     WATCH.begin(bank.layers, root)
+
+
+def check_roots(roots: Iterable[nn.Module]) -> None:
+    """Refuse roots whose class has changed since, as by a parametrisation of their own parameters."""
+    for root in roots:
+        if is_parametrized(root):
+            raise CSGError(
+                f'a parameter of this {type(root).__name__} itself is parametrised; call '
+                'parametrize.remove_parametrizations first'
+            )
 
 
 def detach_bank(root: nn.Module) -> None:

@@ -68,12 +68,12 @@ class CSGConv(_ConvNd):
         return cls.dense_kind(*args, **kwargs)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Keep classes made at run time out of a registry that the dense class may fill."""
+        """Skip the dense class's own ``__init_subclass__``, which may register subclasses."""
 
     @property
     def weight_shape(self) -> torch.Size:
         """``(out, in / groups, *kernel)`` of the generated weight, ``(in, out / groups, *kernel)`` if transposed."""
-        return weight_shape(self)
+        return shape_of_weight(self)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -203,17 +203,17 @@ class CSGConv(_ConvNd):
         return _blank, (self.dense_kind,), state
 
 
-# Names of attributes that no class of dense convs may have.
-RESERVED = {*CSGConv.__annotations__, *vars(CSGConv)} - {*dir(_ConvNd), 'weight'}
+# Attributes of generated convs that a dense conv must not have.
+RESERVED = {name for name in (*CSGConv.__annotations__, *vars(CSGConv)) if not name.startswith('__')}
+RESERVED -= {*dir(_ConvNd), 'weight'}
 
 
-def weight_shape(conv: _ConvNd) -> torch.Size:
+def shape_of_weight(conv: _ConvNd) -> torch.Size:
     """Return the shape of a conv's weight according to its channels and kernel."""
     first, second = conv.out_channels, conv.in_channels
     if conv.transposed:
         first, second = second, first
-    kernel = conv.kernel_size if isinstance(conv.kernel_size, tuple) else ()  # a subclass may have set another value
-    return torch.Size((first, second // conv.groups, *kernel))
+    return torch.Size((first, second // conv.groups, *conv.kernel_size))
 
 
 def generate_weights(convs: Sequence[CSGConv]) -> list[Tensor]:
@@ -264,6 +264,8 @@ def check_plain(convs: Mapping[str, CSGConv]) -> None:
     """
     for name, conv in convs.items():
         generator = conv.generator
+        if any(hasattr(each, 'device_mesh') for each in (*conv.parameters(), *generator.parameters())):
+            raise CSGError(f'{name} is sharded; load a full state dict into a network that is not')
         for module, needed, whose in ((conv, conv.stored(), name), (generator, ['weight'], f'the generator of {name}')):
             is_changed = is_parametrized(module) or (module is generator and is_pruned(module))
             if is_changed or not {*needed} <= {*module._parameters, *module._buffers}:

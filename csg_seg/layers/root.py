@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any, cast
+from weakref import ReferenceType, WeakSet
 
 from torch import Tensor, nn
 
@@ -32,43 +33,49 @@ class Generators(nn.ModuleList):
 
     Attributes:
         layers: the layers by name.
-        is_shared: whether other networks hold the generators too, see :func:`csg_seg.share_generators`.
-        whole: returns the bank of the network that this one is a slice of, None if there is none.
+        parts: the banks of slices of the network, which have the same generators.
     """
 
     layers: dict[str, CSGConv]
-    is_shared: bool = False
-    whole: Callable[[], 'Generators | None'] = staticmethod(lambda: None)
+    parts: WeakSet['Generators']
+    _whole: 'ReferenceType[Generators] | None' = None
 
     def __iter__(self) -> Iterator[Generator]:
         return cast(Iterator[Generator], super().__iter__())
 
+    def whole(self) -> 'Generators | None':
+        """Return the bank of the network that this is a slice of, None if there is none or it is gone."""
+        return None if self._whole is None else self._whole()
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other networks hold the generators too, see :func:`csg_seg.share_generators`."""
+        own = {*self}
+        others = (each for each in SHARING if each is not self and each is not self.whole())
+        return any(generator in own for each in others for generator in each)
+
     def take_generators(self, generators: Iterable[Generator]) -> None:
         """Use other generators in place of the bank's own, which they equal."""
-        for position, (own, other) in enumerate(zip(list(self), generators, strict=True)):
+        taken = list(generators)
+        for position, (own, other) in enumerate(zip(list(self), taken, strict=True)):
             for conv in self.layers.values():
                 if conv.generator is own:
                     object.__setattr__(conv, 'generator', other)
             self[position] = other
-
-    def follow(self) -> None:
-        """Take the generators of the network that this one is a slice of, which may have taken others."""
-        whole = self.whole()
-        if whole is not None:
-            whole.follow()
-            self.is_shared = whole.is_shared
-            for position, generator in enumerate(whole):
-                self[position] = generator
+        for part in self.parts:
+            part.take_generators(taken)
 
     def unshare(self) -> None:
         """Take copies of generators that other networks hold too, before they change."""
         whole = self.whole()
         if whole is not None:
             whole.unshare()
-            self.follow()
-        if self.is_shared:
+        elif self.is_shared:
             self.take_generators([deepcopy(each) for each in self])
-            self.is_shared = False
+
+
+# Banks whose generators other networks may hold.
+SHARING: WeakSet[Generators] = WeakSet()
 
 
 class CSGRoot(nn.Module):
@@ -85,7 +92,7 @@ class CSGRoot(nn.Module):
         return cls._bare_kind(*args, **kwargs)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Keep classes made at run time out of a registry that the root's class may fill."""
+        """Skip the dense class's own ``__init_subclass__``, which may register subclasses."""
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the children of the dense network; ``children()`` does so too."""
@@ -110,15 +117,15 @@ class CSGRoot(nn.Module):
         if remove_duplicate and not recurse:
             yield from _bank(self).named_buffers(_join(prefix))
 
-    def apply(self, fn: Callable[[nn.Module], None]) -> Any:
+    def apply(self, fn: Callable[[nn.Module], None], *args: Any, **kwargs: Any) -> Any:
         """Apply a function to all modules, generators included."""
         _bank(self).apply(fn)
-        return super().apply(fn)
+        return super().apply(fn, *args, **kwargs)
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self, mode: bool = True, *args: Any, **kwargs: Any) -> Any:
         """Set the mode of all modules, generators included."""
         _bank(self).train(mode)
-        return super().train(mode)
+        return super().train(mode, *args, **kwargs)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         """Move or cast all modules, generators included."""
@@ -154,14 +161,14 @@ def check_rootable(model: nn.Module) -> None:
     try:
         model.__class__ = rooted_kind(kind)
         model.__class__ = kind
-    # A class, its metaclass or its registry may raise anything when it is subclassed.
+    # A metaclass may raise anything.
     except Exception as error:
         raise CSGError(
             f'the class {kind.__name__} cannot be extended at run time ({error}); retrofit a module that holds it'
         ) from None
 
 
-def refreshed_layers(root: CSGRoot) -> Mapping[str, CSGConv]:
+def refresh_layers(root: CSGRoot) -> Mapping[str, CSGConv]:
     """Look up a root's generated layers, and return them by name."""
     _bank(root).refresh(root)
     return _bank(root).layers

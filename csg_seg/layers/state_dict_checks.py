@@ -1,20 +1,23 @@
 """Which state dicts fit a retrofitted root: checked before anything is copied, with layers that may be reset."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os.path import commonprefix
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from csg_seg.errors import CSGError, abridge, nearest
+from csg_seg.generators.linear import Generator
 from csg_seg.generators.settings import matches
 from csg_seg.generators.signature import check_signature, read_layers
+from csg_seg.generators.slices import grid
 
 from .conv import DENSE_KINDS, FROM_ROOT, CSGConv, check_finite, generated_convs
 from .root import BANK, Generators
@@ -251,7 +254,9 @@ class StateDictChecks:
         return position < len(self.bank) and self.bank[position] is conv.generator
 
     def _check_renamed(self) -> None:
-        """Refuse layers that are stored under other names, if no unmatched name has such a weight."""
+        """Refuse layers stored under other names if no unmatched name has such a weight, or if it is unclear which
+        generator made it.
+        """
         known = {conv for name, conv in self.loaded.items() if name in self.stored}  # under one of its names
         unknown = {conv: name for name, conv in self.loaded.items() if conv not in known}
         positions = {generator: position for position, generator in enumerate(self.bank)}
@@ -266,12 +271,23 @@ class StateDictChecks:
                     f'{name}: the checkpoint has no layer of this name, and no other unmatched layer of its generator '
                     f'with a weight of {shape}; {OTHER_NETWORK}'
                 )
-            alike = {other: each for other, each in others.items() if each[1] == shape}
+            alike = {
+                other: each
+                for other, each in others.items()
+                if each[1] == shape and self._code_shape(*each) == tuple(conv.code.shape)
+            }
             if {alike[other] for other in _same_end(name, alike)} != {needed}:
                 raise CSGError(
                     f'{name}: the checkpoint has no layer of this name, and layers with a weight of {shape} from '
                     'several generators; rename the layers of the network that it was saved from, and save it again'
                 )
+
+    def _code_shape(self, position: int, shape: Shape) -> Shape | None:
+        """Return the shape that one of the model's generators gives the code of a weight."""
+        if position >= len(self.bank):
+            return None
+        settings = cast(Generator, self.bank[position]).settings
+        return math.prod(grid(shape, settings.slice_shape)), settings.code_dim
 
     def _check_shapes(self) -> None:
         """Refuse torch's own layers of another shape, which mmengine only logs.

@@ -22,7 +22,7 @@ from csg_seg.errors import CSGWarning, abridge
 from csg_seg.generators.linear import Generator
 
 from .conv import CSGConv
-from .root import CSGRoot, refreshed_layers
+from .root import CSGRoot, refresh_layers
 
 # A network without a gradient is no longer watched after this many steps of any optimizer.
 STEPS = 100
@@ -129,7 +129,7 @@ class Watch:
         """Look up the layers of all roots before a step changes generators: copied layers may be new."""
         for root in [*self.roots]:
             if isinstance(root, CSGRoot) and not self.is_over:
-                layers = refreshed_layers(root)
+                layers = refresh_layers(root)
                 generators = {conv.generator for conv in layers.values()}
                 for conv in [*self.layers]:
                     if isinstance(conv, CSGConv) and conv.generator in generators and conv not in layers.values():
@@ -211,11 +211,16 @@ def examine(generator: Generator, layers: Mapping[str, CSGConv], optimizer: Opti
 def _rates(optimizers: Iterable[Optimizer]) -> dict[int, Rate]:
     """Return the rate of each parameter, by its id."""
     return {
-        id(parameter): Rate(float(group.get('lr', 1)), float(group.get('weight_decay') or 0))
+        id(parameter): Rate(_learning_rate(group), float(group.get('weight_decay') or 0))
         for optimizer in optimizers
-        for group in optimizer.param_groups
+        for group in getattr(optimizer, 'param_groups', ())  # one that is being made has none
         for parameter in group['params']
     }
+
+
+def _learning_rate(group: Mapping[str, Any]) -> float:
+    rate = group.get('lr')
+    return 1.0 if rate is None else float(rate)  # some optimizers set their own
 
 
 def _compare(layer: Rate, generator: Rate) -> str:

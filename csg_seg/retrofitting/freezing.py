@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from csg_seg.errors import CSGError, nearest
 from csg_seg.layers.bank import check_module, find_roots
 
-# On a model that has the hook, the norms that the hook evaluates although the model trains.
-MARK = '_norms_that_csg_seg_evaluates'
+# On a model that has the hook, the names of norms that the hook switched to evaluation.
+SWITCHED = '_csg_seg_switched_norms'
 
 
 def train_only(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
@@ -39,22 +39,26 @@ def train_only(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
     everywhere = [*model.named_parameters(remove_duplicate=False)]  # a tied parameter has several names
     names = [name for name, _ in everywhere]
     for pattern in wanted:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(_names(pattern, name) for name in names):
             raise CSGError(f'train_only: {pattern!r} matches no parameter; {nearest(pattern, names)}')
     generators = [generator for _, _, bank in find_roots(model) for generator in bank]
     frozen = {id(each) for one in generators if one.settings.freeze_generator for each in one.parameters()}
-    chosen = {id(each) for name, each in everywhere if any(fnmatchcase(name, pattern) for pattern in wanted)}
+    chosen = {id(each) for name, each in everywhere if any(_names(pattern, name) for pattern in wanted)}
     trained = []
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(id(parameter) in chosen - frozen)
         trained += [name] if parameter.requires_grad else []
-    if MARK not in vars(model):
-        vars(model)[MARK] = set()
+    if SWITCHED not in vars(model):
         model.register_forward_pre_hook(_evaluate_frozen_norms)
-    for norm in vars(model)[MARK]:
-        norm.train(model.training)
-    vars(model)[MARK] = set()
+    modules = dict(model.named_modules())
+    for name in vars(model).get(SWITCHED, set()) & modules.keys():
+        modules[name].train(model.training)
+    vars(model)[SWITCHED] = set()
     return trained
+
+
+def _names(pattern: str, name: str) -> bool:
+    return name == pattern or fnmatchcase(name, pattern)  # a name may have brackets
 
 
 def _evaluate_frozen_norms(model: nn.Module, inputs: Any) -> None:
@@ -63,9 +67,9 @@ def _evaluate_frozen_norms(model: nn.Module, inputs: Any) -> None:
     The norms are looked up in each pass, because they may be converted to SyncBN after the hook was registered.
     """
     everything_trains = all(each.requires_grad for each in model.parameters())
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, _NormBase) and module.running_mean is not None:
             own = [each.requires_grad for each in module.parameters()]
             if module.training and not (any(own) if own else everything_trains):
                 module.eval()
-                vars(model)[MARK].add(module)
+                vars(model)[SWITCHED].add(name)

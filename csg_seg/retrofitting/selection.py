@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from csg_seg.errors import CSGError, abridge, nearest
 from csg_seg.generators.settings import Settings, matches
 from csg_seg.generators.slices import grid
-from csg_seg.layers.conv import RESERVED, find_convs, find_others, weight_shape
+from csg_seg.layers.conv import RESERVED, find_convs, find_others, shape_of_weight
 
 
 class Cause(Enum):
@@ -32,8 +32,8 @@ class Cause(Enum):
     COMPLEX = 'its weight is complex'
     SHARED = 'its weight is also used elsewhere'
     HOOKED = 'its weight has a hook on its gradient'
-    OTHER_SHAPE = 'its weight has another shape than its channels and kernel say'
-    NAME_TAKEN = 'its class has an attribute that generated convs need'
+    OTHER_SHAPE = 'its weight does not have the shape that its channels and kernel give'
+    NAME_TAKEN = 'it has an attribute that generated convs need'
     DENSE_IN_FILE = 'dense in the compact checkpoint'
 
 
@@ -140,6 +140,11 @@ def find_obstacles(model: nn.Module, convs: Mapping[str, _ConvNd]) -> dict[str, 
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             holders[id(parameter)].append(f'{name}.{key}'.removeprefix('.'))
+        for key, value in vars(module).items():
+            values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            for each in values if not key.startswith('_') else ():
+                if isinstance(each, nn.Parameter):
+                    holders[id(each)].append(f'{name}.{key}'.removeprefix('.'))
     obstacles = {}
     for name, conv in convs.items():
         weight = conv._parameters.get('weight')
@@ -155,8 +160,10 @@ def find_obstacles(model: nn.Module, convs: Mapping[str, _ConvNd]) -> dict[str, 
             obstacles[name] = Reason(Cause.SHARED, others[0])
         elif weight._backward_hooks or weight._post_accumulate_grad_hooks:
             obstacles[name] = Reason(Cause.HOOKED)
-        elif weight.shape != weight_shape(conv):
-            obstacles[name] = Reason(Cause.OTHER_SHAPE, f'{tuple(weight.shape)}, not {tuple(weight_shape(conv))}')
+        elif not isinstance(conv.kernel_size, tuple):
+            obstacles[name] = Reason(Cause.OTHER_SHAPE, f'kernel_size is {conv.kernel_size}, not a tuple')
+        elif weight.shape != shape_of_weight(conv):
+            obstacles[name] = Reason(Cause.OTHER_SHAPE, f'{tuple(weight.shape)}, not {tuple(shape_of_weight(conv))}')
         elif taken := RESERVED & {*dir(conv)}:
             obstacles[name] = Reason(Cause.NAME_TAKEN, min(taken))
     return obstacles

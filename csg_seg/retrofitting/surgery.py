@@ -13,7 +13,15 @@ from csg_seg.errors import CSGError, CSGWarning
 from csg_seg.generators.registry import build_generator
 from csg_seg.generators.settings import Settings
 from csg_seg.layers.ahead import generate_in_batches
-from csg_seg.layers.bank import GeneratorBank, attach_bank, check_module, check_root, detach_bank, find_roots
+from csg_seg.layers.bank import (
+    GeneratorBank,
+    attach_bank,
+    check_module,
+    check_root,
+    check_roots,
+    detach_bank,
+    find_roots,
+)
 from csg_seg.layers.conv import CSGConv, add_residual, check_plain, generated_convs, swap_in, swap_out
 from csg_seg.layers.watch import WATCH
 from csg_seg.report import summarise
@@ -86,8 +94,10 @@ def materialise(model: nn.Module) -> nn.Module:
     for generator in {conv.generator for conv in convs.values()}:
         layers = [conv for conv in convs.values() if conv.generator is generator]
         # In one batch, as in evaluation: a product of another size rounds differently.
-        with torch.no_grad():
+        device = layers[0].code.device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False):
             weights.update(zip(layers, generate_in_batches(layers), strict=True))
+    check_roots(root for _, root, _ in roots)
     WATCH.warn_of_lost(convs.values(), stacklevel=2)
     stored = [each for conv in convs.values() for each in conv.stored().values()]
     for _, root, _ in roots:

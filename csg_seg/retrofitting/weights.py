@@ -11,6 +11,7 @@ from csg_seg.generators.linear import Generator
 from csg_seg.generators.settings import read_patterns
 from csg_seg.layers.bank import BANK, GeneratorBank, bank_of, check_module, find_bank, other_network, same_generators
 from csg_seg.layers.conv import generated_convs
+from csg_seg.layers.root import SHARING
 from csg_seg.layers.state_dict_checks import describe_names
 
 
@@ -144,7 +145,7 @@ def share_generators(model: nn.Module, *others: nn.Module) -> None:
             )
     for other in banks:
         other.take_generators(bank)
-        bank.is_shared = other.is_shared = True
+    SHARING.update([bank, *banks])
 
 
 def _interchangeable(one: Generator, other: Generator) -> bool:

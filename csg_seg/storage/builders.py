@@ -142,7 +142,7 @@ _PATCH = RLock()
 def parameters_on_meta() -> Iterator[None]:
     """Let modules that this thread builds have their parameters on the meta device; buffers stay real."""
     thread = get_ident()
-    moved = WeakIdKeyDictionary()  # a parameter that is registered twice stays one
+    moved = WeakIdKeyDictionary()  # weak, so that real values are freed; a parameter registered twice stays one
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if type(parameter) is nn.Parameter and not parameter.is_meta and get_ident() == thread:

@@ -224,6 +224,8 @@ def write_compact(
         raise CSGError(f'{path.parent}: no such folder; create it before saving {path.name}')
     if path.is_dir():
         raise CSGError(f'{path}: a folder, not a file; choose another path')
+    if path.exists() and not path.is_file():
+        raise CSGError(f'{path}: a device or pipe, not a file; choose another path')
     for name, tensor in state_dict.items():
         if not isinstance(tensor, Tensor):
             raise CSGError(f'{name}: a {type(tensor).__name__} in the state dict, not a tensor; save it separately')
@@ -247,6 +249,8 @@ def write_compact(
         header['source'] = encode_source(source)
     stored = {name: each for name, each in state_dict.items() if not (is_setting(name) or is_counter(name))}
     trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name in filter(is_counter, trained):
+        raise CSGError(f"{name}: the name of a profiler's counter, which files do not hold; rename this parameter")
     for name, each in stored.items():  # other buffers, such as masks, may hold infinity
         if name in trained or name.endswith(('running_mean', 'running_var')):
             check_finite(name, each)

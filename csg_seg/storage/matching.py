@@ -88,7 +88,9 @@ def load_values(model: nn.Module, compact: Compact, reset: Sequence[str]) -> Non
                 tied[id(tensor)].append(name)
     with bank_of(model).reset.allow(reset):
         model.load_state_dict(state_dict, assign=is_meta)
-    for first, *others in tied.values():
+    for names in tied.values():
+        # A buffer that is not persistent has its value from the one that is.
+        first, *others = sorted(names, key=lambda name: name not in compact.tensors)
         for name in others:
             layer, _, key = name.rpartition('.')
             first_layer, _, first_key = first.rpartition('.')

@@ -14,7 +14,8 @@ DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.
 # Suffix for the scales of an int8 matrix; names of a state dict have no colon.
 SCALE = ':scale'
 STEPS = 127
-# The largest rounding error of half floats, relative to the largest value; theirs is at most 0.4 % otherwise.
+# Half floats whose error is above this share of a tensor's largest value are refused. That of normal numbers is below
+# 0.4 %; smaller numbers lose digits.
 MOST_ERROR = 0.01
 
 

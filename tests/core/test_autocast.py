@@ -102,3 +102,12 @@ def test_the_default_precision_is_not_written_and_another_is_refused():
     assert Settings.from_dict(exact.to_dict()) == exact and exact.precision == 'float32'
     with pytest.raises(CSGError, match="precision must be one of 'float32', 'autocast'; got 'bf16'"):
         Settings.from_dict({**settings, 'precision': 'bf16'})
+
+
+def test_plain_weights_are_in_the_parameters_precision():
+    for precision in ('autocast', 'float32'):
+        model, twin = (build(precision=precision) for _ in range(2))
+        with autocast():
+            materialise(model)
+        materialise(twin)
+        assert torch.equal(model.widen.weight, twin.widen.weight) and model.widen.weight.dtype == torch.float32

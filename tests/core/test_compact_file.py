@@ -1,6 +1,7 @@
 """Compact checkpoints: round trips, the file itself, damaged files, other networks, saving."""
 
 import json
+import os
 import resource
 import struct
 from pathlib import Path
@@ -195,6 +196,17 @@ def test_a_half_precision_file_takes_half_the_bytes(tmp_path):
     save_compact(trained(), tmp_path / 'float')
     save_compact(trained().half(), tmp_path / 'half')
     assert (tmp_path / 'half').stat().st_size == pytest.approx((tmp_path / 'float').stat().st_size / 2, rel=0.02)
+
+
+def test_what_no_file_can_hold_or_replace_is_refused(tmp_path):
+    model = retrofit(Net(), CSG)
+    os.mkfifo(tmp_path / 'pipe')
+    with pytest.raises(CSGError, match='a device or pipe, not a file'):
+        save_compact(model, tmp_path / 'pipe')
+    model.total_params = nn.Parameter(torch.ones(1))
+    with pytest.raises(CSGError, match="total_params: the name of a profiler's counter"):
+        save_compact(model, tmp_path / 'x.safetensors')
+    assert [path.name for path in tmp_path.iterdir()] == ['pipe']
 
 
 def test_write_compact_keeps_its_state_dict_and_metadata(tmp_path):

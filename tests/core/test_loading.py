@@ -28,6 +28,7 @@ from csg_seg import (
 from csg_seg.generators.signature import encode_signature, read_layers
 from csg_seg.layers.bank import find_bank
 from csg_seg.layers.conv import kaiming_std
+from csg_seg.storage.builders import BUILDERS, register_builder
 
 CSG = {'slice_shape': (16, 16, 3, 3), 'code_dim': 12}
 POINT = {'slice_shape': (16, 16, 1, 1), 'code_dim': 6}
@@ -147,7 +148,7 @@ def test_renamed_entries_of_other_widths_are_refused():
     model = retrofit(nn.ModuleDict({'b': network(width=24)}), CSG | {'include': ['b.2']})
     renamed = {f'b{name[1:]}' if name.startswith('a') else name: each for name, each in trained.state_dict().items()}
     codes = {name: each for name, each in renamed.items() if 'b.2' in name or 'csg' in name}
-    with pytest.raises(CSGError, match='b.2: the checkpoint has no layer of this name'):
+    with pytest.raises(CSGError, match='b.2: the checkpoint has no layer of this name, and no other unmatched layer'):
         model.load_state_dict(codes, strict=False)
 
 
@@ -190,6 +191,19 @@ def test_renamed_entries_that_would_change_generators_are_refused():
     renamed |= {name: each for name, each in trained.state_dict().items() if name.startswith('csg')}
     with pytest.raises(CSGError, match='several generators; rename the layers of the network that it was saved from'):
         build('c', 'd').load_state_dict(renamed)
+
+
+def test_codes_of_other_lengths_tell_generators_apart():
+    def build(first, *others):
+        parts = nn.ModuleDict({name: nn.Sequential(nn.Conv2d(24, 24, 3)) for name in (first, *others)})
+        return retrofit(parts, [CSG | {'include': [f'{first}.0']}, CSG | {'code_dim': 9}])
+
+    trained, model = build('a', 'b'), build('c', 'd')
+    names = {'a': 'c', 'b': 'd'}
+    renamed = {names.get(name[0], name[0]) + name[1:]: each for name, each in trained.state_dict().items()}
+    renamed |= {name: each for name, each in trained.state_dict().items() if name.startswith('csg')}
+    model.load_state_dict(renamed)
+    assert torch.equal(model['d'][0].weight, trained['b'][0].weight)
 
 
 @pytest.mark.parametrize('load', LOADERS)
@@ -631,6 +645,23 @@ def test_a_buffer_in_two_places_stays_one(tmp_path):
         model = build()
     loaded = load_compact(tmp_path / 'x.safetensors', model)
     assert loaded.mask is loaded[0].mask and not loaded.mask.is_meta
+
+
+def test_a_buffer_has_the_value_of_the_file_also_where_it_is_not_persistent(tmp_path, monkeypatch):
+    monkeypatch.setattr('csg_seg.storage.builders.BUILDERS', {**BUILDERS})
+
+    @register_builder('masked')
+    def build():
+        net = network()
+        net[0].register_buffer('mask', torch.ones(3))
+        net.register_buffer('mask', net[0].mask, persistent=False)
+        return net
+
+    model = retrofit(build(), CSG)
+    model.mask.fill_(7)
+    save_compact(model, tmp_path / 'x.safetensors', source=dict(builder='masked'))
+    loaded = load_compact(tmp_path / 'x.safetensors')
+    assert loaded.mask is loaded[0].mask and loaded.mask.eq(7).all()
 
 
 def test_what_the_file_does_not_hold_is_named(tmp_path):

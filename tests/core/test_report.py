@@ -175,6 +175,13 @@ def test_a_generator_that_two_roots_share_counts_once():
     assert [each.layers for each in summary.generators] == [2]
 
 
+def test_sparse_buffers_are_counted():
+    net = Net()
+    net.register_buffer('sparse', torch.eye(30).to_sparse())
+    retrofit(net, CSG)
+    assert summarise(net).headline()
+
+
 def test_tied_parameters_count_once():
     dense = Net()
     dense.one, dense.two = nn.Linear(5, 5), nn.Linear(5, 5)

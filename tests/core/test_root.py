@@ -11,6 +11,7 @@ import pytest
 import torch
 from mmengine.runner.checkpoint import get_state_dict
 from torch import nn
+from torch.nn.utils import parametrize
 from torchvision.models import resnet18
 
 from csg_seg import CSGError, CSGWarning, fit, load_compact, materialise, retrofit, save_compact, summarise
@@ -456,6 +457,47 @@ def test_the_class_of_a_network_or_layer_makes_dense_ones():
     for made in (type(net)(*layers()), type(net[2])(17, 17, 3)):
         assert type(made) in (Chain, nn.Conv2d) and made.double() is made
         pickle.loads(pickle.dumps(made.train()))
+
+
+class Open(nn.Sequential):
+    """A network whose methods take more arguments, and which answers for every name."""
+
+    def train(self, mode=True, freeze=False):
+        self.is_frozen = freeze
+        return super().train(mode)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.isidentifier():
+                return None
+            raise
+
+
+def test_own_arguments_and_answers_of_a_roots_class_stay():
+    net = build(kind=Open)
+    assert net.train(True, freeze=True).is_frozen and net.nothing is None
+
+
+def test_a_network_with_a_parametrised_parameter_of_its_own_is_refused():
+    class Twice(nn.Module):
+        def forward(self, gain):
+            return 2 * gain
+
+    for before in (True, False):
+        net = nn.Sequential(*layers())
+        net.gain = nn.Parameter(torch.ones(1))
+        if before:
+            parametrize.register_parametrization(net, 'gain', Twice())
+            with pytest.raises(CSGError, match='Sequential itself is parametrised'):
+                retrofit(net, CSG)
+        else:
+            parametrize.register_parametrization(retrofit(net, CSG), 'gain', Twice())
+            with pytest.raises(CSGError, match='remove_parametrizations first'):
+                materialise(net)
+            parametrize.remove_parametrizations(net, 'gain')
+            assert type(materialise(net)) is nn.Sequential and net.gain == 2
 
 
 class Cached(nn.Conv2d):

@@ -190,7 +190,7 @@ def test_a_weight_of_another_shape_than_its_conv_says_is_left_dense():
 def test_a_conv_with_a_kernel_size_that_is_no_tuple_is_left_dense():
     model = Net()
     model.head.kernel_size = 3
-    assert_left_dense(model, Reason(Cause.OTHER_SHAPE, '(17, 31, 3, 3), not (17, 31)'))
+    assert_left_dense(model, Reason(Cause.OTHER_SHAPE, 'kernel_size is 3, not a tuple'))
 
 
 def test_attributes_of_a_weight_go_to_its_code_and_back():
@@ -206,14 +206,23 @@ def test_a_conv_with_an_attribute_that_generated_convs_need_is_left_dense():
         def ready(self):
             return True
 
-    for name, head in (('ready', Ready(31, 17, 3)), ('code', nn.Conv2d(31, 17, 3)), ('stored', nn.Conv2d(31, 17, 3))):
-        model = Net()
-        model.head = head
-        if name == 'code':
-            head.register_buffer('code', torch.ones(3))
-        elif name == 'stored':
-            head.stored = True
-        assert_left_dense(model, Reason(Cause.NAME_TAKEN, name))
+    model = Net()
+    model.head = Ready(31, 17, 3)
+    assert_left_dense(model, Reason(Cause.NAME_TAKEN, 'ready'))
+
+
+@pytest.mark.parametrize('value', [True, nn.Parameter(torch.ones(3))], ids=['attribute', 'parameter'])
+def test_a_conv_with_an_own_attribute_that_generated_convs_need_is_left_dense(value):
+    model = Net()
+    model.head.code = value
+    assert_left_dense(model, Reason(Cause.NAME_TAKEN, 'code'))
+
+
+@pytest.mark.parametrize('hold', [lambda weight: [weight], lambda weight: {'weight': weight}], ids=['list', 'dict'])
+def test_a_weight_that_a_module_keeps_elsewhere_is_left_dense(hold):
+    model = Net()
+    model.kept = hold(model.head.weight)
+    assert_left_dense(model, Reason(Cause.SHARED, 'kept'))
 
 
 def test_one_module_in_two_places_stays_one():

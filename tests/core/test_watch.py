@@ -368,3 +368,21 @@ def test_networks_that_are_not_trained_are_forgotten(end):
         gc.collect()
     train(other, sgd({'params': params(other)}), steps=101 if end == 'never trained' else 1)
     assert WATCH.is_over and not WATCH.layers
+
+
+def test_optimizers_of_unusual_kinds_are_read():
+    class OwnRate(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {'lr': None})
+
+        def step(self, closure=None):
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for parameter in group['params']:
+                        parameter.sub_(0.01 * parameter.grad)
+
+    net = build()
+    unfinished = torch.optim.Optimizer.__new__(torch.optim.Optimizer)
+    assert train(net, OwnRate(net.parameters())) == []
+    (told,) = train(net := build(), OwnRate([each for name, each in net.named_parameters() if 'csg' not in name]))
+    assert 'gets gradients and does not change' in told and not hasattr(unfinished, 'param_groups')

@@ -240,7 +240,7 @@ def test_materialise_writes_no_other_kind_of_file_and_needs_a_csg_config(refused
         ('model.csg=dict(ratio=4, include=[backbone])', 'holds a dict; give its keys one by one'),
         ('custom_hooks=[dict(type=EMAHook)]', 'holds a dict; give its keys one by one'),
         ("model.csg={'ratio': 4}", 'holds a dict; give its keys one by one'),
-        ('model.csg.include=[backbone,', 'has a bracket that is not closed'),
+        ('model.csg.include=[backbone,', 'has brackets that do not match'),
     ],
 )
 def test_an_option_that_cannot_be_read_is_named(option, says, monkeypatch, capsys):
