@@ -215,6 +215,9 @@ def test_at_30x_networks_score_as_the_pages_say(ahead):
     rivals = {row['cell'] for row in rows if row['cell'].endswith('-30x') and not row['method'].startswith('csg')}
     assert rivals == {'separable-30x', 'narrow-30x', 'tucker-30x'}
     assert all(min(ahead('csg-auto-30x', cell)) > 2 for cell in rivals)
+    val, test = ahead('csg-auto-10x', 'dense')
+    assert f'`csg-auto-10x` is {-val:.1f} points below dense on val and {test:.1f} above it on test' in text
+    assert '(two seeds), `csg-auto-10x`' in text and summarised('camvid-90x120')['csg-auto-10x']['seeds'] == 2
     small = points(ahead('dense', 'csg-100x'))
     both = 'the difference is {:+.1f} points on val and {:+.1f} on test.'.format(*ahead('csg-100x', 'separable-30x'))
     assert f'It is {small} points below dense, and scores like `separable-30x`' in text
@@ -417,13 +420,24 @@ def test_resnet20_scores_on_cifar10_as_the_pages_say():
 
 def test_unet_scores_as_the_page_says():
     text = (ROOT / 'docs' / 'results.md').read_text()
-    scores = summarised('camvid-90x120')
-    csg, narrow, ahead = (
-        [scores[f'unet-{one}'][split][0] - scores[f'unet-{other}'][split][0] for split in ('val', 'test')]
-        for one, other in (('dense', 'csg-auto-10x'), ('dense', 'narrow-10x'), ('csg-auto-10x', 'narrow-10x'))
-    )
-    assert f'(#unet), CSG at 10x is {points(csg)} points below dense' in text
-    assert f'A narrow network of equal size is {points(narrow)} below (one' in text
+    scores, polyps = summarised('camvid-90x120'), summarised('kvasir-96x96')
+
+    def difference(one, other, scores=scores):
+        return [scores[f'unet-{one}'][split][0] - scores[f'unet-{other}'][split][0] for split in ('val', 'test')]
+
+    csg, narrow = difference('dense', 'csg-auto-10x'), difference('dense', 'narrow-10x')
+    ahead = difference('csg-auto-10x', 'narrow-10x')
+    on_kvasir = [points(difference('dense', name, polyps)) for name in ('csg-auto-10x', 'narrow-10x')]
+    short = f'CSG at 10x is {points(csg)} points below dense on CamVid, and {on_kvasir[0]} on Kvasir-SEG'
+    assert f'(#unet), {short}' in text
+    assert f'A narrow network of equal size is {points(narrow)} below, and {on_kvasir[1]} (one seed each)' in text
+    assert '`unet-csg-auto-10x` is {} points below dense (val and test). A narrow network'.format(*on_kvasir) in text
+    assert f'equal size is {on_kvasir[1]} below.' in text
+    slower = points(difference('dense', 'dense-lr-0.06'))
+    val, test = difference('csg-auto-10x-lr-0.06', 'csg-auto-10x')
+    below = points(difference('dense-lr-0.06', 'csg-auto-10x-lr-0.06'))
+    assert f'At 0.06, dense is {slower} points lower than at 0.2. CSG is {val:.1f} points higher on val' in text
+    assert f'and {-test:.1f} lower on test, and so {below} points below dense.' in text
     assert (
         f'is {points(csg)} points below dense (val and test). A narrow network of equal size is {points(narrow)}'
         in text
