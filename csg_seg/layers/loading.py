@@ -93,12 +93,14 @@ class Loading:
             convs = {name: conv for name, conv in self.bank.layers.items() if conv.generator is generator}
             weights = {name: dense[name] for name in convs if name in dense}
             if weights:
+                device = next(iter(convs.values())).code.device.type
                 keep = self.keep_generators or generator.settings.freeze_generator
                 drawn = {} if keep else {name: conv for name, conv in convs.items() if name not in weights}
                 trained = [name for name, conv in drawn.items() if conv in WATCH.done and name not in self.reset.layers]
                 if trained:  # seen from where model.load_state_dict is called
                     warnings.warn(DRAWN.format(abridge(trained)), CSGWarning, stacklevel=6)
-                self.errors |= _fit(generator, convs, weights, keep=keep)
+                with torch.autocast(device, enabled=False):
+                    self.errors |= _fit(generator, convs, weights, keep=keep)
         if self.errors and self.after_fit is not None:
             self.after_fit(self.bank)
         return self.errors

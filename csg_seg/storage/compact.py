@@ -80,9 +80,20 @@ def save_compact(
                 'correct name or arguments in source',
                 'that network',
             )
+            _check_convs(built, model)
         except CSGError as error:
             raise CSGError(f'the source builds another network: {error}') from None
     write_compact(model, model.state_dict(), path, dtype=dtype, source=source, base=base)
+
+
+def _check_convs(built: nn.Module, model: nn.Module) -> None:
+    """Refuse a network whose convs compute otherwise than a retrofitted model's with equal weights."""
+    own = find_convs(model, remove_duplicate=False)
+    for name, conv in find_convs(built, remove_duplicate=False).items():
+        for key in ('stride', 'padding', 'dilation', 'groups', 'padding_mode'):
+            wanted, got = (getattr(each, key) for each in (own.get(name, conv), conv))
+            if got != wanted:
+                raise CSGError(f'{name} has {key} {got}, the model has {wanted}; correct name or arguments in source')
 
 
 def load_compact(

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from two_convs import BEYOND, batch, build, gradients
 
-from csg_seg import load_compact, materialise, save_compact
+from csg_seg import fit, load_compact, materialise, save_compact
 from csg_seg.errors import CSGError
 from csg_seg.generators.settings import Settings
 
@@ -111,3 +111,12 @@ def test_plain_weights_are_in_the_parameters_precision():
             materialise(model)
         materialise(twin)
         assert torch.equal(model.widen.weight, twin.widen.weight) and model.widen.weight.dtype == torch.float32
+
+
+def test_a_fit_is_the_same_under_autocast():
+    model, twin = (build(residual=1, precision='autocast') for _ in range(2))
+    dense = materialise(build(seed=4)).state_dict()
+    with autocast():
+        errors = fit(model, dense)
+    assert errors == fit(twin, dense)
+    assert torch.equal(model.widen.code, twin.widen.code)

@@ -264,6 +264,13 @@ def test_unusable_sources_are_refused_when_saving(tmp_path, source, says):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_source_whose_convs_have_other_strides_is_refused(tmp_path):
+    model = csg_seg.retrofit(models.resnet50(replace_stride_with_dilation=[False, True, True]), CSG)
+    with pytest.raises(CSGError, match=r'another network: layer3.0.conv2 has stride \(2, 2\), the model has \(1, 1\)'):
+        csg_seg.save_compact(model, tmp_path / 'x.safetensors', source=dict(builder='torchvision', name='resnet50'))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     'arguments', [{'num_classes': 10**9}, {'width_per_group': 10**5}, {'groups': 10**4}, {'num_classes': 10**15}]
 )

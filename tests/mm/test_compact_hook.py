@@ -7,7 +7,7 @@ from conftest import ROOT
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from csg_seg import save_compact
+from csg_seg import CSGError, load_compact, save_compact
 from csg_seg.running.configs import read_config
 
 DEMO = ROOT / 'configs' / 'demo' / 'csg-6x_deeplabv3_r18-d8-w32_drawn-voc-64x64.py'
@@ -51,6 +51,15 @@ def names(folder, ending):
 def test_compact_files_are_written_and_deleted_with_their_checkpoints(runner, tmp_path):
     runner(6, max_keep_ckpts=2).train()
     assert names(tmp_path, 'pth') == names(tmp_path, 'safetensors') == {'iter_4', 'iter_6'}
+
+
+def test_a_runner_without_a_config_of_its_model_writes_compact_files_too(runner, tmp_path):
+    without = runner(2)
+    without.cfg.pop('model')
+    without.train()
+    assert names(tmp_path, 'safetensors') == {'iter_2'}
+    with pytest.raises(CSGError, match='does not say how its network is built'):
+        load_compact(tmp_path / 'iter_2.safetensors')
 
 
 def test_weights_that_are_not_finite_end_no_training(runner, tmp_path):

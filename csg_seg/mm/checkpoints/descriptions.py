@@ -45,6 +45,8 @@ def describe(cfg: Config) -> dict[str, Any]:
 
 def dense_model(cfg: Config) -> dict[str, Any]:
     """Return the ``model`` of a config without the settings of ``CSGModel`` or ``TaughtModel``."""
+    if 'model' not in cfg:
+        raise CSGError('the config has no model, as where a Runner is given the network itself')
     model = cfg.model.to_dict()
     if model['type'] in ('CSGModel', 'TaughtModel'):
         model['type'] = model.pop('base_type')
