@@ -2,7 +2,7 @@
 # The import makes 'mmseg::' resolve on both lines of mm packages, whatever program reads this.
 _base_ = __import__('csg_seg.mm') and [
     'mmseg::_base_/default_runtime.py',
-    '../_base_/models/unet-s5-d16-w32.py',
+    '../_base_/models/unet-s5-d16-w16.py',
     '../_base_/datasets/camvid_90x120.py',
     '../_base_/schedules/sgd_80e.py',
 ]
@@ -20,9 +20,8 @@ train_pipeline = [
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 model = dict(
     data_preprocessor=dict(size=crop_size),
-    backbone=dict(base_channels=16),
-    decode_head=dict(in_channels=16, channels=16, num_classes=11),
-    auxiliary_head=dict(in_channels=32, channels=16, num_classes=11),
+    decode_head=dict(num_classes=11),
+    auxiliary_head=dict(num_classes=11),
 )
 # As for DeepLabV3-R18 at this size.
 optim_wrapper = dict(optimizer=dict(lr=0.2))

@@ -281,10 +281,7 @@ def check_root(model: nn.Module) -> None:
         raise CSGError('the model is already retrofitted; materialise it first')
     if BANK in dir(model):  # also where __getattr__ answers for every name
         raise CSGError(f'the model has an attribute named {BANK!r}, which the generators need; rename that attribute')
-    if is_parametrized(model):
-        raise CSGError(
-            f'a parameter of this {type(model).__name__} itself is parametrised; retrofit a module that holds it'
-        )
+    check_unparametrised(model, 'retrofit a module that holds it')
     check_rootable(model)
 
 
@@ -302,14 +299,10 @@ def attach_bank(root: nn.Module, bank: GeneratorBank) -> None:
     WATCH.begin(bank.layers, root)
 
 
-def check_roots(roots: Iterable[nn.Module]) -> None:
-    """Refuse roots whose class has changed since, as by a parametrisation of their own parameters."""
-    for root in roots:
-        if is_parametrized(root):
-            raise CSGError(
-                f'a parameter of this {type(root).__name__} itself is parametrised; call '
-                'parametrize.remove_parametrizations first'
-            )
+def check_unparametrised(root: nn.Module, remedy: str) -> None:
+    """Refuse a root with parametrised parameters of its own: parametrisation and retrofit both change its class."""
+    if is_parametrized(root):
+        raise CSGError(f'a parameter of this {type(root).__name__} itself is parametrised; {remedy}')
 
 
 def detach_bank(root: nn.Module) -> None:

@@ -18,7 +18,7 @@ from csg_seg.layers.bank import (
     attach_bank,
     check_module,
     check_root,
-    check_roots,
+    check_unparametrised,
     detach_bank,
     find_roots,
 )
@@ -97,7 +97,8 @@ def materialise(model: nn.Module) -> nn.Module:
         device = layers[0].code.device.type
         with torch.no_grad(), torch.autocast(device, enabled=False):
             weights.update(zip(layers, generate_in_batches(layers), strict=True))
-    check_roots(root for _, root, _ in roots)
+    for _, root, _ in roots:
+        check_unparametrised(root, 'call parametrize.remove_parametrizations first')
     WATCH.warn_of_lost(convs.values(), stacklevel=2)
     stored = [each for conv in convs.values() for each in conv.stored().values()]
     for _, root, _ in roots:

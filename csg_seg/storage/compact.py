@@ -74,26 +74,22 @@ def save_compact(
     if source is not None:
         built = build(source)
         try:
-            check_shapes(
-                shapes_of(built.state_dict()),
-                dense_shapes(model),
-                'correct name or arguments in source',
-                'that network',
-            )
-            _check_convs(built, model)
+            _check_same(built, model)
         except CSGError as error:
             raise CSGError(f'the source builds another network: {error}') from None
     write_compact(model, model.state_dict(), path, dtype=dtype, source=source, base=base)
 
 
-def _check_convs(built: nn.Module, model: nn.Module) -> None:
-    """Refuse a network whose convs compute otherwise than a retrofitted model's with equal weights."""
+def _check_same(built: nn.Module, model: nn.Module) -> None:
+    """Refuse a dense network whose names, shapes, or settings of convs are not those of a retrofitted model."""
+    remedy = 'correct name or arguments in source'
+    check_shapes(shapes_of(built.state_dict()), dense_shapes(model), remedy, 'that network')
     own = find_convs(model, remove_duplicate=False)
     for name, conv in find_convs(built, remove_duplicate=False).items():
         for key in ('stride', 'padding', 'dilation', 'groups', 'padding_mode'):
             wanted, got = (getattr(each, key) for each in (own.get(name, conv), conv))
             if got != wanted:
-                raise CSGError(f'{name} has {key} {got}, the model has {wanted}; correct name or arguments in source')
+                raise CSGError(f'{name} has {key} {got}, the model has {wanted}; {remedy}')
 
 
 def load_compact(
@@ -173,7 +169,7 @@ def _build_and_fill(compact: Compact, reset: Sequence[str]) -> nn.Module | None:
     except CSGError:
         return None
     is_whole = not any(each.is_meta for each in (*model.parameters(), *model.buffers()))
-    return model if is_whole and not any(map(_holds_parameters, model.modules())) else None
+    return model if is_whole and not any(map(_holds_no_values, model.modules())) else None
 
 
 def _are_marked(model: nn.Module) -> bool:
@@ -193,12 +189,12 @@ def _are_marked(model: nn.Module) -> bool:
     return False
 
 
-def _holds_parameters(module: nn.Module) -> bool:
-    """Whether a module holds a parameter, or a tensor on the meta device, that is neither registered nor loaded."""
+def _holds_no_values(module: nn.Module) -> bool:
+    """Whether a module keeps a tensor on the meta device, made of a parameter, that is not registered."""
     for value in vars(module).values():
         if isinstance(value, (list, tuple, Tensor)):
             values = [value] if isinstance(value, Tensor) else value
-            if any(isinstance(each, Tensor) and (each.is_meta or isinstance(each, nn.Parameter)) for each in values):
+            if any(isinstance(each, Tensor) and each.is_meta for each in values):
                 return True
     return False
 
@@ -284,7 +280,7 @@ def _source_of(base: Content, model: nn.Module) -> Source | None:
     except CSGError:  # a network may compute with its parameters while it is built
         built = _build(compact)
     try:
-        check_shapes(shapes_of(built.state_dict()), dense_shapes(model))
+        _check_same(built, model)
     except CSGError:
         return None
     return compact.source

@@ -480,24 +480,31 @@ def test_own_arguments_and_answers_of_a_roots_class_stay():
     assert net.train(True, freeze=True).is_frozen and net.nothing is None
 
 
-def test_a_network_with_a_parametrised_parameter_of_its_own_is_refused():
-    class Twice(nn.Module):
-        def forward(self, gain):
-            return 2 * gain
+class Twice(nn.Module):
+    def forward(self, gain):
+        return 2 * gain
 
-    for before in (True, False):
-        net = nn.Sequential(*layers())
-        net.gain = nn.Parameter(torch.ones(1))
-        if before:
-            parametrize.register_parametrization(net, 'gain', Twice())
-            with pytest.raises(CSGError, match='Sequential itself is parametrised'):
-                retrofit(net, CSG)
-        else:
-            parametrize.register_parametrization(retrofit(net, CSG), 'gain', Twice())
-            with pytest.raises(CSGError, match='remove_parametrizations first'):
-                materialise(net)
-            parametrize.remove_parametrizations(net, 'gain')
-            assert type(materialise(net)) is nn.Sequential and net.gain == 2
+
+def with_gain():
+    net = nn.Sequential(*layers())
+    net.gain = nn.Parameter(torch.ones(1))
+    return net
+
+
+def test_a_network_with_a_parametrised_parameter_of_its_own_is_refused():
+    net = with_gain()
+    parametrize.register_parametrization(net, 'gain', Twice())
+    with pytest.raises(CSGError, match='Sequential itself is parametrised; retrofit a module that holds it'):
+        retrofit(net, CSG)
+
+
+def test_a_parametrised_root_is_not_materialised():
+    net = retrofit(with_gain(), CSG)
+    parametrize.register_parametrization(net, 'gain', Twice())
+    with pytest.raises(CSGError, match='Sequential itself is parametrised; call parametrize.remove_parametrizations'):
+        materialise(net)
+    parametrize.remove_parametrizations(net, 'gain')
+    assert type(materialise(net)) is nn.Sequential and net.gain == 2
 
 
 class Cached(nn.Conv2d):
