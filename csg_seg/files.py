@@ -51,9 +51,12 @@ class NotWrittenError(CSGError, OSError):
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write`` with a temporary path, and rename the file to ``path`` once it is complete.
 
+    A symbolic link stays, and the file it leads to is replaced.
+
     Raises:
         NotWrittenError: the file cannot be written.
     """
+    path = Path(os.path.realpath(path))
     partial = path.with_name(f'.{path.name}.{os.getpid()}-{get_native_id()}.partial')
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

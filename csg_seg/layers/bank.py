@@ -49,7 +49,7 @@ class GeneratorBank(Generators):
         self.loading = Loading(self)
         self.reset = self.loading.reset
         self.hook_handles: list[RemovableHandle] = []
-        self.parts: WeakSet[Generators] = WeakSet()
+        self.parts: WeakSet[nn.Module] = WeakSet()
         self._keep_weights = True
         self._changes = CSGConv.changes
         self._watched: tuple[bool, ...] | None = None  # which codes trained when the watch began
@@ -148,7 +148,7 @@ class GeneratorBank(Generators):
         whole = self.whole()
         whole = self if whole is None else whole
         bank._whole = ref(whole)
-        whole.parts.add(bank)
+        whole.parts.add(root)
         bank.loading.keep_generators = True  # a fit of the part must not change the rest
         attach_bank(root, bank)
 
@@ -310,6 +310,15 @@ def detach_bank(root: nn.Module) -> None:
     for handle in bank_of(root).hook_handles:
         handle.remove()
     uproot(root)
+
+
+def detach_unused(bank: GeneratorBank) -> None:
+    """Detach the banks of slices of a network that have no generated layer any more."""
+    for part in [*bank.parts]:
+        if not any(generated_convs(part)):
+            bank.parts.discard(part)
+            if find_bank(part) is not None:
+                detach_bank(part)
 
 
 def begin_pass(root: nn.Module, inputs: Any) -> None:

@@ -33,11 +33,11 @@ class Generators(nn.ModuleList):
 
     Attributes:
         layers: the layers by name.
-        parts: the banks of slices of the network, which have the same generators.
+        parts: slices of the network, which have the same generators.
     """
 
     layers: dict[str, CSGConv]
-    parts: WeakSet['Generators']
+    parts: WeakSet[nn.Module]
     _whole: 'ReferenceType[Generators] | None' = None
 
     def __iter__(self) -> Iterator[Generator]:
@@ -63,7 +63,7 @@ class Generators(nn.ModuleList):
                     object.__setattr__(conv, 'generator', other)
             self[position] = other
         for part in self.parts:
-            part.take_generators(taken)
+            _bank(part).take_generators(taken)
 
     def unshare(self) -> None:
         """Take copies of generators that other networks hold too, before they change."""

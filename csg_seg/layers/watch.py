@@ -42,6 +42,7 @@ class Rate(NamedTuple):
 NOT_HELD, FROZEN = Rate(0.0, 0.0, 'left out'), Rate(0.0, 0.0, 'frozen')
 # Why a generator does not change.
 NO_OPTIMIZER, NO_RATE = 'no optimizer holds it', 'its learning rate is 0'
+UNFROZEN = 'its settings have freeze_generator=True'
 MADE_TOO_EARLY = (
     'the optimizer was made before retrofit or materialise: it holds weights that the network no longer has, and their '
     'layers do not train. Make the optimizer afterwards.'
@@ -200,6 +201,8 @@ def examine(generator: Generator, layers: Mapping[str, CSGConv], optimizer: Opti
         # Other optimizers may hold the rest.
         rates = _rates(each for each in gc.get_objects() if issubclass(type(each), Optimizer))
     of_generator = max((rates.get(id(each), NOT_HELD) for each in learning), key=lambda rate: rate.lr)
+    if generator.settings.freeze_generator:
+        return {'' if of_generator.lr == 0 else UNFROZEN: [*codes]}
     found: Found = defaultdict(list)
     for name, code in codes.items():
         rate = rates.get(id(code), NOT_HELD) if code.requires_grad else FROZEN
@@ -257,6 +260,12 @@ def describe(found: Iterable[Found]) -> str:
         for reason in (NO_OPTIMIZER, NO_RATE)
         if reason in layers
     ]
+    if UNFROZEN in layers:
+        listed = abridge(layers.pop(UNFROZEN), most=MOST_NAMES)
+        texts.append(
+            f'the generator of {listed} is trained, although {UNFROZEN}: its requires_grad was set to True since. Call '
+            'model.csg.requires_grad_(False), or remove freeze_generator from the settings.'
+        )
     if layers:
         listed = ' and '.join(f'{reason} ({abridge(names, most=MOST_NAMES)})' for reason, names in layers.items())
         texts.append(

@@ -52,7 +52,7 @@ class CIFARResNet(nn.Module):
         super().__init__()
         if zeros not in ('after', 'around'):
             raise CSGError(f"zeros must be 'after' or 'around'; got {zeros!r}")
-        blocks, rest = divmod(depth - 2, 6)
+        blocks, rest = divmod(depth - 2, 6) if isinstance(depth, int) else (0, 0)
         if rest or blocks < 1:
             raise CSGError(f'depth {depth}: a CIFAR ResNet has 6 n + 2 layers; use 20, 32, 44, 56 or 110')
         first, second, third = (base_channels * factor for factor in (1, 2, 4))

@@ -20,6 +20,7 @@ from csg_seg.layers.bank import (
     check_root,
     check_unparametrised,
     detach_bank,
+    detach_unused,
     find_roots,
 )
 from csg_seg.layers.conv import CSGConv, add_residual, check_plain, generated_convs, swap_in, swap_out
@@ -106,6 +107,8 @@ def materialise(model: nn.Module) -> nn.Module:
     for conv in convs.values():
         WATCH.done.discard(conv)
         swap_out(conv, weights.pop(conv))
+    for _, _, bank in roots:
+        detach_unused(bank)
     WATCH.note_replaced(stored)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         text = (

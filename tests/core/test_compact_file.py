@@ -510,6 +510,16 @@ def test_saving_replaces_an_older_file(tmp_path, saved):
     assert list(tmp_path.iterdir()) == [tmp_path / 'model']
 
 
+def test_a_symbolic_link_stays_and_its_file_is_replaced(tmp_path):
+    net = retrofit(Net(), CSG)
+    link, file = tmp_path / 'latest.safetensors', tmp_path / 'runs' / 'net.safetensors'
+    link.symlink_to(file)
+    for _ in range(2):
+        save_compact(net, link)
+        assert link.is_symlink() and [*file.parent.iterdir()] == [file]
+    load_compact(link, Net())
+
+
 @pytest.mark.parametrize('existing', [False, True])
 def test_a_save_that_fails_midway_leaves_no_trace(tmp_path, saved, existing):
     path = tmp_path / 'model'

@@ -559,6 +559,15 @@ def test_a_part_and_its_whole_are_materialised_in_any_order(first):
         torch.testing.assert_close(net[-1](part(image())), wanted)
 
 
+def test_a_part_has_no_generators_once_its_whole_is_materialised():
+    net = build()
+    part, rest = net[:-1], net[:1]
+    materialise(net)
+    for each in (part, rest):
+        assert not any(name.startswith('csg') for name in each.state_dict())
+    assert type(part) is nn.Sequential
+
+
 def test_a_part_is_refused_with_what_to_do(tmp_path):
     net = retrofit(nn.ModuleDict({'encoder': nn.Sequential(*layers()), 'head': nn.Conv2d(5, 2, 1)}), CSG)
     part = net['encoder']

@@ -192,6 +192,16 @@ def test_the_remedies_hold_the_layers_and_are_silent(settings):
     assert torch.equal(net.backbone[2].weight, before)
 
 
+@pytest.mark.parametrize('held', [True, False])
+def test_a_frozen_generator_that_trains_is_warned_of(held):
+    net = build(freeze_generator=True).requires_grad_(True)
+    before = net.csg[0].weight.detach().clone()
+    told = train(net, sgd({'params': params(net) if held else [*params(net.backbone), *params(net.head)]}))
+    assert torch.equal(net.csg[0].weight, before) is not held
+    assert len(told) == held
+    assert all('is trained, although its settings have freeze_generator=True' in each for each in told)
+
+
 def test_layers_frozen_before_retrofit_stay_dense_and_still():
     net = Net()
     net.backbone.requires_grad_(False)

@@ -99,7 +99,10 @@ def test_shortcuts_add_no_parameters_and_keep_every_second_pixel():
     assert around(x)[:, :8].abs().max() == around(x)[:, 24:].abs().max() == 0
 
 
-@pytest.mark.parametrize(('options', 'says'), [({'depth': 21}, '6 n'), ({'depth': 20, 'zeros': 'left'}, 'zeros must')])
+@pytest.mark.parametrize(
+    ('options', 'says'),
+    [({'depth': 21}, '6 n'), ({'depth': 'abc'}, '6 n'), ({'depth': 20, 'zeros': 'left'}, 'zeros must')],
+)
 def test_a_network_that_does_not_exist_is_refused(options, says):
     with pytest.raises(CSGError, match=says):
         models.CIFARResNet(**options)
