@@ -21,7 +21,7 @@ from csg_seg.errors import CSGError
 from csg_seg.files import write_whole
 from csg_seg.layers.bank import find_bank
 from csg_seg.mm.checkpoints.reading import load_weights, read_checkpoint
-from csg_seg.mm.data_sets import bare_type, data_sets, test_pipeline
+from csg_seg.mm.config_parts import bare_type, data_sets, test_pipeline
 from csg_seg.mm.model import build_model
 from csg_seg.running.configs import read_config
 from csg_seg.storage.compact import load_compact

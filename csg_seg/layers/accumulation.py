@@ -97,7 +97,7 @@ class Accumulation:
             self.made.update(zip(learning, weights, strict=True))
         # In the parameters' precision, for the sums. Autocast casts them for each batch, as it casts dense weights.
         self.leaves = {conv: made.detach().to(conv.code.dtype).requires_grad_() for conv, made in self.made.items()}
-        self.inputs = {conv: _inputs(conv) for conv in self.made}
+        self.inputs = {conv: _parameters_of(conv) for conv in self.made}
         for leaf in self.leaves.values():
             leaf.register_hook(partial(self._check_open, self.leaves))
 
@@ -117,11 +117,11 @@ class Accumulation:
         torch.autograd.backward([made for made, _ in used], [grad.to(made.dtype) for made, grad in used])
 
 
-def _inputs(conv: CSGConv) -> list[nn.Parameter]:
+def _parameters_of(conv: CSGConv) -> list[nn.Parameter]:
     return [*conv.stored().values(), *conv.generator.parameters()]
 
 
 def _if_learning(leaf: Tensor, conv: CSGConv, inputs: list[nn.Parameter]) -> Tensor | None:
     """Return the leaf where gradients are recorded, unless the conv has other parameters for the moment."""
-    is_own = all(each is other for each, other in zip(_inputs(conv), inputs, strict=True))
+    is_own = all(each is other for each, other in zip(_parameters_of(conv), inputs, strict=True))
     return leaf if is_own and torch.is_grad_enabled() else None

@@ -19,11 +19,11 @@ from csg_seg.layers.bank import GeneratorBank, bank_of, find_bank, inner_root
 from csg_seg.layers.conv import find_convs
 from csg_seg.layers.state_dict_checks import check_reset
 from csg_seg.mm.checkpoints.reading import read_checkpoint
-from csg_seg.mm.data_sets import config_hooks
+from csg_seg.mm.config_parts import config_hooks
 from csg_seg.retrofitting import freezing
 from csg_seg.retrofitting.surgery import CSG, retrofit
 
-from .teacher import Teacher
+from .teacher import ConfiguredTeacher
 
 
 @MODELS.register_module()
@@ -46,7 +46,7 @@ def CSGModel(
     Args:
         csg: one dict of generator settings, or a list of them.
         base_type: registered name of the model to build.
-        teacher: arguments of :class:`csg_seg.mm.teacher.Teacher`. Without a ``model``, the teacher
+        teacher: arguments of :class:`csg_seg.mm.teacher.ConfiguredTeacher`. Without a ``model``, the teacher
             is the network before the retrofit, and the model starts from the teacher's
             weights unless the config has an ``init_cfg``.
         generators_from: checkpoint of a CSG network of any architecture. Training starts
@@ -86,7 +86,7 @@ def TaughtModel(base_type: str | None = None, teacher: Mapping[str, Any] | None 
 
     Args:
         base_type: registered name of the model to build.
-        teacher: arguments of :class:`csg_seg.mm.teacher.Teacher`, including ``model``.
+        teacher: arguments of :class:`csg_seg.mm.teacher.ConfiguredTeacher`, including ``model``.
         base: arguments of ``base_type``.
 
     Raises:
@@ -191,10 +191,10 @@ def _teach(model: nn.Module, teacher: Mapping[str, Any]) -> nn.Module:
             "teacher: unknown key 'anneal'; it was removed in 0.3.0 because it did not improve accuracy: delete the key"
         )
     try:
-        return Teacher(**teacher).attach(model)
+        return ConfiguredTeacher(**teacher).attach(model)
     except TypeError as error:
-        keys = ', '.join(inspect.signature(Teacher).parameters)
-        said = str(error).removeprefix('Teacher.__init__() ')
+        keys = ', '.join(inspect.signature(ConfiguredTeacher).parameters)
+        said = str(error).removeprefix('ConfiguredTeacher.__init__() ')
         raise CSGError(f'teacher: {said}; its keys are {keys}') from None
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from csg_seg.errors import CSGError, abridge
 from csg_seg.mm.checkpoints.reading import load_weights, read_checkpoint
-from csg_seg.mm.data_sets import config_hooks
+from csg_seg.mm.config_parts import config_hooks
 from csg_seg.mm.figures import save_figure
 from csg_seg.mm.model import build_model
 from csg_seg.planning.planner import Plan, Point, predict

@@ -18,7 +18,7 @@ from csg_seg.mm.checkpoints.reading import generator_names, load_weights, read_c
 LOGITS_LAYERS = ('head.fc', 'decode_head.conv_seg', 'decode_head.fc_seg')
 
 
-class Teacher:
+class ConfiguredTeacher:
     """The teacher of a model of mmengine, which adds its losses to those of each training step.
 
     It is built at the first training step. See :class:`csg_seg.distillation.Teacher`.
@@ -27,11 +27,8 @@ class Teacher:
         checkpoint: the teacher's weights, a local file.
         model: the teacher's model config. ``CSGModel`` uses the student's config before the retrofit by default.
         labels: factor of the student's own losses.
-        logits: as for :class:`csg_seg.distillation.Teacher`, and so are the next four.
-        temperature: see there.
-        channels: see there.
-        features: see there.
-        layers: see there; ``('backbone',)`` by default.
+        logits, temperature, channels, features: as for :class:`csg_seg.distillation.Teacher`.
+        layers: likewise; ``('backbone',)`` by default.
         logits_layer: name of the module that computes the class scores. By default, one of ``LOGITS_LAYERS``.
 
     Raises:

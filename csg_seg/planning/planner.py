@@ -87,6 +87,9 @@ def plan(
         slice_shapes: ``(s_out, s_in, kh, kw)`` to choose from; by default several for each kernel size.
         track: wraps the sequence of eigendecompositions, to show progress.
 
+    Returns:
+        The settings, for :func:`csg_seg.retrofit`, with the error of each layer and the trade-off.
+
     Raises:
         CSGError: the budget is out of reach or invalid, or the network cannot be compressed.
     """

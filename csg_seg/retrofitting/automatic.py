@@ -86,7 +86,8 @@ def suggest(model: nn.Module, ratio: float | None = None, **others: Any) -> list
         ratio = min(RATIO, math.sqrt(total / smallest))
     # Beyond twice the ratio, it is better to compress a further kernel size too, where that helps.
     *first, last = choices
-    for chosen, limit in [*((each, 2 * ratio) for each in first), *((each, MOST) for each in (last, *first))]:
+    attempts = [*((each, 2 * ratio) for each in first), *((each, MOST) for each in (last, *first))]
+    for chosen, limit in attempts:
         found = _search(model, chosen, total / ratio, limit, others)
         if found is not None:
             seeds = range(len(found)) if seed is None else range(seed * len(found), (seed + 1) * len(found))

@@ -136,15 +136,7 @@ def reason_to_skip(name: str, conv: _ConvNd, settings: Settings, *, is_first: bo
 
 def find_obstacles(model: nn.Module, convs: Mapping[str, _ConvNd]) -> dict[str, Reason]:
     """Return, by name, why some of a model's convs cannot be generated with any settings."""
-    holders = defaultdict(list)
-    for name, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            holders[id(parameter)].append(f'{name}.{key}'.removeprefix('.'))
-        for key, value in vars(module).items():
-            values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-            for each in values if not key.startswith('_') else ():
-                if isinstance(each, nn.Parameter):
-                    holders[id(each)].append(f'{name}.{key}'.removeprefix('.'))
+    holders = _holders(model)
     obstacles = {}
     for name, conv in convs.items():
         weight = conv._parameters.get('weight')
@@ -167,6 +159,20 @@ def find_obstacles(model: nn.Module, convs: Mapping[str, _ConvNd]) -> dict[str, 
         elif taken := RESERVED & {*dir(conv)}:
             obstacles[name] = Reason(Cause.NAME_TAKEN, min(taken))
     return obstacles
+
+
+def _holders(model: nn.Module) -> dict[int, list[str]]:
+    """Return, by the id of each parameter, the names of the attributes that hold it, lists and dicts included."""
+    holders = defaultdict(list)
+    for name, module in model.named_modules():
+        held = [*module._parameters.items()]
+        for key, value in vars(module).items():
+            if not key.startswith('_') and isinstance(value, (list, tuple, dict)):
+                held += [(key, each) for each in (value.values() if isinstance(value, dict) else value)]
+        for key, each in held:
+            if isinstance(each, nn.Parameter):
+                holders[id(each)].append(f'{name}.{key}'.removeprefix('.'))
+    return holders
 
 
 def _not_torch(model: nn.Module) -> dict[str, Reason]:

@@ -5,7 +5,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 from csg_seg.errors import CSGError
-from csg_seg.mm.data_sets import config_hooks
+from csg_seg.mm.config_parts import config_hooks
 from csg_seg.mm.mixed_precision import check_mixed_precision
 
 

@@ -17,7 +17,7 @@ from csg_seg.errors import CSGError, nearest
 from csg_seg.layers.conv import generated_convs
 from csg_seg.mm.checkpoints.reading import read_checkpoint
 from csg_seg.mm.checkpoints.unpickling import check_file
-from csg_seg.mm.data_sets import config_hooks, data_sets
+from csg_seg.mm.config_parts import config_hooks, data_sets
 from csg_seg.mm.datasets.labels import check_labels
 from csg_seg.mm.mixed_precision import check_mixed_precision
 

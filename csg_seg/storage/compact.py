@@ -225,21 +225,12 @@ def write_compact(
         said = 'the model is not retrofitted; call csg_seg.retrofit on it, or use torch.save'
         raise CSGError(f'nothing to save: {other_network(model) or said}')
     path = Path(path)
-    if path.suffix in PICKLES:
-        raise CSGError(f'{path}: a compact checkpoint is a safetensors file; name it {path.stem}.safetensors')
-    if not path.parent.is_dir():
-        raise CSGError(f'{path.parent}: no such folder; create it before saving {path.name}')
-    if path.is_dir():
-        raise CSGError(f'{path}: a folder, not a file; choose another path')
-    if path.exists() and not path.is_file():
-        raise CSGError(f'{path}: a device or pipe, not a file; choose another path')
+    _check_path(path, base)
     for name, tensor in state_dict.items():
         if not isinstance(tensor, Tensor):
             raise CSGError(f'{name}: a {type(tensor).__name__} in the state dict, not a tensor; save it separately')
         if tensor.is_meta:
             raise CSGError(f'{name}: on the meta device, without values to save; load some first')
-    if base is not None and path.exists() and path.samefile(base):
-        raise CSGError(f'{path}: the update would replace its base; choose another path')
     old = None if base is None else read_base(base)
     dtype = dtype or (old.header.get('dtype', 'float32') if old else 'float32')
     if old is not None and source is None:
@@ -255,18 +246,37 @@ def write_compact(
         check_source(source)
         header['source'] = encode_source(source)
     stored = {name: each for name, each in state_dict.items() if not (is_setting(name) or is_counter(name))}
-    trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name in filter(is_counter, trained):
-        raise CSGError(f"{name}: the name of a profiler's counter, which files do not hold; rename this parameter")
-    for name, each in stored.items():  # other buffers, such as masks, may hold infinity
-        if name in trained or name.endswith(('running_mean', 'running_var')):
-            check_finite(name, each)
+    _check_trained(model, stored)
     lowered = lower(stored, matrices(model), dtype)
     if old is not None and not any(
         name in old.tensors and each.shape == old.tensors[name].shape for name, each in lowered.items()
     ):
         raise CSGError(f'{base}: holds another network; leave base out')
     write_file(path, lowered, header, old)
+
+
+def _check_path(path: Path, base: str | os.PathLike | None) -> None:
+    """Refuse a path that is no place for a compact file, or is that of the base of an update."""
+    if path.suffix in PICKLES:
+        raise CSGError(f'{path}: a compact checkpoint is a safetensors file; name it {path.stem}.safetensors')
+    if not path.parent.is_dir():
+        raise CSGError(f'{path.parent}: no such folder; create it before saving {path.name}')
+    if path.is_dir():
+        raise CSGError(f'{path}: a folder, not a file; choose another path')
+    if path.exists() and not path.is_file():
+        raise CSGError(f'{path}: a device or pipe, not a file; choose another path')
+    if base is not None and path.exists() and path.samefile(base):
+        raise CSGError(f'{path}: the update would replace its base; choose another path')
+
+
+def _check_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse parameters that cannot be stored under their names, and NaN and infinity in parameters and statistics."""
+    trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name in filter(is_counter, trained):
+        raise CSGError(f"{name}: the name of a profiler's counter, which files do not hold; rename this parameter")
+    for name, each in tensors.items():  # other buffers, such as masks, may hold infinity
+        if name in trained or name.endswith(('running_mean', 'running_var')):
+            check_finite(name, each)
 
 
 def _source_of(base: Content, model: nn.Module) -> Source | None:

@@ -59,7 +59,7 @@ def carry_over(
         ratios: dense over stored parameters.
         ways: keys of :data:`WAYS`; None for all that the config allows.
         work_dir: folder that gets one folder for each run.
-        layers: layers whose outputs are compared, see :class:`csg_seg.mm.teacher.Teacher`.
+        layers: layers whose outputs are compared, see :class:`csg_seg.mm.teacher.ConfiguredTeacher`.
         seeds: seeds of data order, augmentation and initial values; the first phase of the
             proximal way runs only with the first.
         options: ``metric`` and ``jobs`` of :func:`experiments.runs.runner.train_and_test`.
@@ -153,7 +153,7 @@ def taught_from(start: Path, dense: Config, csg: Sequence[Mapping[str, Any]], te
         start: dense checkpoint to start from.
         dense: the teacher's config, with the schedule.
         csg: settings of the generators.
-        teacher: arguments of :class:`csg_seg.mm.teacher.Teacher`.
+        teacher: arguments of :class:`csg_seg.mm.teacher.ConfiguredTeacher`.
     """
     cfg = _generated(dense, csg)
     cfg.model.init_cfg = dict(type='Pretrained', checkpoint=str(start))

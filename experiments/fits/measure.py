@@ -105,7 +105,7 @@ def train_from_fits(
         ways: keys of :data:`experiments.fits.methods.FITS` whose weights one generator can
             reproduce: without permutation or scale, and without overhang.
         folder: the folder given to :func:`compare_fits`; it gets the runs too.
-        layers: layers whose outputs are compared, see :class:`csg_seg.mm.teacher.Teacher`.
+        layers: layers whose outputs are compared, see :class:`csg_seg.mm.teacher.ConfiguredTeacher`.
         options: options of :func:`experiments.runs.runner.train_and_test`.
 
     Raises:

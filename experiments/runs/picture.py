@@ -16,6 +16,11 @@ from .rows import Row, summarise
 
 SPLITS = ('val', 'test')
 MARKERS = 'os^Dv*PXp<>hd'
+# These methods look alike in all pictures; others get the colours and markers that are left.
+METHODS = (
+    *('csg', 'narrow', 'separable', 'csg-trained', 'csg-binary', 'tucker', 'cp', 'pruned'),
+    *('t-basis', 'hypernetwork', 'filter-basis', 'random-basis', 'mcnc'),
+)
 COLOURS = [colormaps[name](index) for name, count in (('tab10', 10), ('Dark2', 8)) for index in range(count)]
 
 
@@ -46,9 +51,8 @@ def draw_scores(rows: Sequence[Row], path: str | os.PathLike, *, network: str, s
 
 
 def _draw_split(axis: Axes, cells: Sequence[dict[str, Any]], split: str) -> None:
-    axis.set_prop_cycle(color=COLOURS)
     epochs = next(each['epochs'] for each in cells if each['method'] == 'dense')
-    series: dict[str, list[dict[str, Any]]] = {}
+    series: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for each in cells:
         if each['method'] == 'dense':
             mean, std = each[split]
@@ -56,18 +60,22 @@ def _draw_split(axis: Axes, cells: Sequence[dict[str, Any]], split: str) -> None
             axis.axhspan(mean - (std or 0), mean + (std or 0), color='black', alpha=0.1)
         else:
             longer = '' if each['epochs'] == epochs else f', {each["epochs"]} epochs'
-            series.setdefault(f'{each["method"]}{longer}', []).append(each)
-    for (name, several), marker in zip(series.items(), MARKERS * len(series), strict=False):
+            series.setdefault((each['method'], longer), []).append(each)
+    methods = list(dict.fromkeys([*METHODS, *(method for method, _ in series)]))
+    for (method, longer), several in series.items():
+        place = methods.index(method)
         several = sorted(several, key=lambda each: each['stored_params'])
         means, stds = zip(*(each[split] for each in several), strict=True)
         axis.errorbar(
             [each['stored_params'] for each in several],
             means,
             yerr=[std or 0 for std in stds],
-            marker=marker,
+            color=COLOURS[place % len(COLOURS)],
+            marker=MARKERS[place % len(MARKERS)],
+            linestyle='--' if longer else '-',
             capsize=3,
             alpha=0.8,
-            label=name,
+            label=f'{method}{longer}',
         )
     axis.set_xscale('log')
     dense_params = cells[0]['dense_params']

@@ -1,7 +1,8 @@
 """For the documents: scores of trained cells."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from experiments.markdown import link, markdown, read
 
@@ -21,7 +22,26 @@ CAMVID = (
     'rivals/tables/camvid_generators.yml',
 )
 
-
+# For a first look: a network and its images, its data set in results/, the first part of its cells' names, and sizes.
+IN_SHORT = (
+    ('half-width DeepLabV3-R18, CamVid', 'camvid-90x120', '', ('6x', '10x', '30x', '100x')),
+    ('the same, Kvasir-SEG', 'kvasir-96x96', '', ('6x', '30x')),
+    ('quarter-width UNet, CamVid', 'camvid-90x120', 'unet-', ('10x',)),
+    ('the same, Kvasir-SEG', 'kvasir-96x96', 'unet-', ('4x', '10x')),
+    ('DeepLabV3+ with an ImageNet encoder, CamVid', 'camvid-90x120', 'efficientnet-', ('4x',)),
+    ('full-width DeepLabV3-R18, CamVid at 180 x 240', 'camvid', '', ('10x', '20x', '47x')),
+)
+# Columns of that table, and the cells that they show, of which the first that was trained counts.
+SHORT_COLUMNS = {
+    'CSG': ('csg-auto-{}', 'csg-{}'),
+    'CSG, continued': ('csg-trained-{}', 'csg-trained-{}-40e'),
+    'separable': ('separable-{}',),
+    'narrow': ('narrow-{}',),
+    'low rank': ('tucker-{}',),
+    'pruned': ('pruned-{}',),
+}
+# Methods that start from the dense network of seed 0.
+CONTINUED = ('csg-trained', 'pruned')
 # The cells of the README's table.
 HEADLINE = (
     'dense',
@@ -92,6 +112,29 @@ def headline() -> str:
     return markdown(('network', 'parameters stored', 'int8 file', 'GFLOPs', *columns), rows)
 
 
+def in_short() -> str:
+    """Differences of all kinds of networks to dense ones."""
+    rows: list[Sequence[object]] = []
+    for label, data_set, start, sizes in IN_SHORT:
+        trained = read(data_set)['rows']
+        cells = {each['cell']: each for each in summarise_cells(trained)}
+        first = {row['cell']: row for row in trained if row['seed'] == 0}
+        for size in sizes:
+            row: list[object] = [label if size == sizes[0] else '', size]
+            for names in SHORT_COLUMNS.values():
+                cell = next((name for each in names if (name := f'{start}{each.format(size)}') in cells), None)
+                row.append(_difference(cells[cell], cells[f'{start}dense'], first[f'{start}dense']) if cell else '')
+            rows.append(row)
+    return markdown(('network, images', 'ratio', *SHORT_COLUMNS), rows)
+
+
+def _difference(cell: Mapping[str, Any], dense: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    """Return the points (val / test) between a cell and dense, the network that it started from if it has one."""
+    start = {split: first[split] if cell['method'] in CONTINUED else dense[split][0] for split in ('val', 'test')}
+    points = ' / '.join(f'{cell[split][0] - start[split]:+.1f}'.replace('-0.0', '+0.0') for split in ('val', 'test'))
+    return points if cell['seeds'] > 1 else f'{points}\\*'
+
+
 def models() -> str:
     """Bytes and scores of the networks in ``models``, beside the dense network that they are compared with."""
     cells = {each['cell']: each for each in read('camvid')['rows'] if each['seed'] == 0}
@@ -138,6 +181,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'drawn': lambda: runs('runs/tables/drawn.yml'),
     'camvid-auto': lambda: runs('runs/tables/camvid_auto.yml', only='csg*'),
     'headline': headline,
+    'in-short': in_short,
     'models': models,
     'cifar10': lambda: runs('runs/tables/cifar10.yml'),
     'cifar10-subset': cifar10_subset,

@@ -38,7 +38,7 @@ ORDER = [
 ]
 # The same inside csg_seg/mm. csg_seg/mm/__init__.py registers everything, so it is above all of them.
 MM_ORDER = [
-    {'data_sets', 'figures', 'networks'},
+    {'config_parts', 'figures', 'networks'},
     {'datasets', 'metrics', 'checkpoints'},
     {'patches', 'mixed_precision'},
     {'teacher'},

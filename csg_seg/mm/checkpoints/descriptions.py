@@ -13,7 +13,7 @@ from mmengine.registry import MODELS, TRANSFORMS, Registry, init_default_scope
 from torch import nn
 
 from csg_seg.errors import CSGError
-from csg_seg.mm.data_sets import test_pipeline
+from csg_seg.mm.config_parts import test_pipeline
 from csg_seg.storage.builders import check_source, register_builder
 
 SCOPES = ('mmengine', 'mmcv', 'mmseg', 'mmpretrain')

@@ -10,7 +10,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import TRANSFORMS
 
 from csg_seg.errors import CSGError
-from csg_seg.mm.data_sets import bare_type
+from csg_seg.mm.config_parts import bare_type
 
 # Number of masks to check before a run, spread over the data set; checking all would take too long.
 MASKS = 16
