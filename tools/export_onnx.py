@@ -3,7 +3,7 @@
 import argparse
 from contextlib import nullcontext
 
-from csg_seg import materialise
+from csg_seg import CSGError, materialise
 from csg_seg.cli import console, options
 from csg_seg.cli.failures import one_line_errors
 
@@ -37,7 +37,10 @@ def main() -> None:
         options.check_out(args.out, overwrite=args.overwrite, endings=['.onnx'], inputs=read)
         network = load_network(args.config, args.checkpoint, args.cfg_options)
         images = [inputs(network, [each]) for each in args.images]
-        if not args.generated and find_bank(network) is not None:
+        is_dense = find_bank(network) is None
+        if args.generated and is_dense:
+            raise CSGError('--generated: this network is dense, without codes and generators to keep; leave it out')
+        if not (args.generated or is_dense):
             network = materialise(network)
         with nullcontext() if args.json else console.stderr_console().status('exporting and comparing'):
             found = export_onnx(network, args.out, images, dtype=args.dtype, labels=args.labels)

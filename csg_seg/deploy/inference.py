@@ -256,7 +256,7 @@ def _array(image: np.ndarray) -> dict[str, Any]:
 
 def _read(loader: Any, path: str | os.PathLike) -> dict[str, Any]:
     if not Path(path).is_file():
-        raise FileNotFoundError(f'{path}: no such image')
+        raise FileNotFoundError(f'{path}: {"a folder, not an image" if Path(path).is_dir() else "no such image"}')
     try:
         return loader(dict(img_path=str(path)))
     except Exception as error:  # decoding a damaged file may raise anything

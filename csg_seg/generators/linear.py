@@ -94,7 +94,7 @@ class Generator(nn.Module):
 
     def generate(self, codes: Sequence[Tensor]) -> Sequence[Tensor]:
         """Map the codes ``(n, code_dim)`` of several layers to their slices ``(n, s_out, s_in, kh, kw)`` at once."""
-        if self.is_product:
+        if self.is_product and not has_hooks(self):
             return [each.view(-1, *self.settings.slice_shape) for each in multiply(self.weight, codes)]
         if len(codes) == 1:
             return [self(codes[0])]
@@ -155,6 +155,12 @@ class Generator(nn.Module):
             CSGError: a setting other than the seed differs.
         """
         check_signature(self.settings, state)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module does more than its ``forward``, as with ``torch.nn.utils.prune``."""
+    kinds = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks', '_backward_hooks')
+    return any(getattr(module, kind) for kind in kinds)
 
 
 def new_rng() -> torch.Generator:

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import Any
 
 from csg_seg.errors import CSGError
@@ -163,16 +164,20 @@ def _slice_shape(where: str, value: Any) -> tuple[int, ...]:
     )
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) not in (3, 4, 5):
         raise CSGError(f'{where}: {wanted}; got {value!r}')
-    if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in value):
+    if not all(isinstance(size, Integral) and not isinstance(size, bool) and int(size) > 0 for size in value):
         raise CSGError(f'{where}: {wanted}; got {value!r}')
-    return tuple(value)
+    return tuple(map(int, value))
 
 
 def _integer(where: str, key: str, value: Any, *, minimum: int, maximum: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= (maximum or value):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, Integral)
+        or not minimum <= int(value) <= (maximum or int(value))
+    ):
         most = f' and at most {maximum}' if maximum else ''
         raise CSGError(f'{where}: {key} must be an integer of at least {minimum}{most}; got {value!r}')
-    return value
+    return int(value)
 
 
 def _options(where: str, generator: str, values: Mapping[str, Any]) -> dict[str, int]:

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from csg_seg.generators.linear import Generator
+from csg_seg.generators.linear import Generator, has_hooks
 from csg_seg.generators.slices import in_memory_order
 
 from .conv import CSGConv, autocast_dtype, generate_weights
@@ -22,13 +23,15 @@ AT_ONCE = 2**20
 class Cached(NamedTuple):
     """Weights cached between evaluations: copies of their inputs, the weights, and their version counters.
 
-    ``dtype`` is that of :func:`csg_seg.layers.conv.autocast_dtype` when they were made.
+    ``dtype`` is that of :func:`csg_seg.layers.conv.autocast_dtype` when they were made, and ``options`` are other
+    values that the generator may depend on.
     """
 
     inputs: list[Tensor]
     weights: list[Tensor]
     versions: list[int]
     dtype: torch.dtype | None
+    options: list[Any]
 
 
 class Ready:
@@ -81,10 +84,10 @@ class Ahead:
         whose code or generator was written to since the pass began.
         """
         for position, generator in enumerate(generators):
-            if not all(type(each) is nn.Parameter for each in generator.parameters()):
+            if not _is_plain(generator):
                 continue
             convs = [conv for conv in layers.values() if conv.generator is generator and _has_plain_code(conv)]
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or (generator.training and not generator.is_product):  # it may have dropout
                 self.cached.pop(position, None)
                 weights = _generate_small(convs) if generator.is_product else {}
             else:
@@ -101,9 +104,11 @@ class Ahead:
             inputs += [each for conv in convs for each in (conv.residual_out, conv.residual_in)]
         # Compare values: a write to .data, as by an EMA, does not change the version counter.
         cached, dtype = self.cached.get(position), autocast_dtype(generator, inputs[0].device.type)
+        options = _options(generator)
         if (
             cached is None
             or cached.dtype != dtype
+            or cached.options != options
             or cached.versions != _versions(cached.weights)
             or not all(map(_same, cached.inputs, inputs))
         ):
@@ -111,7 +116,7 @@ class Ahead:
             pairs = zip(convs, generate_in_batches(convs), strict=True)
             weights = [in_memory_order(weight, channels_last=conv.channels_last) for conv, weight in pairs]
             copies = [each.clone() for each in inputs]
-            cached = self.cached[position] = Cached(copies, weights, _versions(weights), dtype)
+            cached = self.cached[position] = Cached(copies, weights, _versions(weights), dtype, options)
         return dict(zip(convs, cached.weights, strict=True))
 
 
@@ -145,15 +150,27 @@ def _generate_small(convs: Iterable[CSGConv]) -> dict[CSGConv, Tensor]:
     return {conv: weight for batch in small for conv, weight in zip(batch, generate_weights(batch), strict=True)}
 
 
+def _is_plain(generator: Generator) -> bool:
+    """Return whether slices depend on nothing but codes, parameters, buffers and simple attributes."""
+    are_plain = all(type(each) is nn.Parameter for each in generator.parameters())
+    return are_plain and not any(has_hooks(each) or is_parametrized(each) for each in generator.modules())
+
+
+def _options(generator: Generator) -> list[Any]:
+    """Return the simple attributes of a generator of a user's class, which it may compute with."""
+    values = [] if generator.is_product else [vars(module) for module in generator.modules()]
+    return [{key: each for key, each in own.items() if isinstance(each, (int, float, str))} for own in values]
+
+
 def _has_plain_code(conv: CSGConv) -> bool:
     """Return whether the code is an ordinary parameter of a conv that is fitted.
 
-    Sharded, traced and swapped parameters have other types or shapes, and their values are not known yet; tensors
-    made in inference mode have no version counter.
+    A hook before the conv's forward may write to the code. Sharded, traced and swapped parameters have other types or
+    shapes, and their values are not known yet; tensors made in inference mode have no version counter.
     """
     code = conv.code
     is_plain = type(code) is nn.Parameter and code.dim() == 2 and not (code.is_meta or code.is_inference())
-    return is_plain and conv.loaded is None
+    return is_plain and conv.loaded is None and not conv._forward_pre_hooks
 
 
 def _inputs(conv: CSGConv) -> list[Tensor]:

@@ -20,7 +20,7 @@ from .accumulation import Accumulation
 from .ahead import Ahead, drop
 from .conv import DENSE_KINDS, CSGConv, check_fitted, generated_convs
 from .loading import Loading
-from .root import BANK, Generators, check_rootable, enroot, uproot
+from .root import BANK, SHARING, Generators, check_rootable, enroot, uproot
 from .state_dict_checks import StateDictChecks
 from .watch import WATCH
 
@@ -77,10 +77,15 @@ class GeneratorBank(Generators):
         return input
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the networks that this one is a slice of or was cut into: a copy has generators of its own."""
-        return {**self.__dict__, '_watched': None, '_whole': None, 'parts': None}
+        """Leave out the networks that this one is a slice of or was cut into: a copy has generators of its own.
+
+        Networks that are copied together go on sharing their generators.
+        """
+        return {**self.__dict__, '_watched': None, '_whole': None, 'parts': None, 'is_sharing': self in SHARING}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if state.pop('is_sharing', False):
+            SHARING.add(self)
         super().__setstate__(state)
         self.parts = WeakSet()
         WATCH.begin(self.layers)
@@ -159,7 +164,9 @@ class GeneratorBank(Generators):
         trains = torch.is_grad_enabled()
         if WATCH.lost and not trains:
             WATCH.warn_of_lost(self.layers.values(), stacklevel=6)  # where the network is called
-        if (trains and self._watched is None) or self._changes != CSGConv.changes:
+        own = {*self}
+        is_known = all(conv.generator in own for conv in self.layers.values())
+        if (trains and self._watched is None) or self._changes != CSGConv.changes or not is_known:
             self.refresh(root)
         trainable = tuple(conv.code.requires_grad for conv in self.layers.values()) if trains else self._watched
         if trainable != self._watched:  # training begins, or layers were frozen or unfrozen

@@ -30,6 +30,9 @@ SAVED_ALONE = (
     'this state dict is of a part of a generated network: it has codes without their generator, and cannot be loaded. '
     'Save the whole network; for the part alone, take the state dict from csg_seg.materialise(copy.deepcopy(model))'
 )
+COMPUTED = (
+    'has a parameter that is pruned or parametrised; call prune.remove or parametrize.remove_parametrizations first'
+)
 # An entry that a load of the whole root adds for each conv, to tell it from a load into a part.
 FROM_ROOT = '_loaded_from_root'
 
@@ -104,6 +107,7 @@ class CSGConv(_ConvNd):
 
     def reset_parameters(self) -> None:
         """Draw new start values, in place, as torch's convs do; at the variance that retrofit gives them."""
+        check_codes('the layer', self)
         rng = new_rng()
         with torch.no_grad():
             self.code.copy_(draw_code(self, rng))
@@ -266,13 +270,22 @@ def check_plain(convs: Mapping[str, CSGConv]) -> None:
         generator = conv.generator
         if any(hasattr(each, 'device_mesh') for each in (*conv.parameters(), *generator.parameters())):
             raise CSGError(f'{name} is sharded; load a full state dict into a network that is not')
-        for module, needed, whose in ((conv, conv.stored(), name), (generator, ['weight'], f'the generator of {name}')):
-            is_changed = is_parametrized(module) or (module is generator and is_pruned(module))
-            if is_changed or not {*needed} <= {*module._parameters, *module._buffers}:
-                raise CSGError(
-                    f'{whose} has a parameter that is pruned or parametrised; call prune.remove or '
-                    'parametrize.remove_parametrizations first'
-                )
+        check_codes(name, conv)
+        if is_parametrized(conv):
+            raise CSGError(f'{name} {COMPUTED}')
+        is_changed = is_parametrized(generator) or is_pruned(generator)
+        if is_changed or 'weight' not in {*generator._parameters, *generator._buffers}:
+            raise CSGError(f'the generator of {name} {COMPUTED}')
+
+
+def check_codes(name: str, conv: CSGConv) -> None:
+    """Refuse a conv whose codes are computed from other parameters.
+
+    Raises:
+        CSGError: says what to do.
+    """
+    if not conv.stored().keys() <= conv._parameters.keys():
+        raise CSGError(f'{name} {COMPUTED}')
 
 
 _generated_kinds: dict[type, type[CSGConv]] = {}

@@ -12,7 +12,7 @@ from csg_seg.errors import CSGError, CSGWarning, abridge
 from csg_seg.fitting import fit_generator
 from csg_seg.generators.linear import Generator
 
-from .conv import CSGConv, check_finite, draw_code
+from .conv import CSGConv, check_codes, check_finite, draw_code
 from .root import BANK, Generators
 from .state_dict_checks import Reset, check_entries, check_signatures, generator_entries
 from .watch import WATCH
@@ -114,6 +114,8 @@ class Loading:
         if count != len(self.bank):
             raise CSGError(f'the weights hold {count} generators, this network has {len(self.bank)}')
         check_signatures(self.bank, weights)
+        for name, conv in self.bank.layers.items():
+            check_codes(name, conv)
         self.bank.unshare()
         own = generator_entries(self.bank)
         check_entries(own, weights, 'take the weights of a whole CSG network')
@@ -126,6 +128,9 @@ class Loading:
     @torch.no_grad()
     def draw_codes(self, names: Collection[str]) -> None:
         """Draw new codes for some layers, at Kaiming variance with the current generators."""
+        for name in names:
+            if name in self.bank.layers:
+                check_codes(name, self.bank.layers[name])
         for generator in self.bank:
             rng = torch.Generator().manual_seed(generator.settings.seed)
             for name, conv in self.bank.layers.items():

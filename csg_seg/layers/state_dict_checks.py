@@ -19,7 +19,7 @@ from csg_seg.generators.settings import matches
 from csg_seg.generators.signature import check_signature, read_layers
 from csg_seg.generators.slices import grid
 
-from .conv import DENSE_KINDS, FROM_ROOT, CSGConv, check_finite, generated_convs
+from .conv import DENSE_KINDS, FROM_ROOT, CSGConv, check_codes, check_finite, generated_convs
 from .root import BANK, Generators
 
 Shape = tuple[int, ...]
@@ -200,6 +200,8 @@ class StateDictChecks:
                 one of the two and dense in the other, or has a code and a weight, a weight has another shape, or a
                 dense state dict belongs to another network.
         """
+        for name, conv in self.convs.items():
+            check_codes(name, conv)
         if not self.is_dense:
             check_signatures(self.bank, self.state_dict, self.prefix)
         self.reset.layers = tuple(self._reset_layers()) if self.reset.is_on else ()
@@ -215,18 +217,22 @@ class StateDictChecks:
             needed = dict(self.own)
             for name, conv in self.convs.items():
                 needed |= {f'{self.prefix}{name}.{key}': each for key, each in conv.stored().items()}
-            has_any = needed.keys() & self.state_dict.keys()
-            check_entries(
-                needed,
-                self.state_dict,
-                OTHER_SETTINGS if has_any else describe_names(self.state_dict, self.prefix, needed),
-            )
+            check_entries(needed, self.state_dict, self._remedy(needed))
             self._check_count()
             self._check_layers()
             self._check_renamed()
             self._check_shapes()
             self._check_values()
         self.state_dict.update({f'{self.prefix}{name}.{FROM_ROOT}': torch.empty(0) for name in self.convs})
+
+    def _remedy(self, needed: Mapping[str, Tensor]) -> str:
+        """Say what to do about a state dict that lacks some of the needed entries."""
+        if needed.keys() & self.state_dict.keys():
+            return OTHER_SETTINGS
+        others = (*self.root.named_parameters(), *self.root.named_buffers())
+        if any(f'{self.prefix}{name}' in self.state_dict for name, _ in others):
+            return 'it has other layers alone: load a whole state dict, of the CSG network or of the dense one'
+        return describe_names(self.state_dict, self.prefix, needed)
 
     def _check_count(self) -> None:
         """Refuse more generators than the model has if their layers are not stored."""

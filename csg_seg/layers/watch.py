@@ -193,7 +193,7 @@ def examine(generator: Generator, layers: Mapping[str, CSGConv], optimizer: Opti
         were zero.
     """
     learning = [each for each in generator.parameters() if each.requires_grad and each.grad is not None]
-    codes = {name: conv.code for name, conv in layers.items()}
+    codes = {name: _code_parameter(conv) for name, conv in layers.items()}
     rates = _rates([optimizer])
     if not learning or not any(id(each) in rates for each in (*learning, *codes.values())):
         return None
@@ -209,6 +209,11 @@ def examine(generator: Generator, layers: Mapping[str, CSGConv], optimizer: Opti
         found[_compare(rate, of_generator)].append(name)
     is_at_rest = of_generator.lr == 0 and not {NO_OPTIMIZER, NO_RATE} & {*found}
     return None if is_at_rest else found
+
+
+def _code_parameter(conv: CSGConv) -> Tensor:
+    """Return a conv's code, or the parameter from which pruning or a parametrisation computes it."""
+    return next((each for name, each in conv.named_parameters() if 'code' in name), conv.code)
 
 
 def _rates(optimizers: Iterable[Optimizer]) -> dict[int, Rate]:

@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from glob import escape
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -167,12 +168,12 @@ def _read_budget(given: Mapping[str, Any], summary: Summary) -> _Budget:
     if len(asked) != 1:
         raise CSGError(f'give exactly one budget of ratio, params and bytes; got {", ".join(asked) or "none"}')
     ((key, value),) = asked.items()
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if key == 'ratio':
         if not is_number or value <= 1:
             raise CSGError(f'ratio must be a number above 1, dense over stored parameters; got {value!r}')
         # In fractions: a float quotient may round up to one parameter too many.
-        limit = int(summary.dense_params // Fraction(value))
+        limit = int(summary.dense_params // Fraction(float(value)))
         return _Budget(f'ratio={value:g}', limit, summary.dense_params, 'parameters')
     dense, unit = (summary.stored_params, 'parameters') if key == 'params' else (summary.stored_bytes, 'bytes')
     if not is_number or value != int(value) or value < 1:

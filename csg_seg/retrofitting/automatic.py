@@ -4,6 +4,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from glob import escape
+from numbers import Real
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -61,9 +62,7 @@ def suggest(model: nn.Module, ratio: float | None = None, **others: Any) -> list
         CSGError: the ratio is out of range or out of reach, or the network has nothing to compress.
     """
     check_root(model)
-    if ratio is not None and (
-        isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 1 < ratio < math.inf
-    ):
+    if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, Real) or not 1 < ratio < math.inf):
         raise CSGError(f'csg: ratio must be a number above 1; got {ratio!r}')
     check_keys('csg', others)
     for key in others:

@@ -10,7 +10,7 @@ from csg_seg.errors import CSGError, abridge
 from csg_seg.generators.linear import Generator
 from csg_seg.generators.settings import read_patterns
 from csg_seg.layers.bank import BANK, GeneratorBank, bank_of, check_module, find_bank, other_network, same_generators
-from csg_seg.layers.conv import generated_convs
+from csg_seg.layers.conv import check_codes, generated_convs
 from csg_seg.layers.root import SHARING
 from csg_seg.layers.state_dict_checks import describe_names
 
@@ -35,6 +35,8 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
     """
     bank = _check('fit', model, weights)
     _check_has_values('fit', model)
+    for name, conv in generated_convs(model):
+        check_codes(name, conv)
     wanted = dense_shapes(model)
     given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = [f'{name} is missing' for name in wanted if name not in given]

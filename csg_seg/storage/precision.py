@@ -89,6 +89,6 @@ def restore(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _quantise(tensor: Tensor) -> tuple[Tensor, Tensor]:
     rows = tensor.detach().float().flatten(1)
-    scale = rows.abs().amax(1) / STEPS
+    scale = (rows.abs().amax(1) if rows.numel() else rows.new_zeros(len(rows))) / STEPS
     steps = torch.where(scale > 0, scale, 1.0)
     return (rows / steps[:, None]).round().to(torch.int8).view(tensor.shape), scale

@@ -11,11 +11,14 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize, prune, spectral_norm
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import experiments.rivals.tensor_ring  # noqa: F401 (registers a kind that is not part of the package)
-from csg_seg import materialise, retrofit
+from csg_seg import CSGError, materialise, register_generator, retrofit
+from csg_seg.generators.kinds import KINDS as GENERATORS
+from csg_seg.generators.linear import Generator
 from csg_seg.layers.ahead import batches
 from csg_seg.layers.conv import generate_weights, generated_convs
 
@@ -313,7 +316,7 @@ def test_writes_within_a_pass_are_noticed():
         def write(*_):
             model.last.code.copy_(reference.last.code)
 
-        model.one.register_forward_pre_hook(write)
+        model.stem.register_forward_pre_hook(write)
         assert torch.equal(model(images()), expected)
         model.last.code.mul_(3)
         model.register_forward_pre_hook(write)
@@ -474,3 +477,90 @@ def test_a_materialised_network_is_free_of_hooks():
     model = build()
     materialise(model)
     assert not (model._forward_hooks or model._forward_pre_hooks or model._forward_hooks_always_called)
+
+
+class Half(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+COMPUTED = {
+    'pruned': lambda generator: prune.l1_unstructured(generator, 'weight', 0.9),
+    'spectral norm': lambda generator: spectral_norm(generator),
+    'parametrised': lambda generator: parametrize.register_parametrization(generator, 'weight', Half()),
+}
+
+
+@pytest.mark.parametrize('compute', COMPUTED.values(), ids=COMPUTED)
+def test_a_generator_whose_weight_is_computed_trains_and_is_up_to_date(compute):
+    model = build().eval()
+    with torch.no_grad():
+        before = model(images())
+        compute(model.csg[0])
+        after = model(images())
+        assert not torch.allclose(before, after)
+        torch.testing.assert_close(after, model.forward(images()))
+    (own,) = model.csg[0].parameters()
+    start = own.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(images()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(own, start)
+
+
+def test_a_pruned_generator_loads_its_checkpoint():
+    one, two = build(), build(CSG | {'seed': 1})
+    for each in (one, two):
+        prune.l1_unstructured(each.csg[0], 'weight', 0.5)
+        each.eval()
+    two.load_state_dict(one.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(two(images()), one(images()))
+
+
+def clamp(conv, inputs):
+    conv.code.data.clamp_(-1e-3, 1e-3)
+
+
+@pytest.mark.parametrize('grad', [True, False])
+def test_hooks_that_write_to_codes_without_their_version_are_followed(grad):
+    model = build()
+    for conv in (model.one, model.two, model.last):
+        conv.register_forward_pre_hook(clamp)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(model(images()), model.forward(images()))
+
+
+def test_generators_with_attributes_and_dropout_are_up_to_date():
+    class Scaled(Generator):
+        has_linear_part = True
+        scale = 1.0
+
+        def forward(self, code):
+            return self.scale * super().forward(F.dropout(code, 0.5, self.training))
+
+    register_generator('scaled')(Scaled)
+    try:
+        model = build(CSG | {'generator': 'scaled'}).eval()
+        with torch.no_grad():
+            before = model(images())
+            assert torch.equal(model(images()), before)
+            model.csg[0].scale = 0.5
+            assert not torch.equal(model(images()), before)
+            model.train()
+            assert not torch.equal(model(images()), model(images()))
+    finally:
+        del GENERATORS['scaled']
+
+
+def test_a_generator_that_was_replaced_is_refused_in_evaluation():
+    model = build().eval()
+    with torch.no_grad():
+        model(images())
+        other = deepcopy(model.csg[0])
+        other.weight.zero_()
+        model.csg[0] = other
+        with pytest.raises(CSGError, match="its generator is not this network's"):
+            model(images())

@@ -292,6 +292,16 @@ def test_a_state_dict_without_a_generated_entry_is_refused(lost, strict):
     assert_same_state(model, kept)
 
 
+def test_a_state_dict_of_other_layers_alone_is_refused():
+    model = build()
+    kept = snapshot(model)
+    others = {name: each for name, each in kept.items() if not name.endswith(('code', 'weight', '_extra_state'))}
+    assert others
+    with pytest.raises(CSGError, match='it has other layers alone: load a whole state dict'):
+        model.load_state_dict(others, strict=False)
+    assert_same_state(model, kept)
+
+
 def test_a_state_dict_under_other_names_is_refused():
     model = build()
     kept = snapshot(model)

@@ -68,6 +68,11 @@ def test_an_int8_row_is_within_half_a_step(shape):
     assert (error <= 0.5001 * step).all()
 
 
+@pytest.mark.parametrize('shape', [(4, 0), (0, 4), (3, 0, 1, 1)])
+def test_an_empty_matrix_is_stored(shape):
+    assert restore(lower({'x': torch.zeros(shape)}, ['x'], 'int8'))['x'].shape == shape
+
+
 def test_rows_of_zeros_stay_zeros():
     matrix = torch.zeros(3, 4)
     matrix[1] = torch.tensor([1.0, -2.0, 0.0, 0.5])

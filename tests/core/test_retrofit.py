@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 from torchvision.models import resnet18, resnet50
 
-from csg_seg import materialise, retrofit, save_compact, summarise
+from csg_seg import fit, load_generators, materialise, retrofit, save_compact, summarise
 from csg_seg.errors import CSGError
 from csg_seg.layers.bank import find_bank
 from csg_seg.layers.conv import CSGConv, generated_convs
@@ -370,6 +370,23 @@ def test_codes_and_generators_that_are_computed_are_not_stored(compute, of_code,
     undo()
     save_compact(model, tmp_path / 'x.safetensors')
     assert torch.equal(materialise(model).get_submodule(name).weight, weight)
+
+
+@pytest.mark.parametrize('compute', [by_pruning, by_parametrisation, by_weight_norm])
+def test_codes_that_are_computed_are_not_loaded_or_drawn(compute):
+    model, other = retrofit(Net(), CSG), retrofit(Net(), CSG | {'seed': 1})
+    name, conv = next(generated_convs(model))
+    undo = compute(conv, 'code')
+    for act in (
+        lambda: model.load_state_dict(model.state_dict()),
+        lambda: fit(model, Net().state_dict()),
+        lambda: load_generators(model, other.state_dict()),
+        conv.reset_parameters,
+    ):
+        with pytest.raises(CSGError, match='has a parameter that is pruned or parametrised; call prune.remove'):
+            act()
+    undo()
+    load_generators(model, other.state_dict())
 
 
 def test_a_wrapped_model_is_refused():

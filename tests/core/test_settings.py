@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from csg_seg.errors import CSGError
@@ -110,6 +111,11 @@ def test_a_missing_key_is_named_with_an_example(key):
 def test_settings_that_are_no_dict_are_refused(csg):
     with pytest.raises(CSGError, match=r'csg\[0\]: expected a dict of settings'):
         Settings.from_dict(csg)
+
+
+def test_integers_of_numpy_are_taken():
+    settings = Settings.from_dict({'slice_shape': [*np.array([16, 16, 3, 3])], 'code_dim': np.int64(128)})
+    assert json.dumps(settings.to_dict()) == json.dumps(Settings.from_dict(GOOD).to_dict())
 
 
 @pytest.mark.parametrize('change', ROUND_TRIPS)

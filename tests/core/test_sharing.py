@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -186,3 +187,25 @@ def test_generators_of_another_dtype_are_refused():
 def test_lists_are_refused():
     with pytest.raises(CSGError, match='share_generators: the network is an object of type list'):
         share_generators([nn.Conv2d(3, 3, 3)])
+
+
+def pickled(networks):
+    return pickle.loads(pickle.dumps(networks))
+
+
+@pytest.mark.parametrize('change', [lambda net: net.load_state_dict(chain_of(5)), lambda net: net.half()])
+@pytest.mark.parametrize('copied', [copy.deepcopy, pickled, lambda nets: copy.deepcopy(nn.ModuleList(nets))])
+@torch.no_grad()
+def test_networks_that_are_copied_together_share_and_leave_each_other_as_they_are(copied, change):
+    networks = [retrofit(chain(), CHAIN) for _ in range(2)]
+    share_generators(*networks)
+    one, other = copied(networks)
+    assert one.csg[0] is other.csg[0]
+    images = torch.randn(1, 3, 12, 12)
+    before = other(images)
+    change(one)
+    assert torch.equal(other(images), before)
+
+
+def chain_of(seed):
+    return retrofit(chain(), CHAIN | {'seed': seed}).state_dict()

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -212,6 +213,12 @@ def test_layers_frozen_before_retrofit_stay_dense_and_still():
 
 
 # --- no warning ---
+
+
+def test_pruned_codes_train_without_a_warning():
+    net = build()
+    prune.l1_unstructured(net.backbone[2], 'code', 0.5)
+    assert train(net, sgd({'params': params(net)})) == []
 
 
 def of_all(net):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import Runner
+from mmengine.runner import FlexibleRunner, Runner
 from mmseg.apis import MMSegInferencer, inference_model, init_model
 from small_runs import CSG, DENSE, SETTINGS, hook_door, small_config, train
 from torch import nn
@@ -123,6 +123,27 @@ def test_hook_without_settings_reports_or_refuses(small):
     assert before is not None
     with pytest.raises(CSGError, match='csg=dict'):
         train(small(DENSE, **{'default_hooks.csg': dict(type='CSGHook')}))
+
+
+def test_a_hook_that_comes_too_late_is_refused(small):
+    early = dict(type='EMAHook', priority='HIGHEST')
+    with pytest.raises(CSGError, match='EMAHook has copied the dense model before CSGHook; leave out its priority'):
+        train(hook_door(small(DENSE, custom_hooks=[early])))
+
+
+@pytest.mark.parametrize('mode', ['train', 'test'])
+def test_a_flexible_runner_needs_a_csg_model(small, mode):
+    runner = FlexibleRunner.from_cfg(hook_door(small(DENSE)))
+    with pytest.raises(CSGError, match='a FlexibleRunner loads weights before hooks run; build a CSGModel'):
+        getattr(runner, mode)()
+
+
+def test_a_flexible_runner_does_not_test_layers_that_were_reset(small, tmp_path):
+    train(small(CSG, iters=1, **{'default_hooks.checkpoint.interval': 1}))
+    fewer = {'model.decode_head.num_classes': 5, 'model.reset': ['decode_head.conv_seg']}
+    runner = FlexibleRunner.from_cfg(small(CSG, load_from=str(tmp_path / 'iter_1.pth'), **fewer))
+    with pytest.raises(CSGError, match='the checkpoint does not fit decode_head.conv_seg; test one of this network'):
+        runner.test()
 
 
 def test_ema_averages_codes_and_generator_and_the_compact_file_holds_the_average(small, tmp_path):

@@ -268,6 +268,8 @@ def test_what_is_no_image_is_named(files):
         predict(network, files / 'csg.pth')
     with pytest.raises(FileNotFoundError, match='no such image'):
         predict(network, files / 'none.png')
+    with pytest.raises(FileNotFoundError, match='a folder, not an image'):
+        predict(network, files)
     network.cfg.test_pipeline = []
     with pytest.raises(CSGError, match='there is no test_pipeline'):
         predict(network, files / 'image.png')

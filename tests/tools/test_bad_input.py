@@ -225,6 +225,13 @@ def test_generated_checkpoint_for_a_dense_config(refused, drawn, files, name):
     assert 'a CSG checkpoint' in message and 'materialise' in message
 
 
+def test_a_dense_network_has_no_codes_to_export(refused, files, drawn, tmp_path):
+    image = next(drawn.rglob('*.jpg'))
+    out = ('--images', image, '--out', tmp_path / 'x.onnx', '--generated')
+    message = refused('export_onnx.py', DENSE, files / 'dense.pt', *out, *cfg_options(SMALL_MODEL))
+    assert '--generated: this network is dense' in message and not list(tmp_path.iterdir())
+
+
 def test_materialise_writes_no_other_kind_of_file_and_needs_a_csg_config(refused, files, tmp_path):
     message = refused('materialise.py', CSG, files / 'csg.pt', '--out', tmp_path / 'plain.safetensors')
     assert 'must end in .pth' in message

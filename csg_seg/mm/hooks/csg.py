@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner, find_latest_checkpoint
 from torch import nn
 
-from csg_seg.errors import CSGError
+from csg_seg.errors import CSGError, abridge
 from csg_seg.generators.settings import Settings
 from csg_seg.layers.bank import GeneratorBank, bank_of, find_bank
 from csg_seg.mm.model import bare_model, retrofit_for_runner
@@ -80,6 +80,14 @@ class CSGHook(Hook):
         """Fit dense weights that are loaded from now on, also in a run that was resumed."""
         bank_of(bare_model(runner.model)).loading.fit_on_load = True
 
+    def before_test(self, runner: Runner) -> None:
+        """Refuse to score layers that the checkpoint did not fit, as a FlexibleRunner would do with ``reset``."""
+        reset = bank_of(bare_model(runner.model)).reset
+        if reset.is_on and reset.layers:
+            raise CSGError(f'the checkpoint does not fit {abridge(reset.layers)}; test one of this network')
+
+    before_val = before_test
+
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Prepare a run that resumes, or refuse it."""
         prepare_resume(runner, checkpoint)
@@ -87,6 +95,8 @@ class CSGHook(Hook):
     def before_run(self, runner: Runner) -> None:
         """Retrofit before weights are initialised or loaded."""
         model = bare_model(runner.model)
+        if find_bank(model) is None:
+            _check_order(runner)
         if self.retrofit(model, runner.cfg.get('model')):
             _rewrap(runner)
         if runner._resume and (runner._load_from or find_latest_checkpoint(runner.work_dir)):
@@ -94,6 +104,15 @@ class CSGHook(Hook):
         log_size(runner)
         if self.save_compact and not any(isinstance(hook, CompactCheckpointHook) for hook in runner.hooks):
             runner.register_hook(CompactCheckpointHook())
+
+
+def _check_order(runner: Runner) -> None:
+    """Refuse a run in which something has used the dense model before the retrofit."""
+    if not isinstance(runner, Runner):
+        kind = type(runner).__name__
+        raise CSGError(f'CSGHook: a {kind} loads weights before hooks run; build a CSGModel instead')
+    if any(isinstance(hook, EMAHook) and hasattr(hook, 'ema_model') for hook in runner.hooks):
+        raise CSGError('EMAHook has copied the dense model before CSGHook; leave out its priority, or build a CSGModel')
 
 
 def log_size(runner: Runner) -> None:
