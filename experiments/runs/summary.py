@@ -40,8 +40,6 @@ SHORT_COLUMNS = {
     'low rank': ('tucker-{}',),
     'pruned': ('pruned-{}',),
 }
-# Methods that start from the dense network of seed 0.
-CONTINUED = ('csg-trained', 'pruned')
 # The cells of the README's table.
 HEADLINE = (
     'dense',
@@ -116,22 +114,20 @@ def in_short() -> str:
     """Differences of all kinds of networks to dense ones."""
     rows: list[Sequence[object]] = []
     for label, data_set, start, sizes in IN_SHORT:
-        trained = read(data_set)['rows']
-        cells = {each['cell']: each for each in summarise_cells(trained)}
-        first = {row['cell']: row for row in trained if row['seed'] == 0}
+        cells = {each['cell']: each for each in summarise_cells(read(data_set)['rows'])}
         for size in sizes:
             row: list[object] = [label if size == sizes[0] else '', size]
             for names in SHORT_COLUMNS.values():
                 cell = next((name for each in names if (name := f'{start}{each.format(size)}') in cells), None)
-                row.append(_difference(cells[cell], cells[f'{start}dense'], first[f'{start}dense']) if cell else '')
+                row.append(_difference(cells[cell], cells[f'{start}dense']) if cell else '')
             rows.append(row)
     return markdown(('network, images', 'ratio', *SHORT_COLUMNS), rows)
 
 
-def _difference(cell: Mapping[str, Any], dense: Mapping[str, Any], first: Mapping[str, Any]) -> str:
-    """Return the points (val / test) between a cell and dense, the network that it started from if it has one."""
-    start = {split: first[split] if cell['method'] in CONTINUED else dense[split][0] for split in ('val', 'test')}
-    points = ' / '.join(f'{cell[split][0] - start[split]:+.1f}'.replace('-0.0', '+0.0') for split in ('val', 'test'))
+def _difference(cell: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
+    """Return the points (val / test) between a cell and dense, both averaged over their seeds."""
+    differences = [cell[split][0] - dense[split][0] for split in ('val', 'test')]
+    points = ' / '.join(f'{each:+.1f}'.replace('-0.0', '+0.0') for each in differences)
     return points if cell['seeds'] > 1 else f'{points}\\*'
 
 

@@ -100,6 +100,10 @@ def train_missing(
                 raise CSGError(f'{label}, which it needs, failed')
         row = run.finish({label: every[label].checkpoint() for label in run.cell.needs} | run.check_elsewhere())
         with lock:
+            start = {label_of(each): each for each in read_rows(file) if label_of(each) in run.cell.needs}
+            if start:
+                splits = ('val', 'test')
+                row['starts_from'] = {label: {split: each[split] for split in splits} for label, each in start.items()}
             add_row(file, row, list(every))
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -376,8 +380,10 @@ def current_commit() -> str:
 
 
 def device() -> str:
-    """Return the name of the GPU, or of the CPU and the number of threads."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f'{processor()}, 1 thread'
+    """Return the name of the GPU, or of the CPU, its vector instructions and the number of threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f'{processor()}, {torch.backends.cpu.get_cpu_capability()}, 1 thread'
 
 
 def processor() -> str:

@@ -186,9 +186,6 @@ def test_at_the_best_learning_rate_networks_score_as_the_pages_say(ahead):
     assert 'up to two points lower with slices of 16 x 16' in (ROOT / 'docs' / 'faq.md').read_text()
     assert ahead('csg-auto-6x', 'csg-6x') == pytest.approx([2, 2], abs=0.5)
     assert 'about two points higher than slices of 16 x 16' in (ROOT / 'docs' / 'settings.md').read_text()
-    start, trained = (next(row for row in rows if row['cell'] == cell) for cell in ('dense', 'csg-trained-6x'))
-    assert start['seed'] == 0 and f'which has {start["val"]} and {start["test"]}' in text
-    assert all(abs(trained[split] - start[split]) < 0.2 for split in ('val', 'test'))
     basis = points(ahead('dense', 'filter-basis-6x'))
     assert f'The generator of [Filter Basis](other_methods.md) is {basis} points below dense at 6x' in text
     assert max(map(abs, ahead('separable-6x', 'dense'))) < 0.5
@@ -293,11 +290,7 @@ def test_on_kvasir_networks_score_as_the_page_says():
     behind = [rival - mine for rival, mine in zip([*narrow, *separable], [*csg, *csg], strict=True)]
     assert max(*csg, *losses('csg-auto-6x')) < 2 < min(spread, *behind)
     first = {row['cell']: row for row in rows if row['seed'] == 0}
-    assert f'the dense network of seed 0, which has {first["dense"]["val"]} and {first["dense"]["test"]}' in text
     assert f'As CP decomposition (`cp`, one seed), low rank is {points(losses("cp-30x"))} points below dense' in text
-    trained = points([first['csg-trained-30x'][split] - first['dense'][split] for split in ('val', 'test')])
-    assert f'and scores {trained} points higher than it, within the noise of seeds' in text
-    assert max(first['csg-trained-30x'][split] - first['dense'][split] for split in ('val', 'test')) < most
     val, test = zip(*(losses(name) for name in GENERATORS), strict=True)
     assert (
         f'are {min(val):.1f} to {max(val):.1f} points below dense on val and {min(test):.1f} to {max(test):.1f}' in text
@@ -340,7 +333,7 @@ def test_a_trained_encoder_scores_as_the_page_says():
     scratch = points([dense[split][0] - scores['efficientnet-dense-scratch'][split][0] for split in ('val', 'test')])
     assert f'(`efficientnet-dense-scratch`), dense is {scratch} points lower' in text
     trained = [scores['efficientnet-csg-trained-4x'][split][0] - dense[split][0] for split in ('val', 'test')]
-    assert f'It is {points(trained)} points above that network' in text
+    assert f'It is {points(trained)} points above dense.' in text
     assert max(differences(scores, 'efficientnet-dense', 'dense')) < 0
     assert 'it scores lower than half-width DeepLabV3-R18' in text
 
@@ -394,18 +387,26 @@ def test_seeds_differ_as_the_page_says():
 
 
 def test_networks_that_continue_score_as_the_pages_say():
+    text = (ROOT / 'docs' / 'results.md').read_text()
     found = []
     for name in ('camvid-90x120', 'kvasir-96x96', 'camvid'):
-        rows = read_rows_of_trainings(ROOT / 'results' / f'{name}.json')
-        dense = {row['cell']: row for row in rows if row['method'] == 'dense' and row['seed'] == 0}
-        for row in rows:
-            start = row['cell'].partition('csg-')[0] + 'dense'
-            if row['method'] == 'csg-trained':
-                found += [(name, row['cell'], row[split] - dense[start][split]) for split in SPLITS]
-    below = {(name, cell) for name, cell, difference in found if difference < -1}
-    assert below == {('camvid-90x120', 'csg-trained-30x')}
-    assert 'is within a point of it or above**, except at 30x on CamVid' in (ROOT / 'docs' / 'results.md').read_text()
-    assert 'is within a point of it or above, except at 30x on CamVid' in README
+        scores = summarised(name)
+        for cell, each in scores.items():
+            if each['method'] == 'csg-trained':
+                assert each['seeds'] == 1 and 4 <= round(each['dense_params'] / each['stored_params']) <= 31
+                found += differences(scores, cell, cell.partition('csg-')[0] + 'dense')
+    most = f'at most {-min(found):.1f} points below dense'
+    assert f'CSG is {most}, and above it in most cases** (one seed each)' in text
+    assert f'CSG is {most}, and mostly above it, at 4x to 30x' in README
+    assert sum(each > 0 for each in found) > len(found) / 2
+
+
+def test_another_processor_gives_other_scores():
+    rows = {row['cell']: row for row in read_rows_of_trainings(ROOT / 'results' / 'camvid-90x120.json')[::-1]}
+    first, again = rows['dense'], rows['csg-trained-10x']['starts_from']['dense-s0']
+    assert first['seed'] == 0
+    said = [f'{each["val"]} and {each["test"]}' for each in (first, again)]
+    assert '{} (val and test) on one CPU, and {} on another'.format(*said) in (ROOT / 'docs' / 'results.md').read_text()
 
 
 def test_other_networks_are_better_where_the_page_says():
@@ -465,7 +466,7 @@ def test_unet_scores_as_the_page_says():
     assert f'CSG is {large} points below dense at 10x (val and test), and {small} at 4x' in text
     assert f'A narrow network is {narrow} below at 10x' in text
     trained = points(differences(polyps, 'csg-trained-10x', 'dense'))
-    assert f'It is {trained} points above that network' in text
+    assert f'It is {trained} points above dense.' in text
     assert summarised('camvid-90x120')['csg-auto-30x']['stored_params'] < scores['csg-auto-10x']['stored_params']
 
 

@@ -70,6 +70,8 @@ def test_cells_are_trained_once_and_start_from_one_another(tmp_path, drawn):
     assert [row['cell'] for row in rows] == ['dense', 'carried']  # carried needs dense
     dense, csg = rows
     assert csg['dense_params'] == dense['stored_params'] > csg['stored_params']
+    assert csg['starts_from'] == {'dense-s0': {split: dense[split] for split in ('val', 'test')}}
+    assert 'starts_from' not in dense
     for row in rows:
         assert row['precision'] == 'float32'
         assert row['test'] == row['scores']['test']['mIoU'] and row['seconds'] > 0 and row['commit']
