@@ -128,14 +128,16 @@ class Watch:
 
     def refresh(self, *_: Any) -> None:
         """Look up the layers of all roots before a step changes generators: copied layers may be new."""
-        for root in [*self.roots]:
-            if isinstance(root, CSGRoot) and not self.is_over:
-                layers = refresh_layers(root)
-                generators = {conv.generator for conv in layers.values()}
-                for conv in [*self.layers]:
-                    if isinstance(conv, CSGConv) and conv.generator in generators and conv not in layers.values():
-                        self.layers.pop(conv)  # replaced since
-                self.layers.update(self._new(layers))
+        if self.is_over:
+            return
+        roots = [refresh_layers(root) for root in [*self.roots] if isinstance(root, CSGRoot)]
+        current = {conv for layers in roots for conv in layers.values()}
+        generators = {conv.generator for conv in current}
+        for conv in [*self.layers]:
+            if isinstance(conv, CSGConv) and conv.generator in generators and conv not in current:
+                self.layers.pop(conv)  # replaced since
+        for layers in roots:
+            self.layers.update(self._new(layers))
 
     def look(self, optimizer: Optimizer, *_: Any) -> None:
         """Examine, after a step, the generators that had a gradient."""
@@ -150,7 +152,11 @@ class Watch:
         by_generator: dict[Generator, dict[str, CSGConv]] = defaultdict(dict)
         for conv, name in [*self.layers.items()]:
             if isinstance(conv, CSGConv):
-                by_generator[conv.generator][name] = conv
+                layers = by_generator[conv.generator]
+                number, own = 1, name
+                while own in layers:  # networks that share generators may have the same names
+                    number, own = number + 1, f'{name} of network {number + 1}'
+                layers[own] = conv
             else:  # materialised since
                 self.layers.pop(conv)
         seen = [(layers, examine(generator, layers, optimizer)) for generator, layers in by_generator.items()]

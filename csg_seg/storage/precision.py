@@ -14,19 +14,27 @@ DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.
 # Suffix for the scales of an int8 matrix; names of a state dict have no colon.
 SCALE = ':scale'
 STEPS = 127
+# Layers, and those of their parameters that may have lower precision.
+KINDS = (
+    ((*DENSE_KINDS, nn.Linear), ('weight',)),
+    (nn.MultiheadAttention, ('in_proj_weight', 'q_proj_weight', 'k_proj_weight', 'v_proj_weight')),
+)
 # Half floats whose error is above this share of a tensor's largest value are refused. That of normal numbers is below
 # 0.4 %; smaller numbers lose digits.
 MOST_ERROR = 0.01
 
 
 def matrices(model: nn.Module) -> set[str]:
-    """Return the state-dict names that may have lower precision: codes, generators, conv and linear weights."""
+    """Return the state-dict names that may have lower precision.
+
+    They are those of codes and generators, and of the weights of convs, linear layers and attention.
+    """
     names = {f'{name}.{key}' for name, conv in generated_convs(model, remove_duplicate=False) for key in conv.stored()}
     for prefix, _, bank in find_roots(model):
         names |= {f'{prefix}{BANK}.{name}' for name, parameter in bank.named_parameters() if parameter.ndim > 1}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (*DENSE_KINDS, nn.Linear)) and 'weight' in module._parameters:
-            names.add(f'{name}.weight' if name else 'weight')
+        keys = (key for kind, keys in KINDS if isinstance(module, kind) for key in keys)
+        names |= {f'{name}.{key}' if name else key for key in keys if module._parameters.get(key) is not None}
     parameters = [*model.named_parameters(remove_duplicate=False)]
     lowered = {id(parameter) for name, parameter in parameters if name in names}
     # A tied parameter has one precision under all its names.

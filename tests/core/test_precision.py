@@ -56,6 +56,18 @@ def test_matrices_are_codes_generators_and_weights(kind):
     assert {name for name in left if state[name].ndim > 1} == {'position'}
 
 
+def test_projections_of_attention_have_lower_precision():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3))
+            self.one, self.other = nn.MultiheadAttention(32, 2), nn.MultiheadAttention(32, 2, kdim=16, vdim=8)
+
+    names = {name for name in matrices(retrofit(Net(), {'slice_shape': (8, 8, 3, 3), 'code_dim': 8})) if 'proj' in name}
+    own = {'one.in_proj_weight', 'one.out_proj.weight', 'other.out_proj.weight'}
+    assert names == own | {f'other.{key}_proj_weight' for key in 'qkv'}
+
+
 @pytest.mark.parametrize('shape', [(7, 5), (7, 5, 3, 3), (1, 1), (9, 1, 3, 3)])
 def test_an_int8_row_is_within_half_a_step(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, shape[0]).view(

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from csg_seg import CSGWarning, fit, materialise, retrofit, save_compact
+from csg_seg import CSGWarning, fit, materialise, retrofit, save_compact, share_generators
 from csg_seg.layers.conv import CSGConv
 from csg_seg.layers.watch import WATCH
 
@@ -403,3 +403,12 @@ def test_optimizers_of_unusual_kinds_are_read():
     assert train(net, OwnRate(net.parameters())) == []
     (told,) = train(net := build(), OwnRate([each for name, each in net.named_parameters() if 'csg' not in name]))
     assert 'gets gradients and does not change' in told and not hasattr(unfinished, 'param_groups')
+
+
+@pytest.mark.parametrize('trained', [0, 1, 2])
+def test_a_step_that_changes_networks_that_share_a_generator_is_warned_of(trained):
+    networks = [build() for _ in range(3)]
+    share_generators(*networks)
+    (told,) = train(networks[trained], sgd({'params': params(networks[trained])}), steps=1)
+    assert 'also those in no optimizer' in told and 'of network' in told
+    assert networks[0].csg[0] is networks[2].csg[0]
