@@ -29,7 +29,7 @@ IN_SHORT = (
     ('quarter-width UNet, CamVid', 'camvid-90x120', 'unet-', ('10x',)),
     ('the same, Kvasir-SEG', 'kvasir-96x96', 'unet-', ('4x', '10x')),
     ('DeepLabV3+ with an ImageNet encoder, CamVid', 'camvid-90x120', 'efficientnet-', ('4x',)),
-    ('full-width DeepLabV3-R18, CamVid at 180 x 240', 'camvid', '', ('10x', '20x', '47x')),
+    ('full-width DeepLabV3-R18, CamVid at 180 x 240', 'camvid', '', ('10x', '20x', '47x', '100x')),
 )
 # Columns of that table, and the cells that they show, of which the first that was trained counts.
 SHORT_COLUMNS = {

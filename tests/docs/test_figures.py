@@ -101,6 +101,10 @@ def test_trained_networks_score_as_the_results_say():
     assert 'At 20x it loses about one point on test and nothing on val' in text
     assert losses('csg-47x') == pytest.approx([1, 1.3], abs=0.1)
     assert 'At 47x it loses about one point on val and 1.3 on test' in text
+    tiny, ahead = differences(scores, 'dense', 'csg-100x'), differences(scores, 'csg-100x', 'narrow-47x')
+    assert 'At 100x (one seed), CSG loses {:.1f} and {:.1f} points.'.format(*tiny) in text
+    assert 'less than half of `narrow-47x`, and scores {:.1f} and {:.1f} points higher'.format(*ahead) in text
+    assert scores['csg-100x']['stored_params'] < scores['narrow-47x']['stored_params'] / 2
     narrow = [f'{loss:.1f}' for cell in ('narrow-10x', 'narrow-47x') for loss in losses(cell)]
     assert 'loses {} and {} points (val and test) at 10x, {} and {} at 47x'.format(*narrow) in text
     tucker, tucker_47x, separable, smaller = (
