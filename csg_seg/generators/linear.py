@@ -159,8 +159,8 @@ class Generator(nn.Module):
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling a module does more than its ``forward``, as with ``torch.nn.utils.prune``."""
-    kinds = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks', '_backward_hooks')
-    return any(getattr(module, kind) for kind in kinds)
+    names = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks', '_backward_hooks')
+    return any(getattr(module, name) for name in names)
 
 
 def new_rng() -> torch.Generator:

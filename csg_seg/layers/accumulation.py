@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from csg_seg.errors import CSGError
-from csg_seg.generators.linear import Generator
+from csg_seg.generators.linear import Generator, has_hooks
 
 from .ahead import drop, generate_in_batches
 from .conv import CSGConv, autocast_dtype
@@ -93,7 +93,8 @@ class Accumulation:
             learns = any(each.requires_grad for each in generator.parameters())
             learning = [conv for conv in convs if learns or any(each.requires_grad for each in conv.stored().values())]
             # One by one, where layers that a batch does not use would get gradients of zero.
-            weights = generate_in_batches(learning) if generator.is_product else map(CSGConv.generate_weight, learning)
+            at_once = generator.is_product and not has_hooks(generator)
+            weights = generate_in_batches(learning) if at_once else map(CSGConv.generate_weight, learning)
             self.made.update(zip(learning, weights, strict=True))
         # In the parameters' precision, for the sums. Autocast casts them for each batch, as it casts dense weights.
         self.leaves = {conv: made.detach().to(conv.code.dtype).requires_grad_() for conv, made in self.made.items()}

@@ -4,6 +4,7 @@ docs/speed.md has the times with and without it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Number
 from threading import get_ident
 from typing import Any, NamedTuple
 
@@ -43,6 +44,8 @@ class Ready:
     def __init__(self, weight: Tensor, conv: CSGConv):
         self.weight, self.conv, self.inputs = weight, conv, _inputs(conv)
         self.thread, self.versions, self.dtype = get_ident(), _versions(self.inputs), self._autocast_dtype()
+        # A hook before the conv's forward may write to .data, which does not change the version counter.
+        self.copies = [each.detach().clone() for each in conv.stored().values()] if conv._forward_pre_hooks else []
 
     def __call__(self) -> Tensor | None:
         """Return the weight, unless another thread reads it, an input or the precision changed, or it lacks a graph.
@@ -55,6 +58,7 @@ class Ready:
             and [*map(id, self.inputs)] == [*map(id, _inputs(self.conv))]
             and self.versions == _versions(self.inputs)
             and self.dtype == self._autocast_dtype()
+            and all(map(torch.equal, self.copies, self.conv.stored().values()))
         )
         return self.weight if has_graph and is_current else None
 
@@ -151,7 +155,7 @@ def _generate_small(convs: Iterable[CSGConv]) -> dict[CSGConv, Tensor]:
 
 
 def _is_plain(generator: Generator) -> bool:
-    """Return whether slices depend on nothing but codes, parameters, buffers and simple attributes."""
+    """Return whether calling a generator computes with its own parameters, without hooks or parametrisations."""
     are_plain = all(type(each) is nn.Parameter for each in generator.parameters())
     return are_plain and not any(has_hooks(each) or is_parametrized(each) for each in generator.modules())
 
@@ -159,18 +163,18 @@ def _is_plain(generator: Generator) -> bool:
 def _options(generator: Generator) -> list[Any]:
     """Return the simple attributes of a generator of a user's class, which it may compute with."""
     values = [] if generator.is_product else [vars(module) for module in generator.modules()]
-    return [{key: each for key, each in own.items() if isinstance(each, (int, float, str))} for own in values]
+    return [{key: each for key, each in own.items() if isinstance(each, (Number, str))} for own in values]
 
 
 def _has_plain_code(conv: CSGConv) -> bool:
     """Return whether the code is an ordinary parameter of a conv that is fitted.
 
-    A hook before the conv's forward may write to the code. Sharded, traced and swapped parameters have other types or
-    shapes, and their values are not known yet; tensors made in inference mode have no version counter.
+    Sharded, traced and swapped parameters have other types or shapes, and their values are not known yet; tensors
+    made in inference mode have no version counter.
     """
     code = conv.code
     is_plain = type(code) is nn.Parameter and code.dim() == 2 and not (code.is_meta or code.is_inference())
-    return is_plain and conv.loaded is None and not conv._forward_pre_hooks
+    return is_plain and conv.loaded is None
 
 
 def _inputs(conv: CSGConv) -> list[Tensor]:

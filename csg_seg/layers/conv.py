@@ -284,7 +284,7 @@ def check_codes(name: str, conv: CSGConv) -> None:
     Raises:
         CSGError: says what to do.
     """
-    if not conv.stored().keys() <= conv._parameters.keys():
+    if not conv.stored().keys() <= {*conv._parameters, *conv._buffers}:
         raise CSGError(f'{name} {COMPUTED}')
 
 

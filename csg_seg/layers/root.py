@@ -59,11 +59,12 @@ class Generators(nn.ModuleList):
         taken = list(generators)
         for position, (own, other) in enumerate(zip(list(self), taken, strict=True)):
             for conv in self.layers.values():
-                if conv.generator is own:
+                if isinstance(conv, CSGConv) and conv.generator is own:  # it may have been materialised with a slice
                     object.__setattr__(conv, 'generator', other)
             self[position] = other
         for part in self.parts:
-            _bank(part).take_generators(taken)
+            if BANK in part._modules:
+                _bank(part).take_generators(taken)
 
     def unshare(self) -> None:
         """Take copies of generators that other networks hold too, before they change."""

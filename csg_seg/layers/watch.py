@@ -42,7 +42,10 @@ class Rate(NamedTuple):
 NOT_HELD, FROZEN = Rate(0.0, 0.0, 'left out'), Rate(0.0, 0.0, 'frozen')
 # Why a generator does not change.
 NO_OPTIMIZER, NO_RATE = 'no optimizer holds it', 'its learning rate is 0'
+# Why it should not.
 UNFROZEN = 'its settings have freeze_generator=True'
+# Names of a conv's parameter that holds its code, or from which pruning or a parametrisation computes it.
+CODES = {'code', 'code_orig', 'code_g', *(f'parametrizations.code.original{number}' for number in ('', '0'))}
 MADE_TOO_EARLY = (
     'the optimizer was made before retrofit or materialise: it holds weights that the network no longer has, and their '
     'layers do not train. Make the optimizer afterwards.'
@@ -208,7 +211,9 @@ def examine(generator: Generator, layers: Mapping[str, CSGConv], optimizer: Opti
         rates = _rates(each for each in gc.get_objects() if issubclass(type(each), Optimizer))
     of_generator = max((rates.get(id(each), NOT_HELD) for each in learning), key=lambda rate: rate.lr)
     if generator.settings.freeze_generator:
-        return {'' if of_generator.lr == 0 else UNFROZEN: [*codes]}
+        if of_generator.lr == 0 and of_generator != NOT_HELD:
+            return None
+        return {'' if of_generator == NOT_HELD else UNFROZEN: [*codes]}
     found: Found = defaultdict(list)
     for name, code in codes.items():
         rate = rates.get(id(code), NOT_HELD) if code.requires_grad else FROZEN
@@ -219,7 +224,7 @@ def examine(generator: Generator, layers: Mapping[str, CSGConv], optimizer: Opti
 
 def _code_parameter(conv: CSGConv) -> Tensor:
     """Return a conv's code, or the parameter from which pruning or a parametrisation computes it."""
-    return next((each for name, each in conv.named_parameters() if 'code' in name), conv.code)
+    return next((each for name, each in conv.named_parameters() if name in CODES), conv.code)
 
 
 def _rates(optimizers: Iterable[Optimizer]) -> dict[int, Rate]:

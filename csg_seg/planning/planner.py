@@ -172,8 +172,9 @@ def _read_budget(given: Mapping[str, Any], summary: Summary) -> _Budget:
     if key == 'ratio':
         if not is_number or value <= 1:
             raise CSGError(f'ratio must be a number above 1, dense over stored parameters; got {value!r}')
+        value = float(value)
         # In fractions: a float quotient may round up to one parameter too many.
-        limit = int(summary.dense_params // Fraction(float(value)))
+        limit = int(summary.dense_params // Fraction(value))
         return _Budget(f'ratio={value:g}', limit, summary.dense_params, 'parameters')
     dense, unit = (summary.stored_params, 'parameters') if key == 'params' else (summary.stored_bytes, 'bytes')
     if not is_number or value != int(value) or value < 1:

@@ -64,6 +64,7 @@ def suggest(model: nn.Module, ratio: float | None = None, **others: Any) -> list
     check_root(model)
     if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, Real) or not 1 < ratio < math.inf):
         raise CSGError(f'csg: ratio must be a number above 1; got {ratio!r}')
+    ratio = None if ratio is None else float(ratio)
     check_keys('csg', others)
     for key in others:
         if key not in OTHERS:

@@ -225,7 +225,7 @@ def write_compact(
         said = 'the model is not retrofitted; call csg_seg.retrofit on it, or use torch.save'
         raise CSGError(f'nothing to save: {other_network(model) or said}')
     path = Path(path)
-    _check_path(path, base)
+    _check_path(Path(os.path.realpath(path)), base)  # a symbolic link is written through
     for name, tensor in state_dict.items():
         if not isinstance(tensor, Tensor):
             raise CSGError(f'{name}: a {type(tensor).__name__} in the state dict, not a tensor; save it separately')

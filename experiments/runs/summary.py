@@ -25,7 +25,7 @@ CAMVID = (
 # For a first look: a network and its images, its data set in results/, the first part of its cells' names, and sizes.
 IN_SHORT = (
     ('half-width DeepLabV3-R18, CamVid', 'camvid-90x120', '', ('6x', '10x', '30x', '100x')),
-    ('the same, Kvasir-SEG', 'kvasir-96x96', '', ('6x', '30x')),
+    ('the same, Kvasir-SEG', 'kvasir-96x96', '', ('6x', '30x', '100x')),
     ('quarter-width UNet, CamVid', 'camvid-90x120', 'unet-', ('10x',)),
     ('the same, Kvasir-SEG', 'kvasir-96x96', 'unet-', ('4x', '10x')),
     ('DeepLabV3+ with an ImageNet encoder, CamVid', 'camvid-90x120', 'efficientnet-', ('4x',)),
@@ -37,7 +37,7 @@ SHORT_COLUMNS = {
     'CSG, continued': ('csg-trained-{}', 'csg-trained-{}-40e'),
     'separable': ('separable-{}',),
     'narrow': ('narrow-{}',),
-    'low rank': ('tucker-{}',),
+    'low rank (Tucker)': ('tucker-{}',),
     'pruned': ('pruned-{}',),
 }
 # The cells of the README's table.

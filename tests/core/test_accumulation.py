@@ -9,6 +9,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -80,6 +81,15 @@ def test_a_layer_that_only_some_batches_use_keeps_its_gradient():
     for images, skip in zip(batches(), (False, True, True), strict=True):
         twin(images, skip=skip).backward()
     assert_equal_gradients(model, twin)
+
+
+def test_a_layer_that_takes_no_part_gets_no_gradient_from_a_pruned_generator():
+    model = build()
+    prune.l1_unstructured(model.csg[0], 'weight', 0.5)
+    with model.csg.accumulate():
+        for images in batches():
+            model(images, skip=True).backward()
+    assert model[2].code.grad is None and model[1].code.grad is not None
 
 
 def test_accumulation_goes_on_from_gradients_that_are_there_and_training_goes_on_after_it():

@@ -520,6 +520,19 @@ def test_a_pruned_generator_loads_its_checkpoint():
         torch.testing.assert_close(two(images()), one(images()))
 
 
+def test_hooks_that_write_nothing_leave_the_weights_as_they_were_made():
+    model = build().eval()
+    for conv in (model.one, model.two, model.last):
+        conv.register_forward_pre_hook(lambda conv, inputs: None)
+    with torch.no_grad():
+        model(images())
+    read = []
+    model.two.register_forward_hook(lambda conv, inputs, outputs: read.append(conv.weight))
+    with torch.no_grad():
+        model(images())
+    assert any(read[0] is weight for weight in kept_weights(model))
+
+
 def clamp(conv, inputs):
     conv.code.data.clamp_(-1e-3, 1e-3)
 

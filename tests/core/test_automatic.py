@@ -2,7 +2,9 @@
 
 import copy
 import re
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -188,3 +190,13 @@ def test_other_keys_and_plans_are_refused_with_the_right_remedy():
     model = nn.Sequential(*(nn.Conv2d(32, 32, 3) for _ in range(4)))
     with pytest.raises(CSGError, match=r'got a Plan; give its csg'):
         retrofit(model, plan(model, ratio=2))
+
+
+@pytest.mark.parametrize('kind', [Fraction, np.float64, np.int64, int])
+def test_any_number_is_a_ratio(kind):
+    net = torchvision.models.resnet18()
+    assert suggest(net, kind(4)) == suggest(net, 4.0)
+    assert (
+        plan(net, ratio=kind(4), slice_shapes=[(8, 8, 3, 3)]).csg
+        == plan(net, ratio=4.0, slice_shapes=[(8, 8, 3, 3)]).csg
+    )

@@ -514,6 +514,9 @@ def test_a_symbolic_link_stays_and_its_file_is_replaced(tmp_path):
     net = retrofit(Net(), CSG)
     link, file = tmp_path / 'latest.safetensors', tmp_path / 'runs' / 'net.safetensors'
     link.symlink_to(file)
+    with pytest.raises(CSGError, match='runs: no such folder'):
+        save_compact(net, link)
+    file.parent.mkdir()
     for _ in range(2):
         save_compact(net, link)
         assert link.is_symlink() and [*file.parent.iterdir()] == [file]

@@ -377,6 +377,7 @@ def test_codes_that_are_computed_are_not_loaded_or_drawn(compute):
     model, other = retrofit(Net(), CSG), retrofit(Net(), CSG | {'seed': 1})
     name, conv = next(generated_convs(model))
     undo = compute(conv, 'code')
+    before = copy.deepcopy(model.state_dict())
     for act in (
         lambda: model.load_state_dict(model.state_dict()),
         lambda: fit(model, Net().state_dict()),
@@ -385,8 +386,18 @@ def test_codes_that_are_computed_are_not_loaded_or_drawn(compute):
     ):
         with pytest.raises(CSGError, match='has a parameter that is pruned or parametrised; call prune.remove'):
             act()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     undo()
     load_generators(model, other.state_dict())
+
+
+def test_codes_that_are_buffers_are_materialised():
+    model = retrofit(Net(), CSG)
+    name, conv = next(generated_convs(model))
+    code, weight = conv.code.detach(), conv.weight
+    del conv.code
+    conv.register_buffer('code', code)
+    assert torch.equal(materialise(model).get_submodule(name).weight, weight)
 
 
 def test_a_wrapped_model_is_refused():

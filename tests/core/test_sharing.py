@@ -9,7 +9,16 @@ import torch
 from torch import nn
 from two_convs import CSG, Net, batch, build
 
-from csg_seg import CSGError, fit, load_compact, load_generators, retrofit, save_compact, share_generators
+from csg_seg import (
+    CSGError,
+    fit,
+    load_compact,
+    load_generators,
+    materialise,
+    retrofit,
+    save_compact,
+    share_generators,
+)
 from csg_seg.layers.conv import generated_convs
 
 KINDS = {
@@ -209,3 +218,13 @@ def test_networks_that_are_copied_together_share_and_leave_each_other_as_they_ar
 
 def chain_of(seed):
     return retrofit(chain(), CHAIN | {'seed': seed}).state_dict()
+
+
+def test_a_network_whose_slice_was_materialised_takes_generators_of_its_own():
+    net, other = (retrofit(chain(), CHAIN) for _ in range(2))
+    part = net[:2]
+    share_generators(net, other)
+    materialise(part)
+    net.load_state_dict(net.state_dict())
+    net.half()
+    assert net.csg[0] is not other.csg[0] and other.csg[0].weight.dtype == torch.float32

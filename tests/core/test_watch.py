@@ -212,6 +212,30 @@ def test_layers_frozen_before_retrofit_stay_dense_and_still():
     assert not isinstance(net.backbone[2], CSGConv) and torch.equal(net.backbone[2].weight, before)
 
 
+def test_a_frozen_generator_that_trains_after_a_warm_up_is_warned_of():
+    net = build(freeze_generator=True).requires_grad_(True)
+    optimizer = sgd({'params': params(net)}, lr=0.0)
+    assert train(net, optimizer) == []
+    optimizer.param_groups[0]['lr'] = 0.01
+    (told,) = train(net, optimizer)
+    assert 'although its settings have freeze_generator=True' in told
+
+
+class Encoding(nn.Conv2d):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.encoder_gain = nn.Parameter(torch.ones(1))
+
+
+@pytest.mark.parametrize('frozen', ['encoder_gain', 'code'])
+def test_only_a_layers_code_counts_as_its_code(frozen):
+    net = Net()
+    net.backbone[2] = Encoding(24, 24, 3)
+    retrofit(net, CSG)
+    getattr(net.backbone[2], frozen).requires_grad_(False)
+    assert len(train(net, sgd({'params': params(net)}))) == (frozen == 'code')
+
+
 # --- no warning ---
 
 

@@ -196,3 +196,11 @@ def test_a_run_of_an_earlier_version_resumes(drawn, tmp_path, door, paramwise):
     again.resume = True
     resumed = train(again).model.state_dict()
     assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
+
+
+def test_a_compiled_run_that_reset_a_layer_validates(drawn, tmp_path):
+    train(small_config(CSG, drawn, tmp_path, iters=1, **{'default_hooks.checkpoint.interval': 1}))
+    options = {'model.decode_head.num_classes': 30, 'model.reset': ['decode_head.conv_seg']}
+    options |= {'load_from': str(tmp_path / 'iter_1.pth'), 'compile': {'backend': 'eager'}}
+    runner = train(small_config(CSG, drawn, tmp_path / 'more', iters=2, **options, **{'train_cfg.val_interval': 1}))
+    assert runner.iter == 2 and not find_bank(runner.model).reset.is_on

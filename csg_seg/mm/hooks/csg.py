@@ -77,8 +77,9 @@ class CSGHook(Hook):
         return True
 
     def before_train(self, runner: Runner) -> None:
-        """Fit dense weights that are loaded from now on, also in a run that was resumed."""
-        bank_of(bare_model(runner.model)).loading.fit_on_load = True
+        """Fit dense weights that are loaded from now on, also in a run that was resumed, and reset no more layers."""
+        bank = bank_of(bare_model(runner.model))
+        bank.loading.fit_on_load, bank.reset.is_on = True, False
 
     def before_test(self, runner: Runner) -> None:
         """Refuse to score layers that the checkpoint did not fit, as a FlexibleRunner would do with ``reset``."""
