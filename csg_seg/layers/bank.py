@@ -164,9 +164,8 @@ class GeneratorBank(Generators):
         trains = torch.is_grad_enabled()
         if WATCH.lost and not trains:
             WATCH.warn_of_lost(self.layers.values(), stacklevel=6)  # where the network is called
-        own = {*self}
-        is_known = all(conv.generator in own for conv in self.layers.values())
-        if (trains and self._watched is None) or self._changes != CSGConv.changes or not is_known:
+        may_be_new = (trains and self._watched is None) or self._changes != CSGConv.changes
+        if may_be_new or any(conv.generator not in self._modules.values() for conv in self.layers.values()):
             self.refresh(root)
         trainable = tuple(conv.code.requires_grad for conv in self.layers.values()) if trains else self._watched
         if trainable != self._watched:  # training begins, or layers were frozen or unfrozen
