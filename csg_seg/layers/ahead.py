@@ -93,6 +93,7 @@ class Ahead:
             convs = [conv for conv in layers.values() if conv.generator is generator and _has_plain_code(conv)]
             if torch.is_grad_enabled() or (generator.training and not generator.is_product):  # it may have dropout
                 self.cached.pop(position, None)
+            if torch.is_grad_enabled():
                 weights = _generate_small(convs) if generator.is_product else {}
             else:
                 weights = self._read(position, convs) if convs else {}
