@@ -128,9 +128,6 @@ class Loading:
     @torch.no_grad()
     def draw_codes(self, names: Collection[str]) -> None:
         """Draw new codes for some layers, at Kaiming variance with the current generators."""
-        for name in names:
-            if name in self.bank.layers:
-                check_codes(name, self.bank.layers[name])
         for generator in self.bank:
             rng = torch.Generator().manual_seed(generator.settings.seed)
             for name, conv in self.bank.layers.items():

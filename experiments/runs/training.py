@@ -102,8 +102,9 @@ def train_missing(
         with lock:
             start = {label_of(each): each for each in read_rows(file) if label_of(each) in run.cell.needs}
             if start:
-                splits = ('val', 'test')
-                row['starts_from'] = {label: {split: each[split] for split in splits} for label, each in start.items()}
+                row['starts_from'] = {
+                    label: {split: each[split] for split in SPLITS[1:]} for label, each in start.items()
+                }
             add_row(file, row, list(every))
 
     with ThreadPoolExecutor(jobs) as pool:

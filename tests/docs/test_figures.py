@@ -1,6 +1,7 @@
 """Tables and figures of README and docs are those of results/."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -54,6 +55,15 @@ def summarised(name):
     return {each['cell']: each for each in summarise(read_rows_of_trainings(ROOT / 'results' / f'{name}.json'))}
 
 
+def differences(scores, cell, other):
+    """Return how many points (val and test) a cell is ahead of another."""
+    return [scores[cell][split][0] - scores[other][split][0] for split in SPLITS]
+
+
+def points(differences):
+    return ' and '.join(f'{each:.1f}' for each in differences)
+
+
 def test_the_command_checks_all_tables():
     assert run_experiment('tables', '--check').stdout == 'all tables and metafiles agree with results/\n'
 
@@ -93,7 +103,7 @@ def test_trained_networks_score_as_the_results_say():
 
     def losses(cell: str) -> list[float]:
         assert scores[cell]['seeds'] == scores['dense']['seeds'] == 3
-        return [scores['dense'][split][0] - scores[cell][split][0] for split in ('val', 'test')]
+        return differences(scores, 'dense', cell)
 
     assert max(losses('csg-10x')) < 0.1
     assert 'that was not tuned, CSG [scores like dense](docs/results.md#camvid) at 10x' in README
@@ -166,13 +176,7 @@ def test_the_command_of_a_row_names_its_cell(name):
 @pytest.fixture(scope='module')
 def ahead():
     """Return a function of two small networks on CamVid: how many points (val and test) the first is ahead."""
-    rows = read_rows_of_trainings(ROOT / 'results' / 'camvid-90x120.json')
-    means = {each['cell']: (each['val'][0], each['test'][0]) for each in summarise(rows)}
-    return lambda cell, other: [mine - theirs for mine, theirs in zip(means[cell], means[other], strict=True)]
-
-
-def points(differences):
-    return ' and '.join(f'{each:.1f}' for each in differences)
+    return partial(differences, summarised('camvid-90x120'))
 
 
 def test_at_the_best_learning_rate_networks_score_as_the_pages_say(ahead):
@@ -273,7 +277,7 @@ def test_on_kvasir_networks_score_as_the_page_says():
     scores = {each['cell']: each for each in summarise(rows)}
 
     def losses(cell):
-        return [scores['dense'][split][0] - scores[cell][split][0] for split in ('val', 'test')]
+        return differences(scores, 'dense', cell)
 
     assert all(scores[cell]['seeds'] == 3 for cell in ('dense', 'csg-auto-30x', 'narrow-30x'))
     csg, separable, narrow = (losses(f'{name}-30x') for name in ('csg-auto', 'separable', 'narrow'))
@@ -313,7 +317,7 @@ def test_generators_from_another_data_set_score_as_the_pages_say():
     scores = summarised('camvid-90x120')
 
     def ahead(cell, other):
-        return [scores[f'{cell}-30x'][split][0] - scores[f'{other}-30x'][split][0] for split in ('val', 'test')]
+        return differences(scores, f'{cell}-30x', f'{other}-30x')
 
     assert f'score like random ones, {points(ahead("csg-frozen", "csg-travelled"))} points lower' in text
     assert max(ahead('csg-frozen', 'csg-travelled')) < 1
@@ -340,10 +344,6 @@ def test_a_trained_encoder_scores_as_the_page_says():
     assert f'It is {points(trained)} points above dense.' in text
     assert max(differences(scores, 'efficientnet-dense', 'dense')) < 0
     assert 'it scores lower than half-width DeepLabV3-R18' in text
-
-
-def differences(scores, cell, other):
-    return [scores[cell][split][0] - scores[other][split][0] for split in ('val', 'test')]
 
 
 def test_the_page_says_in_short_what_the_results_are():
